@@ -1,0 +1,7805 @@
+"""Tests of smtpd.py: what a user of the module would notice.
+
+In layers: a channel that is fed bytes, without a socket; a real socket and raw
+bytes; smtplib as the independent client; `python -m smtpd` as a process; then
+judges from outside (CPython's own tests, the old module as oracle), the proxies
+in front of real mail servers, and README's recipes.
+
+PYSMTPD_TEST_MODULE_DIR names the directory of the smtpd.py to be tested, if not
+this one; PYSMTPD_TEST_REQUIRE_ALL=1 makes failures of skips; and
+PYSMTPD_TEST_MAILMAN names an environment that has Mailman 3.
+"""
+import asynchat
+import asyncio
+import asyncore
+import collections
+import configparser
+import contextlib
+import email
+import errno
+import functools
+import gc
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import mailbox
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import smtplib
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import textwrap
+import threading
+import time
+import tracemalloc
+import typing
+import unittest.mock
+import warnings
+
+import hypothesis
+import pytest
+from hypothesis import assume, example, given, settings, strategies
+from hypothesis import strategies as st
+
+MODULE_DIR = (os.environ.get('PYSMTPD_TEST_MODULE_DIR')
+              or os.path.dirname(os.path.abspath(__file__)))
+# First: up to Python 3.11 the standard library's smtpd comes before an installed one.
+sys.path.insert(0, MODULE_DIR)
+
+import smtpd
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PEER = ('127.0.0.1', 54321)
+FQDN = 'mx.example'
+
+
+class FakeConnection:
+    """A connected socket without a network: recv() pops what feed() queued, send() is recorded."""
+
+    family = socket.AF_INET
+    sends_at_most = None  # octets that one send() takes, None for all
+
+    def __init__(self, descriptor=7):
+        self.incoming = []
+        self.sends = []
+        self.closed = False
+        self.descriptor = descriptor
+
+    @property
+    def sent(self):
+        return b''.join(self.sends)
+
+    def recv(self, size, flags=0):
+        if not self.incoming:
+            raise BlockingIOError(errno.EAGAIN, 'nothing there')
+        data = self.incoming.pop(0)
+        if isinstance(data, Exception):
+            raise data
+        if len(data) > size:
+            self.incoming.insert(0, data[size:])
+        return data[:size]
+
+    def send(self, data, flags=0):
+        data = bytes(data)[:self.sends_at_most]
+        self.sends.append(data)
+        return len(data)
+
+    def fileno(self):
+        return self.descriptor
+
+    def getpeername(self):
+        return PEER
+
+    def setblocking(self, flag):
+        pass
+
+    def setsockopt(self, *args):
+        pass
+
+    def getsockopt(self, *args):
+        return 0
+
+    def close(self):
+        self.closed = True
+
+
+class StubServer:
+    """The least that a channel needs of a server; keeps what it is given."""
+
+    def __init__(self, reply=None):
+        self.messages = []
+        self.reply = reply
+
+    def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
+        self.messages.append((peer, mailfrom, list(rcpttos), data, kwargs))
+        if isinstance(self.reply, Exception):
+            raise self.reply
+        return self.reply
+
+
+@pytest.fixture(autouse=True)
+def fqdn(monkeypatch):
+    """socket.getfqdn() can take seconds: pin it."""
+    monkeypatch.setattr(socket, 'getfqdn', lambda name='': FQDN)
+    return FQDN
+
+
+def make_channel(server=None, channel_class=None, **kwargs):
+    """A channel on a FakeConnection, its banner already taken away."""
+    channel = (channel_class or smtpd.SMTPChannel)(
+        server or StubServer(), FakeConnection(), PEER, map={}, **kwargs)
+    channel.conn.sends.clear()
+    return channel
+
+
+def feed(channel, *pieces):
+    """Give the pieces to the channel as a loop would, one read event each; return what it sent."""
+    start = len(channel.conn.sent)
+    for piece in pieces:
+        channel.conn.incoming.append(piece)
+        while channel.conn.incoming and channel.connected and channel.readable():
+            channel.handle_read_event()
+            while channel.producer_fifo and channel.connected:
+                channel.handle_write_event()
+    return channel.conn.sent[start:]
+
+
+class RecordingServer(smtpd.SMTPServer):
+    """Keeps the messages; `arrived` is set at each."""
+
+    def __init__(self, localaddr=('127.0.0.1', 0), remoteaddr=None, **kwargs):
+        self.messages = []
+        self.arrived = threading.Event()
+        self.reply = None
+        super().__init__(localaddr, remoteaddr, **kwargs)
+
+    def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
+        self.messages.append((peer, mailfrom, list(rcpttos), data, kwargs))
+        self.arrived.set()
+        if isinstance(self.reply, Exception):
+            raise self.reply
+        return self.reply
+
+
+@contextlib.contextmanager
+def serving(server_class=RecordingServer, localaddr=('127.0.0.1', 0), remoteaddr=None,
+            use_poll=False, timeout=0.5, **kwargs):
+    """Run a server with a socket map of its own in a thread; close it and its channels."""
+    sockets = {}
+    server = server_class(localaddr, remoteaddr, map=sockets, **kwargs)
+    server.port_number = server.socket.getsockname()[1]
+    stopping = threading.Event()
+
+    def loop():
+        while not stopping.is_set():
+            asyncore.loop(timeout=timeout, use_poll=use_poll, map=sockets, count=1)
+        asyncore.close_all(sockets)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        yield server
+    finally:
+        stopping.set()
+        with contextlib.suppress(OSError):  # wakes the loop
+            socket.create_connection(server.socket.getsockname()[:2], timeout=5).close()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+class RawClient:
+    """A client of raw octets: says what it is told, reads whole replies."""
+
+    def __init__(self, server_or_address, timeout=20):
+        address = getattr(server_or_address, 'socket', None)
+        address = address.getsockname()[:2] if address else server_or_address
+        self.socket = socket.create_connection(address, timeout=timeout)
+        self.file = self.socket.makefile('rb')
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def close(self):
+        self.file.close()
+        self.socket.close()
+
+    def send(self, octets):
+        self.socket.sendall(octets)
+
+    def reply(self):
+        """One whole reply, multi-line ones joined; b'' at the end of the stream."""
+        lines = []
+        while True:
+            line = self.file.readline()
+            lines.append(line)
+            if line[3:4] != b'-':
+                return b''.join(lines)
+
+    def say(self, line):
+        self.send(line + b'\r\n')
+        return self.reply()
+
+    def rest(self):
+        """All until the server closes."""
+        return self.file.read()
+
+
+# ---------------------------------------------------------------------------
+# The module
+# ---------------------------------------------------------------------------
+
+def test_the_module_under_test_is_ours():
+    """On Python up to 3.11 it is easily the standard library's."""
+    assert os.path.samefile(os.path.dirname(smtpd.__file__), MODULE_DIR)
+
+
+SERVER_SIGNATURE = ('(localaddr, remoteaddr, data_size_limit=33554432, map=None, '
+                    'enable_SMTPUTF8=False, decode_data=False)')
+CHANNEL_SIGNATURE = ('(server, conn, addr, data_size_limit=33554432, map=None, '
+                     'enable_SMTPUTF8=False, decode_data=False)')
+
+
+class TestModule:
+    def test_all_is_what_the_documentation_names(self):
+        assert sorted(smtpd.__all__) == [
+            'DebuggingServer', 'MailmanProxy', 'PureProxy', 'SMTPChannel', 'SMTPServer']
+
+    def test_every_other_public_name_is_one_that_programs_know(self):
+        known = {'NEWLINE', 'COMMASPACE', 'EMPTYSTRING', 'DATA_SIZE_DEFAULT', 'DEBUGSTREAM',
+                 'Devnull', 'Options', 'parseargs', 'program', 'usage'}
+        public = {name for name, value in vars(smtpd).items()
+                  if not name.startswith('_') and not inspect.ismodule(value)}
+        assert public - set(smtpd.__all__) <= known
+
+    @pytest.mark.parametrize('name, value', [
+        ('__version__', 'Python SMTP proxy version 0.3'),
+        ('NEWLINE', '\n'),
+        ('COMMASPACE', ', '),
+        ('EMPTYSTRING', ''),  # went missing in Python 3 and kept programs from importing
+        ('DATA_SIZE_DEFAULT', 2 ** 25),
+        ('asyncore', asyncore),  # there is one, with its one socket_map
+        ('asynchat', asynchat),
+        ('socket', socket),
+    ])
+    def test_names_that_programs_import(self, name, value):
+        assert getattr(smtpd, name) == value
+
+    def test_a_name_that_is_not_there_is_an_attribute_error(self):
+        with pytest.raises(AttributeError, match='NO_SUCH_NAME'):
+            getattr(smtpd, 'NO_SUCH_' + 'NAME')
+
+    def test_devnull_takes_text_and_keeps_quiet(self, capsys):
+        print('text', file=smtpd.Devnull(), flush=True)
+        assert capsys.readouterr() == ('', '')
+
+    @pytest.mark.parametrize('found, documented', [
+        (smtpd.SMTPServer, SERVER_SIGNATURE),
+        (smtpd.SMTPChannel, CHANNEL_SIGNATURE),
+        (smtpd.SMTPServer.process_message,
+         '(self, peer, mailfrom, rcpttos, data, **kwargs)'),
+    ], ids=['SMTPServer', 'SMTPChannel', 'process_message'])
+    def test_signatures_are_the_documented_ones(self, found, documented):
+        assert str(inspect.signature(found)) == documented
+
+    @pytest.mark.parametrize('proxy', ['DebuggingServer', 'PureProxy', 'MailmanProxy'])
+    def test_the_other_servers_take_the_same_arguments(self, proxy):
+        signature = inspect.signature(getattr(smtpd, proxy))
+        signature.bind(('localhost', 0), ('localhost', 25), 1000, {}, False, True)
+        signature.bind(('localhost', 0), ('localhost', 25), data_size_limit=0, map=None,
+                       enable_SMTPUTF8=False, decode_data=False)
+
+    @pytest.mark.parametrize('owner, name, value', [
+        ('SMTPServer', 'process_message_threads', 0),
+        ('SMTPServer', 'channels_in_hub', False),
+        ('SMTPServer', 'listen_backlog', 1024),
+        ('SMTPServer', 'accepts_per_event', 100),
+        ('SMTPChannel', 'COMMAND', 0),
+        ('SMTPChannel', 'DATA', 1),
+        ('SMTPChannel', 'command_size_limit', 512),
+        ('SMTPChannel', 'idle_timeout_seconds', 300),
+        ('SMTPChannel', 'recipient_limit', 1000),
+        ('SMTPChannel', 'error_limit', 100),
+        ('SMTPChannel', 'unsent_reply_limit', 65536),
+    ])
+    def test_class_attributes_have_their_documented_defaults(self, owner, name, value):
+        found = getattr(getattr(smtpd, owner), name)
+        assert found == value and type(found) is type(value)
+
+    def test_the_classes_are_what_they_were(self):
+        assert issubclass(smtpd.SMTPServer, asyncore.dispatcher)
+        assert issubclass(smtpd.SMTPChannel, asynchat.async_chat)
+        assert smtpd.SMTPServer.channel_class is smtpd.SMTPChannel
+        for name in ('DebuggingServer', 'PureProxy'):
+            assert issubclass(getattr(smtpd, name), smtpd.SMTPServer)
+        assert issubclass(smtpd.MailmanProxy, smtpd.PureProxy)
+
+    def test_decode_data_and_smtputf8_exclude_each_other(self):
+        with pytest.raises(ValueError):
+            smtpd.SMTPServer(('127.0.0.1', 0), None, map={},
+                             enable_SMTPUTF8=True, decode_data=True)
+        with pytest.raises(ValueError):
+            make_channel(enable_SMTPUTF8=True, decode_data=True)
+
+    @pytest.mark.parametrize('name', '''
+        start run stop host port name daemon data logger messages queue session active auth user
+        password username timeout debugging path ident join is_alive
+        _started _name _lock _data _handler _server'''.split())
+    def test_names_that_subclasses_use_are_left_to_them(self, name):
+        server = smtpd.SMTPServer(('127.0.0.1', 0), None, map={})
+        with contextlib.closing(server):
+            assert not hasattr(server, name)
+        assert not hasattr(make_channel(), name)
+
+
+# ---------------------------------------------------------------------------
+# A channel fed bytes, without a socket: dialogues
+# ---------------------------------------------------------------------------
+
+def variant(base=RecordingServer, channel=None, **attributes):
+    """A class with other attributes; `channel` are those of a server's channels."""
+    if channel is not None:
+        attributes['channel_class'] = variant(base.channel_class, **channel)
+    return type(base.__name__, (base,), attributes)
+
+
+def octets(text):
+    """The octets of a transcript's line; '\\udcff' stands for the octet 255."""
+    return text.encode('utf-8', 'surrogateescape')
+
+
+def client_lines(transcript):
+    return [octets(line[3:]) + b'\r\n' for line in transcript if line.startswith('C: ')]
+
+
+def server_lines(sent):
+    return ['S: ' + line.decode('utf-8', 'surrogateescape')
+            for line in sent.split(b'\r\n')[:-1]]
+
+
+def all_at_once(channel, lines):
+    return server_lines(feed(channel, b''.join(lines)))
+
+
+def byte_by_byte(channel, lines):
+    return server_lines(feed(channel, *(bytes([octet]) for octet in b''.join(lines))))
+
+
+def line_by_line(channel, lines):
+    return server_lines(feed(channel, *lines))
+
+
+three_ways = pytest.mark.parametrize(
+    'way', [all_at_once, byte_by_byte, line_by_line],
+    ids=['all at once', 'byte by byte', 'line by line'])
+both_modes = pytest.mark.parametrize('decode_data', [False, True], ids=['bytes', 'text'])
+
+
+def hold(channel, transcript, way):
+    """Hold the dialogue and compare."""
+    if way is line_by_line:  # here each reply has its place
+        held = []
+        for line in client_lines(transcript):
+            held.append('C: ' + line[:-2].decode('utf-8', 'surrogateescape'))
+            held += server_lines(feed(channel, line))
+        assert held == list(transcript)
+    else:
+        assert way(channel, client_lines(transcript)) == [
+            line for line in transcript if line.startswith('S: ')]
+
+
+def dialogues(*tables):
+    return pytest.mark.parametrize('transcript', [
+        pytest.param(transcript, id=sentence)
+        for table in tables for sentence, transcript in table.items()])
+
+
+HELO = ('C: HELO client.example', 'S: 250 mx.example')
+EHLO = ('C: EHLO client.example', 'S: 250-mx.example', 'S: 250-SIZE 33554432',
+        'S: 250-8BITMIME', 'S: 250 HELP')
+MAIL = ('C: MAIL FROM:<sender@example>', 'S: 250 OK')
+RCPT = ('C: RCPT TO:<one@example>', 'S: 250 OK')
+DATA = ('C: DATA', 'S: 354 End data with <CR><LF>.<CR><LF>')
+MESSAGE = MAIL + RCPT + DATA + ('C: Subject: x', 'C: ', 'C: text', 'C: .', 'S: 250 OK')
+
+COMMANDS = 'EHLO HELO MAIL RCPT DATA RSET NOOP QUIT VRFY'
+MAIL_SYNTAX = 'S: 501 Syntax: MAIL FROM: <address>'
+RCPT_SYNTAX = 'S: 501 Syntax: RCPT TO: <address>'
+PARAMETERS = ' [SP <mail-parameters>]'
+
+HELO_TABLE = {
+    'HELO gets the name of the server': HELO,
+    'HELO without a name is refused': ('C: HELO', 'S: 501 Syntax: HELO hostname'),
+    'a second HELO is refused': HELO + ('C: HELO again', 'S: 503 Duplicate HELO/EHLO'),
+    'a second HELO without a name is refused for its syntax':
+        HELO + ('C: HELO', 'S: 501 Syntax: HELO hostname'),
+    'HELO after EHLO is refused': EHLO + ('C: HELO again', 'S: 503 Duplicate HELO/EHLO'),
+    'a verb may be written in any case': ('C: hElO client.example', 'S: 250 mx.example'),
+    'blanks around the name of HELO do no harm': ('C: HELO  client ', 'S: 250 mx.example'),
+}
+EHLO_TABLE = {
+    'EHLO gets the list of extensions': EHLO,
+    'EHLO without a name is refused': ('C: EHLO', 'S: 501 Syntax: EHLO hostname'),
+    'a second EHLO is refused': EHLO + ('C: EHLO again', 'S: 503 Duplicate HELO/EHLO'),
+    'EHLO after HELO is refused': HELO + ('C: EHLO again', 'S: 503 Duplicate HELO/EHLO'),
+    'EHLO after a refused EHLO is taken':
+        ('C: EHLO', 'S: 501 Syntax: EHLO hostname') + EHLO,
+}
+NOOP_TABLE = {
+    'NOOP does nothing': ('C: NOOP', 'S: 250 OK'),
+    'NOOP takes no argument': ('C: NOOP hi', 'S: 501 Syntax: NOOP'),
+    'a blank behind NOOP is no argument': ('C: NOOP ', 'S: 250 OK'),
+}
+RSET_TABLE = {
+    'RSET is taken at any time': ('C: RSET', 'S: 250 OK'),
+    'RSET takes no argument': ('C: RSET hi', 'S: 501 Syntax: RSET'),
+    'RSET forgets the transaction': EHLO + MAIL + RCPT + (
+        'C: RSET', 'S: 250 OK', 'C: DATA', 'S: 503 Error: need RCPT command',
+        'C: RCPT TO:<x@example>', 'S: 503 Error: need MAIL command') + MAIL,
+    'RSET keeps the greeting': EHLO + (
+        'C: RSET', 'S: 250 OK', 'C: EHLO again', 'S: 503 Duplicate HELO/EHLO'),
+}
+QUIT_TABLE = {
+    'QUIT says good-bye': ('C: QUIT', 'S: 221 Bye'),
+    'QUIT with an argument works': ('C: QUIT now', 'S: 221 Bye'),
+}
+VRFY_TABLE = {
+    'VRFY of an address': ('C: VRFY one@example', 'S: 252 Cannot VRFY user, '
+                           'but will accept message and attempt delivery'),
+    'VRFY of an address in brackets': ('C: VRFY <one@example>', 'S: 252 Cannot VRFY user, '
+                                       'but will accept message and attempt delivery'),
+    'VRFY of a local name': ('C: VRFY one', 'S: 252 Cannot VRFY user, '
+                             'but will accept message and attempt delivery'),
+    'VRFY without an address': ('C: VRFY', 'S: 501 Syntax: VRFY <address>'),
+}
+EXPN_TABLE = {
+    'EXPN is not implemented': ('C: EXPN', 'S: 502 EXPN not implemented'),
+    'EXPN of a list is not implemented': ('C: EXPN list', 'S: 502 EXPN not implemented'),
+}
+HELP_TABLE = {
+    'HELP names the commands': ('C: HELP', 'S: 250 Supported commands: ' + COMMANDS),
+    'HELP of an unknown verb': ('C: HELP me', 'S: 501 Supported commands: ' + COMMANDS),
+    'HELP of two verbs': ('C: HELP MAIL RCPT', 'S: 501 Supported commands: ' + COMMANDS),
+    'HELP in lower case': ('C: help noop', 'S: 250 Syntax: NOOP'),
+    'HELP MAIL before a greeting': ('C: HELP MAIL', 'S: 250 Syntax: MAIL FROM: <address>'),
+    'HELP MAIL after EHLO tells of parameters':
+        EHLO + ('C: HELP MAIL', 'S: 250 Syntax: MAIL FROM: <address>' + PARAMETERS),
+    'HELP RCPT after EHLO tells of parameters':
+        EHLO + ('C: HELP RCPT', 'S: 250 Syntax: RCPT TO: <address>' + PARAMETERS),
+}
+HELP_TABLE.update({
+    'HELP ' + verb: ('C: HELP ' + verb, 'S: 250 Syntax: ' + syntax)
+    for verb, syntax in [('HELO', 'HELO hostname'), ('EHLO', 'EHLO hostname'),
+                         ('RCPT', 'RCPT TO: <address>'), ('DATA', 'DATA'), ('RSET', 'RSET'),
+                         ('NOOP', 'NOOP'), ('QUIT', 'QUIT'), ('VRFY', 'VRFY <address>')]})
+MAIL_TABLE = {
+    'MAIL before a greeting': ('C: MAIL FROM:<a@b>', 'S: 503 Error: send HELO first'),
+    'MAIL twice': EHLO + MAIL + ('C: MAIL FROM:<a@b>', 'S: 503 Error: nested MAIL command'),
+    'MAIL without anything': EHLO + ('C: MAIL', MAIL_SYNTAX + PARAMETERS),
+    'MAIL without anything after HELO': HELO + ('C: MAIL', MAIL_SYNTAX),
+    'MAIL without FROM': EHLO + ('C: MAIL <a@b>', MAIL_SYNTAX + PARAMETERS),
+    'MAIL without a colon': EHLO + ('C: MAIL FROM <a@b>', MAIL_SYNTAX + PARAMETERS),
+    'MAIL without a path': EHLO + ('C: MAIL FROM:', MAIL_SYNTAX + PARAMETERS),
+    'MAIL with a blank for a path': EHLO + ('C: MAIL FROM: ', MAIL_SYNTAX + PARAMETERS),
+    'MAIL TO': EHLO + ('C: MAIL TO:<a@b>', MAIL_SYNTAX + PARAMETERS),
+    'MAIL with a keyword in lower case': EHLO + ('C: mail from:<a@b>', 'S: 250 OK'),
+    'MAIL with blanks behind the colon': EHLO + ('C: MAIL FROM:  <a@b>', 'S: 250 OK'),
+    'MAIL of the null path': EHLO + ('C: MAIL FROM:<>', 'S: 250 OK'),
+    'MAIL of the null path with a size': EHLO + ('C: MAIL FROM:<> SIZE=9', 'S: 250 OK'),
+    'MAIL takes no parameter after HELO':
+        HELO + ('C: MAIL FROM:<a@b> SIZE=9', MAIL_SYNTAX),
+    'MAIL in a size below the limit': EHLO + ('C: MAIL FROM:<a@b> SIZE=33554432', 'S: 250 OK'),
+    'MAIL with its size in lower case': EHLO + ('C: MAIL FROM:<a@b> size=9', 'S: 250 OK'),
+    'MAIL in a size over the limit': EHLO + (
+        'C: MAIL FROM:<a@b> SIZE=33554433',
+        'S: 552 Error: message size exceeds fixed maximum message size'),
+    'MAIL in the unknown': EHLO + (
+        'C: MAIL FROM:<a@b> X=Y', 'S: 555 MAIL FROM parameters not recognized or not implemented'),
+    'MAIL without SMTPUTF8 being offered': EHLO + (
+        'C: MAIL FROM:<a@b> SMTPUTF8',
+        'S: 555 MAIL FROM parameters not recognized or not implemented'),
+}
+MAIL_TABLE.update({
+    'MAIL with the malformed parameter ' + ascii(parameter):
+        EHLO + ('C: MAIL FROM:<a@b> ' + parameter, MAIL_SYNTAX + PARAMETERS)
+    for parameter in ['SIZE', 'SIZE=', 'SIZE=-1', 'SIZE=+1', 'SIZE=x', 'SIZE=\xb2', 'SIZE=1_0',
+                      'SIZE=\u0661', '=', '=x', 'X=', 'X= SIZE=1']})
+RCPT_TABLE = {
+    'RCPT before a greeting': ('C: RCPT TO:<a@b>', 'S: 503 Error: send HELO first'),
+    'RCPT before MAIL': EHLO + ('C: RCPT TO:<a@b>', 'S: 503 Error: need MAIL command'),
+    'RCPT after a refused MAIL': EHLO + (
+        'C: MAIL FROM:', MAIL_SYNTAX + PARAMETERS,
+        'C: RCPT TO:<a@b>', 'S: 503 Error: need MAIL command'),
+    'RCPT without anything': EHLO + MAIL + ('C: RCPT', RCPT_SYNTAX + PARAMETERS),
+    'RCPT without anything after HELO': HELO + MAIL + ('C: RCPT', RCPT_SYNTAX),
+    'RCPT without TO': EHLO + MAIL + ('C: RCPT <a@b>', RCPT_SYNTAX + PARAMETERS),
+    'RCPT without a path': EHLO + MAIL + ('C: RCPT TO:', RCPT_SYNTAX + PARAMETERS),
+    'RCPT FROM': EHLO + MAIL + ('C: RCPT FROM:<a@b>', RCPT_SYNTAX + PARAMETERS),
+    'RCPT with a keyword in lower case': EHLO + MAIL + ('C: rcpt to:<a@b>', 'S: 250 OK'),
+    'RCPT in the unknown': EHLO + MAIL + (
+        'C: RCPT TO:<a@b> NOTIFY=NEVER',
+        'S: 555 RCPT TO parameters not recognized or not implemented'),
+    'RCPT takes no parameter after HELO':
+        HELO + MAIL + ('C: RCPT TO:<a@b> X=Y', RCPT_SYNTAX),
+    'RCPT for many': EHLO + MAIL + RCPT * 5,
+}
+DATA_TABLE = {
+    'DATA before a greeting': ('C: DATA', 'S: 503 Error: send HELO first'),
+    'DATA before MAIL': EHLO + ('C: DATA', 'S: 503 Error: need RCPT command'),
+    'DATA before RCPT': EHLO + MAIL + ('C: DATA', 'S: 503 Error: need RCPT command'),
+    'DATA takes no argument': EHLO + MAIL + RCPT + ('C: DATA now', 'S: 501 Syntax: DATA'),
+    'a message': EHLO + MESSAGE,
+    'a message after HELO': HELO + MESSAGE,
+    'two messages and good-bye': EHLO + MESSAGE * 2 + ('C: QUIT', 'S: 221 Bye'),
+    'an empty message': EHLO + MAIL + RCPT + DATA + ('C: .', 'S: 250 OK', 'C: NOOP', 'S: 250 OK'),
+    'commands inside of data are data':
+        EHLO + MAIL + RCPT + DATA + ('C: QUIT', 'C: RSET', 'C: .', 'S: 250 OK'),
+}
+UNKNOWN_TABLE = {
+    'an unknown verb': ('C: FOO', 'S: 500 Error: command "FOO" not recognized'),
+    'an unknown verb with an argument':
+        ('C: foo x y', 'S: 500 Error: command "FOO" not recognized'),
+    'an empty line': ('C: ', 'S: 500 Error: bad syntax'),
+    'a line of one blank': ('C:  ', 'S: 500 Error: command "" not recognized'),
+    'a blank before the verb': ('C:  NOOP', 'S: 500 Error: command "" not recognized'),
+    'the name of a method is no verb':
+        ('C: set_terminator', 'S: 500 Error: command "SET_TERMINATOR" not recognized'),
+    'a verb glued to its argument':
+        ('C: MAILFROM:<a@b>', 'S: 500 Error: command "MAILFROM:<A@B>" not recognized'),
+    'a verb in Latin letters that are not ASCII':
+        ('C: \xdcBER', 'S: 500 Error: command "?BER" not recognized'),
+    'a verb with the dotless i is not QUIT':
+        ('C: QU\u0131T', 'S: 500 Error: command "QU?T" not recognized'),
+    'octets that are not UTF-8': ('C: \udcff', 'S: 500 Error: bad syntax'),
+    'octets that are not UTF-8 in an argument':
+        EHLO + ('C: MAIL FROM:<\udce9@b>', 'S: 500 Error: bad syntax', 'C: NOOP', 'S: 250 OK'),
+    'a session goes on after nonsense': ('C: \x00\udcff\udcfe', 'S: 500 Error: bad syntax') + EHLO,
+}
+UNKNOWN_TABLE.update({
+    'a command with the control character %r' % control:
+        ('C: NO%sOP' % control, 'S: 500 Error: bad syntax', 'C: NOOP', 'S: 250 OK')
+    for control in ['\x00', '\x01', '\n', '\x0b', '\r', '\x1b', '\x7f']})
+ALL_TABLES = (HELO_TABLE, EHLO_TABLE, NOOP_TABLE, RSET_TABLE, QUIT_TABLE, VRFY_TABLE, EXPN_TABLE,
+              HELP_TABLE, MAIL_TABLE, RCPT_TABLE, DATA_TABLE, UNKNOWN_TABLE)
+
+# With decode_data there is no 8BITMIME to offer, and so no BODY to take.
+BODY_TABLE = {
+    'MAIL with BODY=7BIT': EHLO + ('C: MAIL FROM:<a@b> BODY=7BIT', 'S: 250 OK'),
+    'MAIL with BODY=8BITMIME': EHLO + ('C: MAIL FROM:<a@b> body=8bitmime', 'S: 250 OK'),
+    'MAIL with a size and a body': EHLO + ('C: MAIL FROM:<a@b> SIZE=1 BODY=7BIT', 'S: 250 OK'),
+    'MAIL with BODY=BINARYMIME': EHLO + (
+        'C: MAIL FROM:<a@b> BODY=BINARYMIME',
+        'S: 501 Error: BODY can only be one of 7BIT, 8BITMIME'),
+    'MAIL with BODY alone': EHLO + (
+        'C: MAIL FROM:<a@b> BODY', 'S: 501 Error: BODY can only be one of 7BIT, 8BITMIME'),
+}
+UTF8_EHLO = EHLO[:-1] + ('S: 250-SMTPUTF8', 'S: 250 HELP')
+SMTPUTF8_TABLE = {
+    'EHLO offers SMTPUTF8': UTF8_EHLO,
+    'MAIL with SMTPUTF8': UTF8_EHLO + ('C: MAIL FROM:<\xe4@\xf6> SMTPUTF8', 'S: 250 OK'),
+    'MAIL with SMTPUTF8 and a body': UTF8_EHLO + (
+        'C: MAIL FROM:<a@b> BODY=8BITMIME SMTPUTF8', 'S: 250 OK'),
+    'SMTPUTF8 takes no value': UTF8_EHLO + (
+        'C: MAIL FROM:<a@b> SMTPUTF8=1', 'S: 501 Error: SMTPUTF8 takes no arguments'),
+}
+
+
+class TestDialogues:
+    @three_ways
+    @both_modes
+    @dialogues(*ALL_TABLES)
+    def test_dialogue(self, transcript, decode_data, way):
+        if decode_data:
+            transcript = [line for line in transcript if line != 'S: 250-8BITMIME']
+        hold(make_channel(decode_data=decode_data), transcript, way)
+
+    @three_ways
+    @dialogues(BODY_TABLE)
+    def test_body_parameter(self, transcript, way):
+        hold(make_channel(), transcript, way)
+
+    @dialogues(BODY_TABLE)
+    def test_body_parameter_is_unknown_with_decode_data(self, transcript):
+        *_, command, _ = transcript
+        channel = make_channel(decode_data=True)
+        feed(channel, b'EHLO client\r\n')
+        hold(channel, (command, 'S: 555 MAIL FROM parameters not recognized or not implemented'),
+             line_by_line)
+
+    @three_ways
+    @dialogues(SMTPUTF8_TABLE)
+    def test_smtputf8(self, transcript, way):
+        hold(make_channel(enable_SMTPUTF8=True), transcript, way)
+
+    @pytest.mark.parametrize('limit', [None, 0])
+    def test_without_a_limit_no_size_is_told_and_any_is_taken(self, limit):
+        hold(make_channel(data_size_limit=limit), (
+            EHLO[0], EHLO[1], *EHLO[3:],
+            'C: MAIL FROM:<a@b> SIZE=99999999999999', 'S: 250 OK'), line_by_line)
+
+    def test_another_limit_is_told_and_holds(self):
+        hold(make_channel(data_size_limit=1000), (
+            EHLO[0], EHLO[1], 'S: 250-SIZE 1000', *EHLO[3:],
+            'C: MAIL FROM:<a@b> SIZE=1001',
+            'S: 552 Error: message size exceeds fixed maximum message size',
+            'C: MAIL FROM:<a@b> SIZE=1000', 'S: 250 OK'), line_by_line)
+
+    @three_ways
+    @both_modes
+    def test_a_message_reaches_the_handler_with_its_envelope(self, way, decode_data):
+        channel = make_channel(decode_data=decode_data)
+        way(channel, client_lines((
+            'C: EHLO client.example', 'C: MAIL FROM:<sender@example> SIZE=20',
+            'C: RCPT TO:<one@example>', 'C: RCPT TO:<two@example>', 'C: DATA', 'C: Subject: x',
+            'C: ', 'C: text', 'C: .')))
+        data = b'Subject: x\n\ntext'
+        keywords = {'mail_options': ['SIZE=20'], 'rcpt_options': []}
+        assert channel.smtp_server.messages == [(
+            PEER, 'sender@example', ['one@example', 'two@example'],
+            data.decode() if decode_data else data, {} if decode_data else keywords)]
+
+    def test_options_are_given_in_upper_case(self):
+        channel = make_channel(enable_SMTPUTF8=True)
+        feed(channel, b'EHLO x\r\nMAIL FROM:<a@b> smtputf8 body=8bitmime\r\n'
+                      b'RCPT TO:<c@d>\r\nDATA\r\nx\r\n.\r\n')
+        assert channel.smtp_server.messages[0][4] == {
+            'mail_options': ['SMTPUTF8', 'BODY=8BITMIME'], 'rcpt_options': []}
+
+    def test_instance_variables_are_the_documented_ones(self):
+        channel = make_channel()
+        assert channel.smtp_server.messages == []
+        assert (channel.addr, channel.peer, channel.fqdn) == (PEER, PEER, FQDN)
+        assert (channel.smtp_state, channel.seen_greeting) == (channel.COMMAND, '')
+        assert (channel.mailfrom, channel.rcpttos, channel.received_lines) == (None, [], [])
+        assert not channel.received_data
+        feed(channel, b'EHLO client.example\r\nMAIL FROM:<a@b> SIZE=1\r\nRCPT TO:<c@d>\r\n')
+        assert (channel.seen_greeting, channel.extended_smtp) == ('client.example', True)
+        assert (channel.mailfrom, channel.rcpttos) == ('a@b', ['c@d'])
+        assert (channel.mail_options, channel.rcpt_options) == (['SIZE=1'], [])
+        feed(channel, b'DATA\r\nline\r\n')
+        assert channel.smtp_state == channel.DATA
+        feed(channel, b'other\r\n.\r\n')
+        assert channel.received_data == b'line\nother'
+        assert channel.smtp_state == channel.COMMAND
+        assert (channel.mailfrom, channel.rcpttos) == (None, [])
+
+    @pytest.mark.parametrize('greeting, verb, limit', [
+        (b'HELO x', b'NOOP ', 512), (b'HELO x', b'MAIL FROM:', 512),
+        (b'EHLO x', b'NOOP ', 512), (b'EHLO x', b'MAIL FROM:', 538),
+        (b'EHLO x', b'RCPT TO:', 512)])
+    def test_a_command_line_may_be_as_long_as_its_limit(self, greeting, verb, limit):
+        channel = make_channel()
+        feed(channel, greeting + b'\r\n')
+        line = verb + b'x' * (limit - len(verb))
+        assert feed(channel, line + b'\r\n') != b'500 Error: line too long\r\n'
+        assert feed(channel, line + b'x\r\n', b'RSET\r\n') == (
+            b'500 Error: line too long\r\n250 OK\r\n')
+
+    def test_smtputf8_allows_longer_mail_commands(self):
+        channel = make_channel(enable_SMTPUTF8=True)
+        feed(channel, b'EHLO x\r\n')
+        start, end = b'MAIL FROM:<', b'@x> SMTPUTF8\r\n'
+        fill = 512 + 26 + 10 - len(start + end) + 2
+        assert feed(channel, start + b'a' * (fill + 1) + end) == b'500 Error: line too long\r\n'
+        assert feed(channel, start + b'a' * fill + end) == b'250 OK\r\n'
+
+    @three_ways
+    def test_an_endless_command_line_gets_one_reply_at_its_end(self, way):
+        """And it is not kept meanwhile."""
+        channel = make_channel()
+        line = b'x' * 50_000
+        tracemalloc.start()
+        try:
+            sent = way(channel, [line, line, b'\r\n', b'NOOP\r\n'])
+            kept = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+        assert sent == ['S: 500 Error: line too long', 'S: 250 OK']
+        assert kept < 50_000
+
+
+# ---------------------------------------------------------------------------
+# Paths and parameters
+# ---------------------------------------------------------------------------
+
+PATHS_TAKEN = {  # as sent: as handed on
+    '<a@b>': 'a@b',
+    'a@b': 'a@b',
+    '<a>': 'a',
+    'a': 'a',
+    '<>': '<>',
+    '<Postmaster>': 'Postmaster',
+    '<postmaster>': 'postmaster',
+    '  <a@b>': 'a@b',
+    '\t<a@b>': 'a@b',
+    '<a@b> ': 'a@b',
+    '<a@b>\t': 'a@b',
+    '<first.last+tag@sub-domain.example>': 'first.last+tag@sub-domain.example',
+    "<a/b=c+d!#$%&'*^_`{|}~?-e@c>": "a/b=c+d!#$%&'*^_`{|}~?-e@c",
+    '<a.@x>': 'a.@x',  # phone companies gave these out
+    '<-@b>': '-@b',
+    '<a@b_c>': 'a@b_c',
+    '<a@b!c>': 'a@b!c',
+    '<a@-x>': 'a@-x',
+    '<a@x->': 'a@x-',
+    '<a@x-.y>': 'a@x-.y',
+    '<a@123>': 'a@123',
+    '<A@B.Example>': 'A@B.Example',
+    '<"a b"@c>': '"a b"@c',
+    '"a b"@c': '"a b"@c',
+    '<"plain"@x>': '"plain"@x',
+    '<"a\\"b"@c>': '"a\\"b"@c',
+    '<"a\\\\"@c>': '"a\\\\"@c',
+    '<"a\\b"@c>': '"a\\b"@c',
+    '<"a@b"@c>': '"a@b"@c',
+    '<"a>b"@c>': '"a>b"@c',
+    '<"(c)"@c>': '"(c)"@c',
+    '<" "@c>': '" "@c',
+    '<""@c>': '""@c',
+    '<"a b">': '"a b"',
+    '<a@[127.0.0.1]>': 'a@[127.0.0.1]',
+    'a@[127.0.0.1]': 'a@[127.0.0.1]',
+    '<a@[IPv6:::1]>': 'a@[IPv6:::1]',
+    '<a@[IPv6:2001:db8::1]>': 'a@[IPv6:2001:db8::1]',
+    '<@x:a@b>': 'a@b',
+    '<@x,@y.example:a@b>': 'a@b',
+    '<@[192.0.2.1]:a@b>': 'a@b',
+    '<@x:Postmaster>': 'Postmaster',
+    '<\xe9@b>': '\xe9@b',
+    '<\u7528\u6237@\u4f8b\u5b50.example>': '\u7528\u6237@\u4f8b\u5b50.example',
+    '<\U0001f600@c>': '\U0001f600@c',
+    '<"\xe9 \xe8"@c>': '"\xe9 \xe8"@c',
+    '<=?x?=@b>': '=?x?=@b',  # no encoded word, though it begins like one
+    '<a=?utf-8?q?x?=@b>': 'a=?utf-8?q?x?=@b',
+    '<' + 400 * 'a' + '@b>': 400 * 'a' + '@b',
+    '<a@' + '.'.join(100 * ['abc']) + '>': 'a@' + '.'.join(100 * ['abc']),
+}
+PATHS_REFUSED = {
+    'a comment before': '<(c)a@b>', 'a comment inside': '<a(c)@b>', 'a comment behind': '<a@b(c)>',
+    'a comment for a domain': '<a@(x)b>', 'blanks inside the brackets': '< a@b >',
+    'a blank before the at': '<a @b>', 'a blank behind the at': '<a@ b>',
+    'a blank before the end': '<a@b >', 'a blank in the local part': '<a b@c>',
+    'a tab in the local part': '<a\tb@c>', 'no end': '<a@b', 'no beginning': 'a@b>',
+    'an encoded word': '<=?utf-8?q?x?=@example.com>',
+    'an encoded word with a line break in it': '<=?utf-8?q?x=0d=0aRCPT?=@example.com>',
+    'an encoded word of base64': '<=?utf-8?b?eA==?=@example.com>',
+    'an encoded word and more': '<=?utf-8?q?x?=a@b>',
+    'an encoded word for a domain': '<a@=?utf-8?q?x?=>',
+    'text glued behind': '<a@b>c', 'a parameter glued behind': '<a@b>SIZE=1',
+    'a second address': '<a@b>,<c@d>', 'a second address without brackets': 'a@b,c@d',
+    'a second address glued behind': '<a@b><c@d>', 'a display name': 'Foo <a@b>',
+    'a quoted display name': '"Foo" <a@b>', 'an address for a display name': 'a@b <c@d>',
+    'a dot at the beginning': '<.a@x>', 'two dots': '<a..b@x>', 'a dot alone': '<.@x>',
+    'a label of hyphens': '<a@-.x>', 'a dot behind the domain': '<a@x.>',
+    'a dot before the domain': '<a@.x>', 'two dots in the domain': '<a@x..y>',
+    'no domain': '<a@>', 'no local part': '<@b>', 'an at alone': '<@>', 'two ats': '<a@b@c>',
+    'two ats together': '<a@@b>', 'brackets in brackets': '<<a@b>>', 'nothing in two': '<<>>',
+    'a bracket': '<', 'the other bracket': '>', 'a bracket too many': '<a@b>>',
+    'a quote': '"', 'a quote in brackets': '<">', 'a quote that does not end': '<"a@b>',
+    'a quote that ends late': '<a@b"', 'text behind a quoted string': '<"a"b@c>',
+    'text before a quoted string': '<a"b"@c>', 'a quoted domain': '<a@"b">',
+    'a backslash': '<a\\b@c>', 'a backslash at the end': '<a@b\\>',
+    'a quoted string that ends in a backslash': '<"a\\"@c>', 'a colon': '<a:b@c>',
+    'a semicolon': '<a;b@c>', 'a comma': '<a,b@c>', 'a square bracket': '<a[b@c>',
+    'a bracket inside': '<a<b@c>', 'an end inside': '<a>b@c>',
+    'a literal that does not end': '<a@[127.0.0.1>', 'a literal with text behind': '<a@[x]y>',
+    'a literal with a blank': '<a@[x y]>', 'a literal in a literal': '<a@[[x]]>',
+    'a route and nothing': '<@x:>', 'a route with two ats': '<@@x:a@b>',
+    'a route without an at': '<x:a@b>', 'a route without brackets': '@x:a@b',
+}
+CONTROL_CHARACTERS = [chr(n) for n in itertools.chain(range(9), range(10, 32), [127])]
+
+# The three commands that take a path, and what comes before them.
+MAIL_FROM = (b'EHLO x\r\n', b'MAIL FROM:')
+RCPT_TO = (b'EHLO x\r\nMAIL FROM:<a@b>\r\n', b'RCPT TO:')
+VRFY = (b'NOOP\r\n', b'VRFY ')
+
+
+def send_path(path, before, verb, **kwargs):
+    """What is answered to the command, and the channel."""
+    channel = make_channel(**kwargs)
+    feed(channel, before)
+    return feed(channel, verb + octets(path) + b'\r\n').decode('utf-8'), channel
+
+
+def is_one_reply_line(text):
+    return bool(re.fullmatch(r'[2-5][0-9][0-9][ -][ -~]*\r\n', text))
+
+
+class TestPaths:
+    @pytest.mark.parametrize('sent, handed_on', PATHS_TAKEN.items(), ids=ascii)
+    def test_a_well_formed_path_is_handed_on_verbatim(self, sent, handed_on):
+        reply, channel = send_path(sent, *MAIL_FROM)
+        assert (reply, channel.mailfrom) == ('250 OK\r\n', handed_on)
+        reply, channel = send_path(sent, *RCPT_TO)
+        assert (reply, channel.rcpttos) == ('250 OK\r\n', [handed_on])
+        feed(channel, b'DATA\r\nx\r\n.\r\n')
+        assert channel.smtp_server.messages[0][1:3] == ('a@b', [handed_on])
+
+    @pytest.mark.parametrize('path', [path for path in PATHS_TAKEN if path != '<>'], ids=ascii)
+    def test_a_well_formed_path_can_be_verified(self, path):
+        assert send_path(path, *VRFY)[0].startswith('252 ')
+
+    @pytest.mark.parametrize('path', PATHS_REFUSED.values(), ids=PATHS_REFUSED.keys())
+    def test_a_malformed_path_is_refused(self, path):
+        reply, channel = send_path(path, *MAIL_FROM)
+        assert reply == '501 Syntax: MAIL FROM: <address> [SP <mail-parameters>]\r\n'
+        assert channel.mailfrom is None
+        reply, channel = send_path(path, *RCPT_TO)
+        assert reply == '501 Syntax: RCPT TO: <address> [SP <mail-parameters>]\r\n'
+        assert channel.rcpttos == []
+
+    @pytest.mark.parametrize('path', ['"', '<', '<@', '<a@b', '"a', '<(c)a@b>', '<a@[x>', '@',
+                                      '<a@x..y>', '<a\x00b@c>', '<=?utf-8?q??=@b>', '<<a@b>>'])
+    def test_a_malformed_path_cannot_be_verified(self, path):
+        reply, _ = send_path(path, *VRFY)
+        assert re.fullmatch(r'5[0-9][0-9] [ -~]*\r\n', reply)
+
+    @pytest.mark.parametrize('control', CONTROL_CHARACTERS, ids=ascii)
+    @pytest.mark.parametrize('form', ['<a%sb@c>', '<"a%sb"@c>', '<a@b%sc>', '%s<a@b>', '<a@b>%s'])
+    def test_control_characters_are_refused(self, form, control):
+        for command in (MAIL_FROM, RCPT_TO, VRFY):
+            assert send_path(form % control, *command)[0] == '500 Error: bad syntax\r\n'
+
+    @pytest.mark.parametrize('arg, address, rest', [
+        ('', '', ''), ('a@b', 'a@b', ''), ('<a@b>', 'a@b', ''), ('<>', '<>', ''),
+        ('<a@b> SIZE=1', 'a@b', 'SIZE=1'), ('a@b SIZE=1', 'a@b', 'SIZE=1')])
+    def test_getaddr_gives_the_address_and_the_rest(self, arg, address, rest):
+        found = make_channel()._getaddr(arg)
+        assert (found[0], found[1].strip()) == (address, rest)
+
+    @pytest.mark.parametrize('params, parsed', [
+        ([], {}), (['SIZE=1'], {'SIZE': '1'}), (['SMTPUTF8'], {'SMTPUTF8': True}),
+        (['A=B=C', 'D'], {'A': 'B=C', 'D': True}), (['A=<>'], {'A': '<>'}),
+        (['X='], None), (['=x'], None), ([''], None)])
+    def test_getparams_gives_a_dict_or_none(self, params, parsed):
+        assert make_channel()._getparams(params) == parsed
+
+    @pytest.mark.parametrize('keyword, arg, rest', [
+        ('FROM:', 'from: x ', 'x'), ('FROM:', 'FROM:x', 'x'), ('TO:', 'TO:<a> ', '<a>'),
+        ('FROM:', 'xfrom:x', ''), ('FROM:', 'FROM :x', ''), ('FROM:', '', ''),
+        ('FROM:', 'FROM:', '')])
+    def test_strip_command_keyword(self, keyword, arg, rest):
+        assert make_channel()._strip_command_keyword(keyword, arg) == rest
+
+
+atoms = st.text(st.sampled_from("abcXYZ019!#$%&'*+-/=?^_`{|}~\xe9\u4f8b"), min_size=1, max_size=8)
+dot_strings = st.lists(atoms, min_size=1, max_size=3).map('.'.join)
+quoted_strings = st.lists(
+    st.sampled_from([' ', 'a', '@', '<', '>', '(', '\xe9', ',', '\\"', '\\\\', '\\a', '.']),
+    max_size=8).map(lambda parts: '"%s"' % ''.join(parts))
+labels = st.from_regex('[a-z0-9]([a-z0-9-]{0,5}[a-z0-9])?', fullmatch=True)
+domains = (st.lists(labels, min_size=1, max_size=3).map('.'.join)
+           | st.ip_addresses(v=4).map('[{}]'.format)
+           | st.ip_addresses(v=6).map('[IPv6:{}]'.format))
+mailboxes = st.builds('{}@{}'.format, dot_strings | quoted_strings, domains)
+nearly_paths = st.lists(st.sampled_from(
+    ['<', '>', '@', '"', '\\', '(', ')', '[', ']', ',', ':', ';', '.', ' ', '\t', '=', '?', '-',
+     '=?', '?=', 'utf-8?q?', 'a', 'bc', 'x.example', 'SIZE=1', '1.2.3.4', '\xe9', '\xa0', '\u2028',
+     '\x85', '\udcff', '\x00']), max_size=14).map(''.join)
+
+
+class TestPathProperties:
+    @given(mailboxes)
+    @settings(deadline=None)
+    def test_every_mailbox_of_the_grammar_is_taken_verbatim(self, mailbox):
+        assume('=?' not in mailbox)
+        reply, channel = send_path('<%s>' % mailbox, *MAIL_FROM)
+        assert (reply, channel.mailfrom) == ('250 OK\r\n', mailbox)
+
+    @given(nearly_paths | st.text(max_size=30), st.sampled_from([MAIL_FROM, RCPT_TO, VRFY]),
+           st.booleans())
+    @settings(deadline=None, max_examples=300)
+    @example('<=?utf-8?q?=0d=0a?=@x>', MAIL_FROM, False)
+    @example('"', VRFY, True)
+    def test_whatever_stands_for_a_path_gets_one_reply(self, path, command, decode_data):
+        line = octets(path.replace('\r\n', '')) if path.isascii() else path.replace(
+            '\r\n', '').encode('utf-8', 'surrogatepass')
+        channel = make_channel(decode_data=decode_data)
+        feed(channel, command[0])
+        reply = feed(channel, command[1] + line + b'\r\n').decode('ascii')
+        assert is_one_reply_line(reply) and reply[0] in '25'
+        for address in [channel.mailfrom, *channel.rcpttos]:
+            if address not in (None, 'a@b'):
+                assert reply == '250 OK\r\n' and address in path
+                assert not re.search('[\x00-\x1f\x7f]', address)
+
+
+# ---------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------
+
+TO_DATA = b'EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n'
+FROM_AND_TO = [b'MAIL FROM:<a@b>\r\n', b'RCPT TO:<c@d>\r\n']
+READY = b'354 End data with <CR><LF>.<CR><LF>\r\n'
+
+BODIES = {  # sentence: as sent before the last dot, as handed on
+    'nothing': (b'', b''),
+    'an empty line': (b'\r\n', b''),
+    'two empty lines': (b'\r\n\r\n', b'\n'),
+    'one line': (b'a\r\n', b'a'),
+    'headers and text': (b'A: b\r\n\r\ntext\r\n', b'A: b\n\ntext'),
+    'an empty line at the end': (b'a\r\n\r\n', b'a\n'),
+    'a doubled dot at the beginning': (b'..\r\n', b'.'),
+    'doubled dots': (b'a\r\n..b\r\n...\r\n....c\r\n', b'a\n.b\n..\n...c'),
+    'a dot that was not doubled': (b'a\r\n.b\r\n', b'a\nb'),
+    'a dot inside a line': (b'a.b.\r\n', b'a.b.'),
+    'a bare LF': (b'a\nb\r\n', b'a\nb'),
+    'a dot behind a bare LF': (b'a\n.b\r\n', b'a\n.b'),
+    'a bare CR': (b'a\rb\r\n', b'a\rb'),
+    'a CR before CRLF': (b'a\r\r\nb\r\n', b'a\r\nb'),
+    'control characters': (b'\x00\x01\x1b\x7f\r\n', b'\x00\x01\x1b\x7f'),
+    'letters that are not ASCII': (
+        '\xe4\xf6\r\n\u20ac\U0001f600\r\n'.encode(), '\xe4\xf6\n\u20ac\U0001f600'.encode()),
+    'octets that are not UTF-8': (b'caf\xe9 \xff\r\n\xc3\r\n', b'caf\xe9 \xff\n\xc3'),
+    'a line of 100,000 octets': (b'x' * 100_000 + b'\r\n', b'x' * 100_000),
+    'many short lines': (b'.x\r\n' * 3000, b'\n'.join([b'x'] * 3000)),
+}
+NO_ENDS = [
+    b'\n.\n', b'\n.\r\n', b'\r\n.\n', b'\r\n.\r', b'\r.\r', b'\r.\r\n', b'\r\r.\r\n', b'\n\n.\r\n',
+    b'\r\n\0.\r\n', b'\r\n.\0\r\n', b'\r\n.\r\r\n', b'\r\n .\r\n', b'\r\n. \r\n', b'\r\n..\r\n',
+    b'\r\n\x0b.\r\n', b'\r\n\xef\xbc\x8e\r\n', b'\0\r\n.\n\0']
+
+
+def message_of(body):
+    """What RFC 5321, 4.5.2 makes of a body as it was sent, the old module's line ends."""
+    lines = body.split(b'\r\n')
+    return b'\n'.join(line[1:] if line[:1] == b'.' else line for line in lines)
+
+
+def in_mode(data, decode_data):
+    return data.decode('utf-8', 'surrogateescape') if decode_data else data
+
+
+def in_pieces(wire, size):
+    return [wire[start:start + size] for start in range(0, len(wire), size)]
+
+
+class TestData:
+    @pytest.mark.parametrize('size', [1, 2, 3, 7, 1 << 30], ids='in pieces of {}'.format)
+    @both_modes
+    @pytest.mark.parametrize('sent, handed_on', BODIES.values(), ids=BODIES.keys())
+    def test_body(self, sent, handed_on, decode_data, size):
+        channel = make_channel(decode_data=decode_data)
+        feed(channel, TO_DATA)
+        assert feed(channel, *in_pieces(sent + b'.\r\nNOOP\r\n', size)) == 2 * b'250 OK\r\n'
+        assert [message[3] for message in channel.smtp_server.messages] == [
+            in_mode(handed_on, decode_data)]
+
+    @pytest.mark.parametrize('size', [1, 1 << 30], ids='in pieces of {}'.format)
+    @both_modes
+    @pytest.mark.parametrize('no_end', NO_ENDS, ids=ascii)
+    def test_only_crlf_dot_crlf_ends_data(self, no_end, decode_data, size):
+        """Anything else would let one message become two (SMTP smuggling)."""
+        channel = make_channel(decode_data=decode_data)
+        feed(channel, TO_DATA)
+        body = (b'text' + no_end + b'MAIL FROM:<forged@example>\r\nRCPT TO:<c@d>\r\nDATA\r\n'
+                + b'forged' + no_end + b'end')
+        assert feed(channel, *in_pieces(body + b'\r\n.\r\n', size)) == b'250 OK\r\n'
+        assert [message[3] for message in channel.smtp_server.messages] == [
+            in_mode(message_of(body), decode_data)]
+
+    @pytest.mark.parametrize('no_end', NO_ENDS, ids=ascii)
+    def test_no_other_end_at_the_very_beginning_either(self, no_end):
+        channel = make_channel()
+        feed(channel, TO_DATA)
+        body = no_end[1:] if no_end[:1] == b'\n' else no_end[2:]
+        if body == b'.\r\n':
+            body = b'\n.\r\n'  # behind the CRLF of DATA it would be an end
+        assert feed(channel, body + b'text\r\n.\r\n') == b'250 OK\r\n'
+        assert channel.smtp_server.messages[0][3] == message_of(body + b'text')
+
+    @three_ways
+    @both_modes
+    def test_after_too_much_data_the_session_is_back_in_command_state(self, way, decode_data):
+        channel = make_channel(data_size_limit=100, decode_data=decode_data)
+        feed(channel, TO_DATA)
+        big = [b'x' * 98 + b'\r\n'] * 20
+        transaction = [*FROM_AND_TO, b'DATA\r\n', b'small\r\n', b'.\r\n']
+        assert way(channel, big + [b'.\r\n', b'NOOP\r\n'] + transaction) == [
+            'S: 552 Error: Too much mail data', 'S: 250 OK', 'S: 250 OK', 'S: 250 OK',
+            DATA[1], 'S: 250 OK']
+        assert [message[3] for message in channel.smtp_server.messages] == [
+            in_mode(b'small', decode_data)]
+
+    @pytest.mark.parametrize('size', [1, 3, 1 << 30], ids='in pieces of {}'.format)
+    @pytest.mark.parametrize('body, counted', [
+        (b'', 0), (b'12345678\r\n', 10), (b'1\r\n2\r\n', 6), (b'..2\r\n..\r\n', 7),
+        (b'...\r\n', 4), (b'\r\n\r\n', 4), (b'\n\n\n\r\n', 5), ('\xe4\xf6\r\n'.encode(), 6)])
+    @both_modes
+    def test_size_is_counted_as_rfc_1870_says(self, body, counted, decode_data, size):
+        """Octets with CRLF, without the doubled dots and without the last dot."""
+        def reply_with_limit(limit):
+            channel = make_channel(data_size_limit=limit, decode_data=decode_data)
+            feed(channel, TO_DATA)
+            return feed(channel, *in_pieces(body + b'.\r\n', size))
+
+        if counted:
+            assert reply_with_limit(counted) == b'250 OK\r\n'
+        if counted > 1:
+            assert reply_with_limit(counted - 1) == b'552 Error: Too much mail data\r\n'
+
+    @both_modes
+    def test_data_over_the_limit_is_dropped_as_it_arrives(self, decode_data):
+        channel = make_channel(data_size_limit=10_000, decode_data=decode_data)
+        feed(channel, TO_DATA)
+        piece = (b'x' * 70 + b'\r\n') * 900
+        tracemalloc.start()
+        try:
+            for _ in range(100):
+                feed(channel, piece)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < 2_000_000
+        assert feed(channel, b'\r\n.\r\n') == b'552 Error: Too much mail data\r\n'
+
+    def test_received_data_is_let_go_at_the_next_command(self):
+        channel = make_channel()
+        feed(channel, TO_DATA + b'text\r\n.\r\n')
+        assert channel.received_data == b'text'
+        feed(channel, b'NOOP\r\n')
+        assert not channel.received_data
+
+    @three_ways
+    def test_a_character_cut_by_a_segment_is_decoded_whole(self, way):
+        channel = make_channel(decode_data=True)
+        feed(channel, TO_DATA)
+        euro = '\u20ac'.encode()
+        feed(channel, b'100 ' + euro[:1], euro[1:2], euro[2:], b'\r\n.\r\n')
+        assert channel.smtp_server.messages[0][3] == '100 \u20ac'
+
+    def test_nothing_is_lost_of_text_that_is_not_utf_8(self):
+        channel = make_channel(decode_data=True)
+        feed(channel, TO_DATA)
+        assert feed(channel, b'\xff\xfe caf\xe9\r\n.\r\n') == b'250 OK\r\n'
+        [(_, _, _, text, _)] = channel.smtp_server.messages
+        assert text.encode('utf-8', 'surrogateescape') == b'\xff\xfe caf\xe9'
+
+    @given(st.lists(st.sampled_from([b'.', b'..', b'\r', b'\n', b'\r\n', b'\r\n.', b'a', b'xyz',
+                                     b'\xc3\xa9', b'\xff']) | st.binary(max_size=5),
+                    max_size=20).map(b''.join),
+           st.lists(st.integers(0, 60), max_size=6), st.booleans())
+    @settings(deadline=None, max_examples=300)
+    def test_any_body_arrives_however_it_is_cut(self, body, cuts, decode_data):
+        doubled = body.replace(b'\r\n.', b'\r\n..')
+        wire = (b'.' + doubled if body[:1] == b'.' else doubled) + b'\r\n.\r\n'
+        channel = make_channel(decode_data=decode_data)
+        feed(channel, TO_DATA)
+        assert feed(channel, *cut(wire, cuts)) == b'250 OK\r\n'
+        assert [message[3] for message in channel.smtp_server.messages] == [
+            in_mode(body.replace(b'\r\n', b'\n'), decode_data)]
+
+
+def cut(wire, cuts):
+    """The wire, cut at these places."""
+    places = sorted({0, len(wire), *(place for place in cuts if place < len(wire))})
+    return [wire[start:stop] for start, stop in zip(places, places[1:])]
+
+
+class HookedChannel(smtpd.SMTPChannel):
+    """Takes asynchat's way, since it overrides the hooks."""
+
+    def collect_incoming_data(self, data):
+        super().collect_incoming_data(data)
+
+    def found_terminator(self):
+        super().found_terminator()
+
+
+wires = st.lists(st.sampled_from([
+    b'EHLO x\r\n', b'HELO x\r\n', *FROM_AND_TO, b'MAIL FROM:<a@b> SIZE=5\r\n', b'DATA\r\n',
+    b'RSET\r\n', b'NOOP\r\n', b'QUIT\r\n', b'VRFY a\r\n', b'HELP\r\n', b'FOO\r\n', b'.\r\n',
+    b'..\r\n', b'text\r\n', b'\r\n', b'\r', b'\n', b'.', b'\xff', b'\xc3', b'\xa9', b'\x00',
+    b'x' * 600, TO_DATA, b'a\r\n.\r\n']) | st.binary(max_size=6), max_size=16).map(b''.join)
+
+
+class TestProperties:
+    @given(wires, st.lists(st.integers(0, 400), max_size=6),
+           st.sampled_from([{}, {'decode_data': True}, {'enable_SMTPUTF8': True},
+                            {'data_size_limit': 5}]))
+    @settings(deadline=None, max_examples=400)
+    @example(TO_DATA + b'.\r\nNOOP\r\n', [len(TO_DATA) + 1], {})
+    @example(TO_DATA + b'\r\n.\r\n', [len(TO_DATA) + 3], {'decode_data': True})
+    def test_the_way_that_input_is_cut_changes_nothing(self, wire, cuts, kwargs):
+        """And neither do overridden hooks."""
+        assume(wire)
+        results = []
+        for channel_class in (smtpd.SMTPChannel, HookedChannel):
+            for pieces in ([wire], cut(wire, cuts), in_pieces(wire, 1)):
+                channel = make_channel(channel_class=channel_class, **kwargs)
+                sent = feed(channel, *pieces)
+                results.append((sent, channel.smtp_server.messages, channel.smtp_state,
+                                channel.connected))
+        assert all(result == results[0] for result in results)
+
+    @given(st.lists(st.binary(max_size=30) | st.text(max_size=30).map(str.encode), max_size=30))
+    @settings(deadline=None)
+    def test_every_command_line_gets_exactly_one_reply(self, lines):
+        lines = [line for line in lines if b'\r\n' not in line and line[-1:] != b'\r']
+        assume(not any(line[:4].upper() in (b'QUIT', b'EHLO') for line in lines))
+        sent = feed(make_channel(), b''.join(line + b'\r\n' for line in lines))
+        assert len(sent.splitlines()) == len(lines)
+        assert all(re.fullmatch(rb'[245][0-9][0-9] [ -~]*', line) for line in sent.splitlines())
+
+
+# ---------------------------------------------------------------------------
+# A session always gets an answer
+# ---------------------------------------------------------------------------
+
+RETURNS = {  # sentence: what the handler returns, what the client gets
+    'None is a plain OK': (None, b'250 OK\r\n'),
+    'empty text is a plain OK': ('', b'250 OK\r\n'),
+    'text is sent': ('451 Try again later', b'451 Try again later\r\n'),
+    'a line end behind it is left out': ('250 fine\r\n', b'250 fine\r\n'),
+    'bytes are sent as they are': (b'250 caf\xe9', b'250 caf\xe9\r\n'),
+    'bytes with a line end get no second one': (b'250 fine\r\n', b'250 fine\r\n'),
+    'line breaks make a reply of many lines':
+        ('550 no\nreally\r\nno', b'550-no\r\n550-really\r\n550 no\r\n'),
+    'a reply of many lines stays one': ('550-no\r\n550 really', b'550-no\r\n550 really\r\n'),
+    'another code inside is no second reply': ('250 OK\r\n354 go', b'250-OK\r\n250 354 go\r\n'),
+    'text that is not ASCII': ('550 caf\xe9', b'550 caf?\r\n'),
+}
+JUNK = {
+    'an int': 250, 'True': True, 'an object': object(), 'a list': ['250 OK'],
+    'text without a code': 'thanks', 'bytes without a code': b'thanks',
+    'a code of two digits': '25 OK', 'an impossible code': '999 x'}
+
+
+class TestHandlers:
+    @both_modes
+    @pytest.mark.parametrize('returned, reply', RETURNS.values(), ids=RETURNS.keys())
+    def test_what_a_handler_returns(self, returned, reply, decode_data):
+        channel = make_channel(StubServer(returned), decode_data=decode_data)
+        feed(channel, TO_DATA)
+        assert feed(channel, b'text\r\n.\r\n') == reply
+        assert feed(channel, b'NOOP\r\n') == b'250 OK\r\n'
+
+    @pytest.mark.parametrize('returned', JUNK.values(), ids=JUNK.keys())
+    def test_junk_that_a_handler_returns_is_an_ok_and_a_line_in_the_log(self, returned, capsys):
+        channel = make_channel(StubServer(returned))
+        feed(channel, TO_DATA)
+        assert feed(channel, b'text\r\n.\r\nNOOP\r\n') == 2 * b'250 OK\r\n'
+        out, err = capsys.readouterr()
+        assert out == '' and len(err.splitlines()) == 1
+
+    def test_text_goes_out_as_utf_8_where_the_client_asked_for_it(self):
+        channel = make_channel(StubServer('550 caf\xe9'), enable_SMTPUTF8=True)
+        feed(channel, TO_DATA.replace(b'<a@b>', b'<a@b> SMTPUTF8'))
+        assert feed(channel, b'x\r\n.\r\n') == '550 caf\xe9\r\n'.encode()
+
+    @three_ways
+    @both_modes
+    def test_a_handler_that_raises_is_answered_with_451(self, way, decode_data, capsys):
+        server = StubServer(ZeroDivisionError('caf\xe9 \udcff'))
+        channel = make_channel(server, decode_data=decode_data)
+        feed(channel, TO_DATA)
+        assert way(channel, [b'text\r\n', b'.\r\n', b'NOOP\r\n', b'MAIL FROM:<a@b>\r\n']) == [
+            'S: 451 Internal confusion', 'S: 250 OK', 'S: 250 OK']
+        out, err = capsys.readouterr()
+        assert out == ''
+        assert 'Traceback' in err and 'ZeroDivisionError' in err and 'process_message' in err
+
+    def test_a_command_that_raises_is_answered_with_451(self, capsys):
+        class Channel(smtpd.SMTPChannel):
+            def smtp_FAIL(self, arg):
+                raise KeyError(arg)
+
+        channel = make_channel(channel_class=Channel)
+        assert feed(channel, b'FAIL x\r\nNOOP\r\n') == b'451 Internal confusion\r\n250 OK\r\n'
+        assert "KeyError: 'x'" in capsys.readouterr().err
+
+    @pytest.mark.parametrize('stderr', [
+        None, io.TextIOWrapper(io.BytesIO(), 'ascii'),
+        unittest.mock.Mock(**{'write.side_effect': OSError(errno.EPIPE, 'gone')}),
+        unittest.mock.Mock(**{'write.side_effect': ValueError('closed')}),
+    ], ids=['none', 'ASCII', 'gone', 'closed'])
+    def test_a_log_that_cannot_be_written_to_does_no_harm(self, stderr, monkeypatch):
+        monkeypatch.setattr(sys, 'stderr', stderr)
+        channel = make_channel(StubServer(ValueError('caf\xe9 \udcff')))
+        feed(channel, TO_DATA)
+        assert feed(channel, b'x\r\n.\r\nNOOP\r\n') == b'451 Internal confusion\r\n250 OK\r\n'
+
+    def test_log_info_may_be_overridden(self, capsys):
+        log = []
+
+        class Channel(smtpd.SMTPChannel):
+            def log_info(self, message, type='info'):
+                log.append((type, message))
+
+        channel = make_channel(StubServer(ZeroDivisionError()), Channel)
+        feed(channel, TO_DATA + b'x\r\n.\r\n')
+        [(type, message)] = log
+        assert type == 'error' and 'ZeroDivisionError' in message
+        assert capsys.readouterr() == ('', '')
+
+    def test_handle_error_may_be_overridden(self):
+        """It finds the exception, and the session goes on as without it."""
+        found = []
+
+        class Channel(smtpd.SMTPChannel):
+            def handle_error(self):
+                found.append(sys.exc_info()[0])
+
+        channel = make_channel(StubServer(ZeroDivisionError()), Channel)
+        feed(channel, TO_DATA)
+        assert feed(channel, b'x\r\n.\r\nNOOP\r\n') == b'451 Internal confusion\r\n250 OK\r\n'
+        assert found == [ZeroDivisionError]
+
+    def test_not_implemented_error_leaves_handle_read_when_called_directly(self):
+        channel = make_channel(StubServer(NotImplementedError()))
+        feed(channel, TO_DATA)
+        channel.conn.incoming.append(b'text\r\n.\r\n')
+        with pytest.raises(NotImplementedError):
+            channel.handle_read()
+
+    def test_process_message_has_to_be_overridden(self, capsys):
+        server = smtpd.SMTPServer(('127.0.0.1', 0), None, map={})
+        with contextlib.closing(server):
+            with pytest.raises(NotImplementedError):
+                server.process_message(PEER, 'a@b', ['c@d'], b'')
+            channel = make_channel(server)
+            feed(channel, TO_DATA)
+            assert feed(channel, b'x\r\n.\r\nNOOP\r\n') == b'451 Internal confusion\r\n250 OK\r\n'
+        assert 'NotImplementedError' in capsys.readouterr().err
+
+    def test_handlers_of_python_2_are_called_without_keywords(self):
+        """The most reported break of the old module."""
+        got = []
+
+        class Server:
+            def process_message(self, peer, mailfrom, rcpttos, data):
+                got.append((peer, mailfrom, rcpttos, data))
+
+        channel = make_channel(Server())
+        feed(channel, TO_DATA)
+        assert feed(channel, b'text\r\n.\r\nNOOP\r\n') == 2 * b'250 OK\r\n'
+        assert got == [(PEER, 'a@b', ['c@d'], b'text')]
+
+    def test_handlers_get_the_keywords_that_they_take(self):
+        got = []
+
+        def with_one(peer, mailfrom, rcpttos, data, mail_options=None):
+            got.append(mail_options)
+
+        def with_both(peer, mailfrom, rcpttos, data, mail_options, rcpt_options):
+            got.append((mail_options, rcpt_options))
+
+        def positional(*args):
+            got.append(len(args))
+
+        def with_any(*args, **kwargs):
+            got.append(sorted(kwargs))
+
+        @functools.wraps(with_any)
+        def wrapping_with_any(peer, mailfrom, rcpttos, data):
+            got.append('wrapping')
+
+        @functools.wraps(positional)
+        def wrapping(*args, **kwargs):
+            return positional(*args, **kwargs)
+
+        handlers = [with_one, with_both, positional, with_any, functools.partial(with_any),
+                    wrapping_with_any, wrapping]
+        for handler in handlers:
+            server = StubServer()
+            server.process_message = handler  # on the instance, as some programs do
+            channel = make_channel(server)
+            feed(channel, TO_DATA.replace(b'<a@b>', b'<a@b> SIZE=9'))
+            assert feed(channel, b'x\r\n.\r\n') == b'250 OK\r\n'
+        assert got == [['SIZE=9'], (['SIZE=9'], []), 4, ['mail_options', 'rcpt_options'],
+                       ['mail_options', 'rcpt_options'], 'wrapping', 4]
+
+    def test_a_type_error_inside_a_handler_is_not_taken_for_its_signature(self, capsys):
+        calls = []
+
+        class Server:
+            def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
+                calls.append(kwargs)
+                raise TypeError("unexpected keyword argument 'mail_options'")
+
+        channel = make_channel(Server())
+        feed(channel, TO_DATA)
+        assert feed(channel, b'x\r\n.\r\n') == b'451 Internal confusion\r\n'
+        assert len(calls) == 1 and 'TypeError' in capsys.readouterr().err
+
+
+class TestSession:
+    @three_ways
+    def test_options_of_a_refused_mail_leave_no_trace(self, way):
+        channel = make_channel(enable_SMTPUTF8=True)
+        way(channel, [b'EHLO x\r\n', b'MAIL FROM:<a@b> SMTPUTF8 SIZE=99999999\r\n'])
+        assert not channel.require_SMTPUTF8 and not channel.mail_options
+        way(channel, [b'MAIL FROM:<a@b> SMTPUTF8 X=Y\r\n',
+                      b'MAIL FROM:<a@b> BODY=7BIT SMTPUTF8=1\r\n'])
+        assert not channel.require_SMTPUTF8 and not channel.mail_options
+        assert way(channel, [b'MAIL FROM:<a@b>\r\n']) == ['S: 250 OK']
+        assert not channel.require_SMTPUTF8 and channel.mail_options == []
+
+    @three_ways
+    def test_options_of_a_refused_rcpt_leave_no_trace(self, way):
+        channel = make_channel()
+        way(channel, [b'EHLO x\r\n', *FROM_AND_TO, b'RCPT TO:<e@f> X=Y\r\n',
+                      b'DATA\r\n', b'x\r\n.\r\n'])
+        [(_, _, rcpttos, _, keywords)] = channel.smtp_server.messages
+        assert (rcpttos, keywords['rcpt_options']) == (['c@d'], [])
+
+    @three_ways
+    def test_options_end_with_the_transaction(self, way):
+        channel = make_channel(enable_SMTPUTF8=True)
+        for end in ([b'RSET\r\n'], [b'RCPT TO:<c@d>\r\n', b'DATA\r\n', b'x\r\n.\r\n']):
+            way(channel, [b'EHLO x\r\n', b'MAIL FROM:<a@b> SMTPUTF8\r\n', *end])
+            assert not channel.require_SMTPUTF8
+            way(channel, [*FROM_AND_TO, b'DATA\r\n', b'x\r\n.\r\n'])
+            assert channel.smtp_server.messages[-1][4]['mail_options'] == []
+
+    @three_ways
+    def test_what_comes_behind_quit_is_not_executed(self, way):
+        channel = make_channel()
+        forged = [TO_DATA, b'forged\r\n.\r\n', b'NOOP\r\n']
+        assert way(channel, [b'QUIT\r\n', *forged]) == ['S: 221 Bye']
+        assert channel.smtp_server.messages == [] and channel.conn.closed
+
+    def test_each_channel_has_its_own_command_size_limits(self):
+        extended, plain = make_channel(), make_channel()
+        feed(extended, b'EHLO x\r\n')
+        feed(plain, b'HELO x\r\n')
+        line = b'MAIL FROM:<' + b'a' * 510 + b'@b>\r\n'
+        assert feed(plain, line) == b'500 Error: line too long\r\n'
+        assert feed(extended, line) == b'250 OK\r\n'
+        assert not smtpd.SMTPChannel.command_size_limits
+
+    def test_limits_set_on_the_class_count(self):
+        class Channel(smtpd.SMTPChannel):
+            command_size_limit = 20
+
+        assert feed(make_channel(channel_class=Channel), b'NOOP\r\n' + b'x' * 21 + b'\r\n') == (
+            b'250 OK\r\n500 Error: line too long\r\n')
+        channel = make_channel()
+        channel.command_size_limits['XLONG'] = 1000
+        assert channel.max_command_size_limit == 1000
+
+    @three_ways
+    def test_the_limit_of_recipients(self, way):
+        channel = make_channel()
+        feed(channel, b'EHLO x\r\nMAIL FROM:<a@b>\r\n')
+        sent = way(channel, [b'RCPT TO:<r%d@x>\r\n' % n for n in range(1002)]
+                   + [b'DATA\r\n', b'x\r\n.\r\n'])
+        assert sent[:1000] == ['S: 250 OK'] * 1000
+        assert sent[1000:] == ['S: 452 Error: too many recipients'] * 2 + [
+            DATA[1], 'S: 250 OK']
+        assert channel.smtp_server.messages[0][2] == ['r%d@x' % n for n in range(1000)]
+
+    @three_ways
+    def test_the_limit_of_errors(self, way):
+        channel = make_channel()
+        sent = way(channel, [b'FOO\r\n'] * 99 + [b'NOOP\r\n'] + [b'FOO\r\n'] + [b'NOOP\r\n'] * 5)
+        error = 'S: 500 Error: command "FOO" not recognized'
+        assert sent == [error] * 99 + ['S: 250 OK', error, 'S: 421 Error: too many errors']
+        assert channel.conn.closed
+
+    def test_errors_are_counted_anew_after_each_message(self):
+        class Channel(smtpd.SMTPChannel):
+            error_limit = 3
+
+        channel = make_channel(channel_class=Channel)
+        feed(channel, b'HELO x\r\n')
+        for _ in range(5):
+            sent = feed(channel, b'FOO\r\nFOO\r\n', *FROM_AND_TO, b'DATA\r\nx\r\n.\r\n')
+            assert sent.endswith(READY + b'250 OK\r\n')
+        assert feed(channel, b'FOO\r\n' * 4).endswith(b'421 Error: too many errors\r\n')
+
+    @pytest.mark.parametrize('attribute, lines', [
+        ('error_limit', [b'FOO\r\n'] * 300),
+        ('recipient_limit', [TO_DATA[:-6]] + [b'RCPT TO:<c@d>\r\n'] * 2500)])
+    def test_none_turns_a_limit_off(self, attribute, lines):
+        channel = make_channel(channel_class=variant(smtpd.SMTPChannel, **{attribute: None}))
+        sent = feed(channel, b''.join(lines))
+        assert len(re.findall(rb'(?m)^...[ ]', sent)) == len(lines) + (lines[0][:4] == b'EHLO') * 2
+        assert b'421' not in sent and b'452' not in sent
+
+
+# ---------------------------------------------------------------------------
+# What existing programs do beyond the documentation
+# ---------------------------------------------------------------------------
+
+SESSION = (
+    EHLO + MESSAGE + ('C: RSET', 'S: 250 OK') + UNKNOWN_TABLE['an unknown verb']
+    + MESSAGE + ('C: QUIT', 'S: 221 Bye'))
+
+
+class TestExistingPrograms:
+    def test_the_banner_is_on_the_wire_before_init_returns(self):
+        connection = FakeConnection()
+        smtpd.SMTPChannel(StubServer(), connection, PEER, map={})
+        assert connection.sent == b'220 mx.example Python SMTP proxy version 0.3\r\n'
+
+    def test_the_banner_follows_version(self, monkeypatch):
+        monkeypatch.setattr(smtpd, '__version__', 'ESMTP ready')
+        connection = FakeConnection()
+        smtpd.SMTPChannel(StubServer(), connection, PEER, map={})
+        assert connection.sent == b'220 mx.example ESMTP ready\r\n'
+
+    def test_async_chat_init_may_be_run_again_behind_the_banner(self):
+        """As TLS code does."""
+        class Channel(smtpd.SMTPChannel):
+            def __init__(self, server, conn, addr, *args, **kwargs):
+                super().__init__(server, conn, addr, *args, **kwargs)
+                asynchat.async_chat.__init__(self, conn, self._map)
+
+        channel = make_channel(channel_class=Channel)
+        hold(channel, SESSION, line_by_line)
+        assert len(channel.smtp_server.messages) == 2
+
+    @three_ways
+    def test_an_overridden_push_sees_every_reply_one_call_a_line(self, way):
+        class Channel(smtpd.SMTPChannel):
+            def push(self, msg):
+                self.__dict__.setdefault('pushed', []).append(msg)
+                super().push(msg)
+
+        channel = make_channel(channel_class=Channel)
+        hold(channel, SESSION, way)
+        assert channel.pushed == ['220 mx.example Python SMTP proxy version 0.3'] + [
+            line[3:] for line in SESSION if line.startswith('S: ')]
+
+    def test_push_goes_through_the_class_async_chat(self, monkeypatch):
+        pushed = []
+        monkeypatch.setattr(asynchat.async_chat, 'push', lambda self, data: pushed.append(data))
+        channel = make_channel()
+        feed(channel, b'NOOP\r\n')
+        assert pushed == [b'220 mx.example Python SMTP proxy version 0.3\r\n', b'250 OK\r\n']
+
+    def test_after_ehlo_the_last_line_leaves_alone(self):
+        """CPython's suite and others look at the last send()."""
+        channel = make_channel()
+        feed(channel, b'EHLO x\r\n')
+        assert channel.conn.sends[-1] == b'250 HELP\r\n'
+
+    def test_replies_to_pipelined_commands_leave_together(self):
+        channel = make_channel()
+        assert feed(channel, b'NOOP\r\n' * 20) == b'250 OK\r\n' * 20
+        assert len(channel.conn.sends) <= 2
+
+    def test_replies_leave_before_the_handler_is_called(self):
+        """It may take its time."""
+        channel = make_channel()
+        sent = []
+
+        def process_message(*args, **kwargs):
+            sent.append(channel.conn.sent)
+
+        channel.smtp_server.process_message = process_message
+        feed(channel, TO_DATA + b'text\r\n.\r\nNOOP\r\n')
+        assert sent[0].endswith(READY)
+
+    def test_a_foreign_state_is_internal_confusion(self):
+        channel = make_channel()
+        channel.smtp_state = 'BAD STATE'
+        assert feed(channel, b'NOOP\r\n') == b'451 Internal confusion\r\n'
+        channel.smtp_state = channel.COMMAND
+        assert feed(channel, b'NOOP\r\n') == b'250 OK\r\n'
+
+    def test_a_server_may_be_a_mock(self, capsys):
+        server = unittest.mock.Mock()
+        channel = make_channel(server)
+        feed(channel, TO_DATA)
+        assert feed(channel, b'text\r\n.\r\n') == b'250 OK\r\n'  # a Mock is junk for a reply
+        assert server.process_message.call_args[0] == (PEER, 'a@b', ['c@d'], b'text')
+        assert capsys.readouterr().err != ''
+
+    def test_a_connection_may_be_a_mock(self):
+        connection = unittest.mock.Mock()
+        connection.fileno.return_value = 7
+        connection.recv.side_effect = [b'NOOP\r\n', b'QUIT\r\n']
+        connection.send.side_effect = len
+        channel = smtpd.SMTPChannel(StubServer(), connection, PEER, map={})
+        channel.handle_read()
+        channel.handle_read()
+        assert [call[0][0] for call in connection.send.call_args_list] == [
+            b'220 mx.example Python SMTP proxy version 0.3\r\n', b'250 OK\r\n', b'221 Bye\r\n']
+
+    @pytest.mark.parametrize('make', ['OwnInit', 'without_init'])
+    @three_ways
+    @both_modes
+    def test_methods_work_where_init_never_ran(self, decode_data, way, make):
+        channel = globals()[make](StubServer(), FakeConnection(), PEER, {}, decode_data)
+        hold(channel, [line for line in SESSION
+                       if not (decode_data and line == 'S: 250-8BITMIME')], way)
+        assert [message[1:4] for message in channel.smtp_server.messages] == 2 * [
+            ('sender@example', ['one@example'], in_mode(b'Subject: x\n\ntext', decode_data))]
+
+    def test_two_channels_without_init_share_nothing(self):
+        one, other = (without_init(StubServer(), FakeConnection(), PEER, {}) for _ in range(2))
+        feed(one, b'EHLO x\r\nMAIL FROM:<a@b> SIZE=1\r\nRCPT TO:<c@d>\r\n')
+        assert feed(other, b'MAIL FROM:<a@b>\r\n') == b'503 Error: send HELO first\r\n'
+        assert (other.mailfrom, list(other.rcpttos)) == (None, [])
+
+    @three_ways
+    @both_modes
+    def test_an_auth_dialogue_in_found_terminator(self, way, decode_data):
+        channel = make_channel(channel_class=AuthChannel, decode_data=decode_data)
+        hold(channel, (
+            'C: EHLO client.example', 'S: 250-mx.example', 'S: 250-AUTH LOGIN', 'S: 250 HELP',
+            'C: MAIL FROM:<a@b>', 'S: 530 Authentication required',
+            'C: AUTH LOGIN', 'S: 334 VXNlcm5hbWU6', 'C: dXNlcg==', 'S: 334 UGFzc3dvcmQ6',
+            'C: cGFzcw==', 'S: 235 Authentication successful',
+            *MESSAGE, 'C: QUIT', 'S: 221 Bye'), way)
+        assert channel.credentials == ['dXNlcg==', 'cGFzcw==']
+        assert len(channel.smtp_server.messages) == 1
+
+    @three_ways
+    @both_modes
+    @pytest.mark.parametrize('sent, handed_on', BODIES.values(), ids=BODIES.keys())
+    def test_a_found_terminator_that_does_all_itself(self, sent, handed_on, way, decode_data):
+        """It removes dots and CRs itself, so it must find the data as on the wire."""
+        if not sent:
+            pytest.skip('what such a program sees of an empty message is its own')
+        channel = make_channel(channel_class=SelfMadeChannel, decode_data=decode_data)
+        way(channel, TO_DATA.splitlines(keepends=True))
+        assert way(channel, sent.splitlines(keepends=True) + [b'.\r\n', b'NOOP\r\n']) == [
+            'S: 250 OK', 'S: 250 OK']
+        assert [message[3] for message in channel.smtp_server.messages] == [
+            in_mode(handed_on, decode_data)]
+
+    @three_ways
+    def test_the_hooks_see_what_asynchat_would_give_them(self, way):
+        class Channel(smtpd.SMTPChannel):
+            def collect_incoming_data(self, data):
+                self.__dict__.setdefault('seen', []).append(data)
+                super().collect_incoming_data(data)
+
+            def found_terminator(self):
+                self.seen.append(None)
+                super().found_terminator()
+
+        channel = make_channel(channel_class=Channel)
+        way(channel, TO_DATA.splitlines(keepends=True)
+            + [b'a\r\n', b'..b\n.c\r\n', b'.\r\n', b'NOOP\r\n'])
+        ends = [list(group) for is_end, group in itertools.groupby(
+            channel.seen, lambda piece: piece is None) if not is_end]
+        assert [b''.join(pieces) for pieces in ends] == [
+            *TO_DATA.split(b'\r\n')[:-1], b'a\r\n..b\n.c', b'NOOP']
+        assert channel.seen.count(None) == 6
+        assert b'' not in channel.seen
+
+    def test_a_terminator_may_be_a_number(self):
+        """As a BDAT of one's own has it."""
+        class Channel(smtpd.SMTPChannel):
+            chunk = None
+
+            def smtp_BDAT(self, arg):
+                self.set_terminator(int(arg))
+                self.chunk = b''
+
+            def found_terminator(self):
+                if self.chunk is None:
+                    super().found_terminator()
+                else:
+                    self.chunks = self._emptystring.join(self.received_lines)
+                    self.received_lines = []
+                    self.num_bytes = 0
+                    self.chunk = None
+                    self.set_terminator(b'\r\n')
+                    self.push('250 %d octets' % len(self.chunks))
+
+        wire = b'BDAT 9\r\nline\r\n123NOOP\r\n'
+        for size in (1, 5, len(wire)):
+            channel = make_channel(channel_class=Channel)
+            assert feed(channel, *in_pieces(wire, size)) == b'250 9 octets\r\n250 OK\r\n'
+            assert channel.chunks == b'line\r\n123'
+
+    def test_a_terminator_may_be_text_as_in_python_2(self):
+        class Channel(smtpd.SMTPChannel):
+            def smtp_XTEXT(self, arg):
+                self.push('250 OK')
+                self.set_terminator('\r\n')
+
+        hold(make_channel(channel_class=Channel), ('C: XTEXT', 'S: 250 OK') + SESSION, all_at_once)
+
+    def test_a_command_may_throw_the_rest_of_the_input_away(self):
+        """STARTTLS has to (CVE-2024-34083)."""
+        class Channel(smtpd.SMTPChannel):
+            def smtp_STARTTLS(self, arg):
+                self.rest = self.ac_in_buffer
+                self.ac_in_buffer = b''
+                self.push('220 go ahead')
+
+        for base in (Channel, type('Hooked', (Channel, HookedChannel), {})):
+            channel = make_channel(channel_class=base)
+            assert feed(channel, b'NOOP\r\nSTARTTLS\r\nRSET\r\nNOO', b'NOOP\r\n') == (
+                b'250 OK\r\n220 go ahead\r\n250 OK\r\n')
+            assert channel.rest == b'RSET\r\nNOO'
+
+    def test_the_size_of_a_read_is_asynchats(self, monkeypatch):
+        sizes = []
+        monkeypatch.setattr(asynchat.async_chat, 'ac_in_buffer_size', 5)
+        channel = make_channel()
+        receive = channel.conn.recv
+        channel.conn.recv = lambda size, *flags: sizes.append(size) or receive(size)
+        feed(channel, b'NOOP\r\nNOOP\r\n')
+        assert set(sizes) == {5}
+
+    @pytest.mark.parametrize('old, new', [
+        ('server', 'smtp_server'), ('line', 'received_lines'), ('state', 'smtp_state'),
+        ('greeting', 'seen_greeting'), ('mailfrom', 'mailfrom'), ('rcpttos', 'rcpttos'),
+        ('data', 'received_data'), ('fqdn', 'fqdn'), ('peer', 'peer'), ('conn', 'conn'),
+        ('addr', 'addr')])
+    def test_the_old_private_names_warn_and_go_through(self, old, new):
+        channel, value = make_channel(), object()
+        text = '__%s attribute .*%r' % (old, new)
+        with pytest.warns(DeprecationWarning, match='Setting ' + text) as setting:
+            setattr(channel, '_SMTPChannel__' + old, value)
+        assert getattr(channel, new) is value
+        with pytest.warns(DeprecationWarning, match='Access to ' + text) as access:
+            assert getattr(channel, '_SMTPChannel__' + old) is value
+        assert {warning.filename for warning in [*setting, *access]} == {__file__}
+
+    def test_debugstream_may_be_replaced_at_run_time(self, monkeypatch):
+        channel = make_channel()
+        monkeypatch.setattr(smtpd, 'DEBUGSTREAM', io.StringIO())
+        feed(channel, b'EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nFOO\r\n')
+        text = smtpd.DEBUGSTREAM.getvalue()
+        monkeypatch.setattr(smtpd, 'DEBUGSTREAM', smtpd.Devnull())
+        assert feed(channel, b'NOOP\r\n') == b'250 OK\r\n'
+        assert text.splitlines() == [
+            "Data: b'EHLO x'", "Data: b'MAIL FROM:<a@b>'", '===> MAIL FROM:<a@b>', 'sender: a@b',
+            "Data: b'RCPT TO:<c@d>'", '===> RCPT TO:<c@d>', "recips: ['c@d']", "Data: b'FOO'"]
+
+    def test_debugstream_needs_no_more_than_write(self, monkeypatch):
+        class Stream:
+            text = ''
+
+            def write(self, text):
+                self.text += text
+
+        monkeypatch.setattr(smtpd, 'DEBUGSTREAM', Stream())
+        feed(make_channel(), TO_DATA + b'Subject: x\r\n.\r\n')
+        assert 'Subject: x' in smtpd.DEBUGSTREAM.text and repr(PEER) in smtpd.DEBUGSTREAM.text
+
+    def test_no_debug_text_is_built_when_nobody_listens(self):
+        class Recipients(list):
+            def __repr__(self):
+                raise AssertionError('built for nobody')
+
+        channel = make_channel()
+        feed(channel, b'EHLO x\r\nMAIL FROM:<a@b>\r\n')
+        channel.rcpttos = Recipients()
+        assert feed(channel, b'RCPT TO:<c@d>\r\n') == b'250 OK\r\n'
+
+    def test_nothing_is_probed_on_the_channel_but_commands(self):
+        """One program answers any missing attribute by closing the session."""
+        probed = []
+
+        class Channel(smtpd.SMTPChannel):
+            def __getattr__(self, name):
+                probed.append(name)
+                raise AttributeError(name)
+
+        channel = make_channel(channel_class=Channel)
+        hold(channel, SESSION, line_by_line)
+        assert set(probed) == {'smtp_FOO'}
+
+    def test_new_commands_by_new_methods(self):
+        class Channel(smtpd.SMTPChannel):
+            def smtp_XFOO(self, arg):
+                self.push('250 foo %r' % (arg,))
+
+        hold(make_channel(channel_class=Channel), (
+            'C: XFOO', 'S: 250 foo None', 'C: xfoo a  b ', "S: 250 foo 'a  b'"), line_by_line)
+
+    def test_a_listen_of_ones_own(self):
+        backlogs = []
+
+        class Server(smtpd.SMTPServer):
+            def listen(self, num):
+                backlogs.append(num)
+                return super().listen(3)
+
+        Server(('127.0.0.1', 0), None, map={}).close()
+        assert backlogs == [1024]
+
+    def test_arguments_of_the_server_are_found_under_their_old_names(self):
+        sockets = {}
+        server = smtpd.SMTPServer(('127.0.0.1', 0), ('upstream', 25), map=sockets,
+                                  decode_data=True)
+        with contextlib.closing(server):
+            assert server._localaddr == ('127.0.0.1', 0)
+            assert server._remoteaddr == ('upstream', 25)
+            assert server._decode_data is True and server._map is sockets
+            assert list(sockets.values()) == [server]
+
+
+class OwnInit(smtpd.SMTPChannel):
+    """Sets all that the old module's instances had, and never calls the base's __init__."""
+
+    def __init__(self, server, conn, addr, map=None, decode_data=False):
+        asynchat.async_chat.__init__(self, conn, map)
+        self.smtp_server = server
+        self.conn = conn
+        self.addr = self.peer = addr
+        self.data_size_limit = smtpd.DATA_SIZE_DEFAULT
+        self.enable_SMTPUTF8 = False
+        self._decode_data = decode_data
+        self._emptystring, self._linesep, self._dotsep, self._newline = (
+            ('', '\r\n', '.', '\n') if decode_data else (b'', b'\r\n', ord('.'), b'\n'))
+        self.received_lines = []
+        self.smtp_state = self.COMMAND
+        self.mailfrom = None
+        self.rcpttos = []
+        self.received_data = ''
+        self.num_bytes = 0
+        self.require_SMTPUTF8 = False
+        self.seen_greeting = ''
+        self.extended_smtp = False
+        self.command_size_limits.clear()
+        self.fqdn = FQDN
+        self.set_terminator(b'\r\n')
+
+
+def without_init(server, conn, addr, map=None, decode_data=False):
+    """Nothing is set but what a program of its own has to say."""
+    channel = smtpd.SMTPChannel.__new__(smtpd.SMTPChannel)
+    asynchat.async_chat.__init__(channel, conn, map)
+    channel.smtp_server, channel.conn, channel.peer, channel.fqdn = server, conn, addr, FQDN
+    channel._decode_data = decode_data
+    channel.set_terminator(b'\r\n')
+    return channel
+
+
+class AuthChannel(smtpd.SMTPChannel):
+    """AUTH LOGIN, as programs did it: the answers are caught in found_terminator."""
+
+    questions = ()
+    authenticated = False
+
+    def smtp_EHLO(self, arg):
+        self.seen_greeting = arg
+        self.extended_smtp = True
+        self.push('250-' + self.fqdn)
+        self.push('250-AUTH LOGIN')
+        self.push('250 HELP')
+
+    def smtp_AUTH(self, arg):
+        self.credentials = []
+        self.questions = ['334 VXNlcm5hbWU6', '334 UGFzc3dvcmQ6', '235 Authentication successful']
+        self.push(self.questions.pop(0))
+
+    def smtp_MAIL(self, arg):
+        if self.authenticated:
+            super().smtp_MAIL(arg)
+        else:
+            self.push('530 Authentication required')
+
+    def found_terminator(self):
+        if not self.questions:
+            super().found_terminator()
+            return
+        answer = self._emptystring.join(self.received_lines)
+        self.received_lines = []
+        self.num_bytes = 0
+        self.credentials.append(answer if self._decode_data else answer.decode())
+        self.push(self.questions.pop(0))
+        self.authenticated = not self.questions
+
+
+class SelfMadeChannel(smtpd.SMTPChannel):
+    """Copied its found_terminator from somewhere: all of it is its own."""
+
+    def found_terminator(self):
+        whole = self._emptystring.join(self.received_lines)
+        self.received_lines = []
+        self.num_bytes = 0
+        if self.smtp_state == self.COMMAND:
+            verb, _, argument = (whole if self._decode_data else whole.decode()).partition(' ')
+            getattr(self, 'smtp_' + verb.upper())(argument or None)
+            return
+        undotted = [line[1:] if line and line[0] == self._dotsep else line
+                    for line in whole.split(self._linesep)]
+        self.received_data = self._newline.join(undotted)
+        status = self.smtp_server.process_message(
+            self.peer, self.mailfrom, self.rcpttos, self.received_data)
+        self._set_post_data_state()
+        self.push(status or '250 OK')
+
+
+# ---------------------------------------------------------------------------
+# A real socket with raw octets
+# ---------------------------------------------------------------------------
+
+in_map_and_hub = pytest.mark.parametrize('hub', [False, True], ids=['in the map', 'in the hub'])
+
+BANNER = b'220 mx.example Python SMTP proxy version 0.3\r\n'
+TRANSACTION = b'MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n'
+ONE_MESSAGE = b'HELO x\r\n' + TRANSACTION + b'text\r\n.\r\n'
+ANSWERED_TO_DATA = b'250 mx.example\r\n' + 2 * b'250 OK\r\n' + READY
+ANSWERED = ANSWERED_TO_DATA + b'250 OK\r\n'
+TRANSACTION_ANSWERED = 2 * b'250 OK\r\n' + READY + b'250 OK\r\n'
+TIMED_OUT = b'421 Error: timeout exceeded\r\n'
+
+
+@contextlib.contextmanager
+def greeted(server):
+    with RawClient(server) as client:
+        assert client.reply() == BANNER
+        yield client
+
+
+def read_replies(client, count):
+    return b''.join(client.reply() for _ in range(count))
+
+
+def shut(client):
+    """Half-close: nothing more is sent."""
+    client.socket.shutdown(socket.SHUT_WR)
+
+
+def reset(client):
+    """Close with a RST instead of a FIN."""
+    client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+    client.close()
+
+
+def is_served(server, times=3):
+    """Each answer takes at least one turn of the loop that began after what came before."""
+    with greeted(server) as client:
+        return (all(client.say(b'NOOP') == b'250 OK\r\n' for _ in range(times))
+                and client.say(b'QUIT') == b'221 Bye\r\n' and client.rest() == b'')
+
+
+@contextlib.contextmanager
+def turning(server_class=RecordingServer, **kwargs):
+    """A server whose loop the test itself turns: yields it and turn(until)."""
+    sockets = kwargs.setdefault('map', {})
+    if sockets is None:
+        sockets = asyncore.socket_map
+    server = server_class(('127.0.0.1', 0), None, **kwargs)
+
+    def turn(until=lambda: False, at_most=400):
+        for _ in range(at_most):
+            if until():
+                return True
+            asyncore.loop(timeout=0.05, map=sockets, count=1)
+        return until()
+
+    try:
+        yield server, turn
+    finally:
+        asyncore.close_all(sockets)
+
+
+@contextlib.contextmanager
+def looping(server_class=RecordingServer):
+    """A server in a loop that ends when nothing is left in its map: yields it and the thread."""
+    sockets = {}
+    server = server_class(('127.0.0.1', 0), None, map=sockets)
+    thread = threading.Thread(target=asyncore.loop, kwargs={'map': sockets})
+    thread.start()
+    try:
+        yield server, thread
+        assert sockets == {}
+    finally:
+        server.close()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def has_input(client):
+    return bool(select.select([client.socket], [], [], 0)[0])
+
+
+def small_buffers(server, size=20_000):
+    """A client between which and the server little fits."""
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # channels inherit them
+        server.socket.setsockopt(socket.SOL_SOCKET, option, size)
+    client = RawClient(server)
+    client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+    return client
+
+
+def count_lines(client, turn):
+    """Read all while the loop turns; how many lines it was."""
+    lines, chunk = 0, b'-'
+    while chunk:
+        assert turn(until=lambda: has_input(client))
+        chunk = client.socket.recv(1 << 20)
+        lines += chunk.count(b'\n')
+    return lines
+
+
+class Exploding(smtpd.SMTPChannel):
+    explosions = 1
+
+    def __init__(self, server, *args, **kwargs):
+        super().__init__(server, *args, **kwargs)
+        if Exploding.explosions:
+            Exploding.explosions -= 1
+            raise RuntimeError('in __init__')
+
+
+class Listener:
+    """A listening socket whose accept() raises."""
+
+    def __init__(self, real, error):
+        self.real, self.error, self.attempts = real, error, 0
+
+    def accept(self):
+        self.attempts += 1
+        raise OSError(self.error, os.strerror(self.error))
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+
+class TestSocket:
+    @pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])
+    @in_map_and_hub
+    @both_modes
+    def test_a_session(self, decode_data, hub, use_poll):
+        with serving(variant(channels_in_hub=hub), use_poll=use_poll,
+                     decode_data=decode_data) as server, greeted(server) as client:
+            host, port = client.socket.getsockname()
+            client.send(ONE_MESSAGE)
+            assert read_replies(client, 5) == ANSWERED
+            assert client.say(b'QUIT') == b'221 Bye\r\n'
+            assert client.rest() == b''
+            assert [message[:4] for message in server.messages] == [
+                ((host, port), 'a@b', ['c@d'], in_mode(b'text', decode_data))]
+
+    @in_map_and_hub
+    def test_many_sessions_at_once(self, hub):
+        with serving(variant(channels_in_hub=hub)) as server, contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(greeted(server)) for _ in range(20)]
+            for line, reply in zip([b'HELO x\r\n', *FROM_AND_TO], ANSWERED.splitlines(True)):
+                for client in clients:
+                    client.send(line)
+                for client in clients:
+                    assert client.reply() == reply
+            for number, client in enumerate(clients):
+                assert client.say(b'DATA') == READY
+                assert client.say(b'%d\r\n.' % number) == b'250 OK\r\n'
+            assert [message[3] for message in server.messages] == [b'%d' % n for n in range(20)]
+
+    def test_the_hub_is_one_object_in_the_map(self):
+        for hub, size in [(False, 6), (True, 2)]:
+            with serving(variant(channels_in_hub=hub)) as server, contextlib.ExitStack() as stack:
+                for _ in range(5):
+                    stack.enter_context(greeted(server))
+                assert len(server._map) == size
+
+    @pytest.mark.parametrize('name, value', [
+        ('readable', lambda self: smtpd.SMTPChannel.readable(self)),
+        ('handle_read_event', lambda self: smtpd.SMTPChannel.handle_read_event(self))])
+    def test_a_channel_that_asyncore_has_to_ask_stays_outside_of_the_hub(self, name, value):
+        with serving(variant(channels_in_hub=True, channel={name: value})) as server:
+            with greeted(server) as one, greeted(server) as other:
+                assert one.say(b'NOOP') == other.say(b'NOOP') == b'250 OK\r\n'
+                assert len(server._map) == 3
+
+    @in_map_and_hub
+    @pytest.mark.parametrize('host', ['', None])
+    def test_no_host_is_all_interfaces(self, host, hub):
+        with serving(variant(channels_in_hub=hub), localaddr=(host, 0)) as server:
+            port = server.socket.getsockname()[1]
+            with RawClient(('127.0.0.1', port)) as client:
+                assert client.reply() == BANNER
+
+    @in_map_and_hub
+    def test_ipv6(self, hub):
+        with serving(variant(channels_in_hub=hub), localaddr=('::1', 0)) as server:
+            with greeted(server) as client:
+                client.send(ONE_MESSAGE + b'QUIT\r\n')
+                assert client.rest() == ANSWERED + b'221 Bye\r\n'
+            assert server.messages[0][0][0] == '::1'
+
+    @in_map_and_hub
+    @both_modes
+    def test_a_message_of_many_reads(self, decode_data, hub):
+        body = b'.' + b'0123456789' * 7 + b'\r\n'
+        with serving(variant(channels_in_hub=hub), decode_data=decode_data) as server:
+            with greeted(server) as client:
+                client.send(ONE_MESSAGE[:-9] + (b'.' + body) * 60_000 + b'.\r\nQUIT\r\n')
+                assert client.rest() == ANSWERED + b'221 Bye\r\n'
+            assert server.messages[0][3] == in_mode((body[:-2] + b'\n') * 60_000, decode_data)[:-1]
+
+    @in_map_and_hub
+    def test_pipelined_commands_of_many_reads(self, hub):
+        with serving(variant(channels_in_hub=hub)) as server, greeted(server) as client:
+            client.send(b'NOOP\r\n' * 30_000 + b'QUIT\r\n')
+            assert client.rest() == b'250 OK\r\n' * 30_000 + b'221 Bye\r\n'
+
+
+class TestEndOfSession:
+    @in_map_and_hub
+    @pytest.mark.parametrize('threads', [0, 2], ids='{} threads'.format)
+    @pytest.mark.parametrize('sent, answered, messages', [
+        (b'', b'', 0),
+        (b'NOOP\r\nNO', b'250 OK\r\n', 0),
+        (ONE_MESSAGE, ANSWERED, 1),
+        (ONE_MESSAGE + b'QUIT\r\n', ANSWERED + b'221 Bye\r\n', 1),
+        (2 * ONE_MESSAGE,
+         ANSWERED + b'503 Duplicate HELO/EHLO\r\n' + TRANSACTION_ANSWERED, 2),
+        (ONE_MESSAGE[:-1], ANSWERED_TO_DATA, 0),
+        (ONE_MESSAGE[:-5], ANSWERED_TO_DATA, 0),
+    ], ids=['nothing', 'half a command', 'a message', 'a message and QUIT', 'two messages',
+            'a message without its last octet', 'a message without its last dot'])
+    def test_after_half_close_what_was_received_is_answered(
+            self, sent, answered, messages, threads, hub, capsys):
+        """As `nc < file` needs it."""
+        server_class = variant(channels_in_hub=hub, process_message_threads=threads)
+        with serving(server_class) as server:
+            with RawClient(server) as client:
+                client.send(sent)
+                shut(client)
+                assert client.rest() == BANNER + answered
+            assert len(server.messages) == messages
+            assert is_served(server)
+        assert capsys.readouterr() == ('', '')
+
+    @in_map_and_hub
+    def test_replies_that_wait_at_half_close_are_sent(self, hub):
+        with turning(variant(channels_in_hub=hub)) as (server, turn):
+            with small_buffers(server) as client:
+                client.send(b'HELP\r\n' * 2000)
+                shut(client)
+                turn(at_most=20)
+                assert count_lines(client, turn) == 2001
+
+    @in_map_and_hub
+    @pytest.mark.parametrize('threads', [0, 2], ids='{} threads'.format)
+    @pytest.mark.parametrize('sent, read, messages', [
+        (b'', 0, 0), (b'', 1, 0), (b'HELO x', 1, 0), (b'HELO x\r\n', 2, 0),
+        (ONE_MESSAGE[:25], 3, 0), (ONE_MESSAGE[:-9], 5, 0), (ONE_MESSAGE[:-6], 5, 0),
+        (ONE_MESSAGE[:-1], 5, 0), (ONE_MESSAGE, 6, 1), (ONE_MESSAGE + b'QUIT\r\n', 7, 1),
+    ], ids=['before the banner', 'after the banner', 'in a command', 'after HELO', 'after MAIL',
+            'after DATA', 'in data', 'in the final dot', 'after the message', 'after QUIT'])
+    def test_after_a_reset_nothing_is_half_delivered(
+            self, sent, read, messages, threads, hub, capsys):
+        server_class = variant(channels_in_hub=hub, process_message_threads=threads)
+        with serving(server_class) as server:
+            client = RawClient(server)
+            client.send(sent)
+            for _ in range(read):
+                client.reply()
+            reset(client)
+            assert is_served(server)
+            assert len(server.messages) == messages
+            assert [type(each) for each in server._map.values()].count(server.channel_class) == 0
+        assert capsys.readouterr() == ('', '')
+
+    @in_map_and_hub
+    def test_a_reset_with_replies_unread(self, hub, capsys):
+        with serving(variant(channels_in_hub=hub)) as server:
+            client = RawClient(server)
+            client.send(ONE_MESSAGE[:-3] + b'HELP\r\n' * 10_000)
+            reset(client)
+            assert is_served(server) and server.messages == []
+        assert capsys.readouterr() == ('', '')
+
+    @in_map_and_hub
+    def test_idle_sessions_end_with_421(self, hub):
+        server_class = variant(channels_in_hub=hub, channel={'idle_timeout_seconds': 0.2})
+        with serving(server_class) as server:
+            with greeted(server) as in_command, greeted(server) as in_data:
+                in_data.send(ONE_MESSAGE[:-6])
+                assert in_command.rest() == TIMED_OUT
+                assert in_data.rest() == ANSWERED_TO_DATA + TIMED_OUT
+            assert server.messages == []
+
+    @in_map_and_hub
+    @pytest.mark.parametrize('limit, seconds, is_closed', [
+        (300, 290, False), (300, 310, True), (None, 1e6, False), (70, 60, False), (70, 80, True)])
+    def test_the_limit_of_idle_time(self, limit, seconds, is_closed, hub, monkeypatch):
+        ahead = [0]
+        monotonic = time.monotonic
+        monkeypatch.setattr(time, 'monotonic', lambda: monotonic() + ahead[0])
+        server_class = variant(channels_in_hub=hub, channel={'idle_timeout_seconds': limit})
+        with turning(server_class) as (server, turn), RawClient(server) as client:
+            assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
+            turn(at_most=3)
+            ahead[0] = seconds
+            assert turn(until=lambda: has_input(client), at_most=10) is is_closed
+            if not is_closed:
+                client.send(b'NOOP\r\n')
+                assert turn(until=lambda: has_input(client)) and client.reply() == b'250 OK\r\n'
+                ahead[0] += seconds  # counted anew after each sign of life
+                assert not turn(until=lambda: has_input(client), at_most=10)
+
+    @in_map_and_hub
+    def test_idle_sessions_end_after_the_server_is_closed_too(self, hub):
+        server_class = variant(channels_in_hub=hub, channel={'idle_timeout_seconds': 0.2})
+        with turning(server_class) as (server, turn), RawClient(server) as client:
+            assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
+            server.close()
+            assert turn(until=lambda: has_input(client), at_most=100)
+            assert client.rest() == TIMED_OUT
+
+    @in_map_and_hub
+    @pytest.mark.parametrize('attribute, sent, last', [
+        ('error_limit', b'FOO\r\n' * 9, b'421 Error: too many errors\r\n'),
+        ('recipient_limit', ONE_MESSAGE[:25] + b'RCPT TO:<e@f>\r\n' * 4 + b'QUIT\r\n',
+         b'452 Error: too many recipients\r\n221 Bye\r\n')])
+    def test_other_limits(self, attribute, sent, last, hub):
+        with serving(variant(channels_in_hub=hub, channel={attribute: 3})) as server:
+            with greeted(server) as client:
+                client.send(sent)
+                text = client.rest()
+            assert text.endswith(last) and len(text.splitlines()) == len(last.splitlines()) + (
+                3 if attribute == 'error_limit' else 5)
+
+
+class TestServerStaysUp:
+    @in_map_and_hub
+    def test_a_client_that_does_not_read_is_not_read_from(self, hub):
+        """It sends until the network is full, not until our memory is."""
+        with turning(variant(channels_in_hub=hub)) as (server, turn), \
+                small_buffers(server) as client:
+            client.socket.setblocking(False)
+            block, sent, blocked = b'HELP\r\n' * 4000, 0, 0
+            while blocked < 5 and sent < 50_000_000:
+                try:
+                    sent += client.socket.send(block[sent % len(block):])
+                    blocked = 0
+                except BlockingIOError:
+                    blocked += 1
+                turn(at_most=2)
+            assert sent < 50_000_000
+            [channel] = [each for each in gc.get_objects() if isinstance(each, smtpd.SMTPChannel)
+                         and each.smtp_server is server]
+            assert sum(map(len, channel.producer_fifo)) < 200_000
+            shut(client)
+            assert count_lines(client, turn) == 1 + sent // 6  # none is lost
+
+    @in_map_and_hub
+    def test_an_out_of_band_byte_does_not_keep_the_loop_busy(self, hub):
+        with turning(variant(channels_in_hub=hub)) as (server, turn), RawClient(server) as client:
+            assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
+            client.socket.send(b'!', socket.MSG_OOB)
+            turn(at_most=4)
+            descriptors = list(server._map)
+            writing = [number for number in descriptors if server._map[number].writable()]
+            assert select.select(descriptors, writing, descriptors, 0) == ([], [], [])
+            client.send(b'NOOP\r\n')
+            assert turn(until=lambda: has_input(client)) and client.reply() == b'250 OK\r\n'
+
+    @in_map_and_hub
+    def test_a_burst_of_connects_while_a_handler_is_busy(self, hub):
+        class Server(variant(channels_in_hub=hub)):
+            go = threading.Event()
+            go.clear()
+
+            def process_message(self, *args, **kwargs):
+                super().process_message(*args, **kwargs)
+                self.go.wait(20)
+
+        with serving(Server) as server, contextlib.ExitStack() as stack:
+            busy = stack.enter_context(greeted(server))
+            busy.send(ONE_MESSAGE)
+            assert server.arrived.wait(20)
+            clients = [stack.enter_context(RawClient(server)) for _ in range(200)]
+            server.go.set()
+            assert [client.reply() for client in clients] == 200 * [BANNER]
+
+    @in_map_and_hub
+    def test_several_connections_are_accepted_at_a_wake_up_but_not_without_end(self, hub):
+        class Server(variant(channels_in_hub=hub, accepts_per_event=3)):
+            accepted = 0
+
+            def handle_accepted(self, conn, addr):
+                self.accepted += 1
+                super().handle_accepted(conn, addr)
+
+        with turning(Server) as (server, turn), contextlib.ExitStack() as stack:
+            for _ in range(5):
+                stack.enter_context(RawClient(server))
+            turn(at_most=1)
+            assert server.accepted == 3
+            assert turn(until=lambda: server.accepted == 5)
+
+    @pytest.mark.parametrize('number', [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM],
+                             ids=errno.errorcode.get)
+    def test_the_listener_outlives_a_lack_of_resources(self, number, capsys):
+        """It pauses, and serves again."""
+        with turning() as (server, turn), RawClient(server) as client:
+            real = server.socket
+            server.socket = Listener(real, number)
+            turn(at_most=5)
+            assert server.socket.attempts == 1 and not server.readable()
+            server.socket = real
+            assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
+
+    def test_the_listener_outlives_a_lack_of_threads_too(self, monkeypatch, capsys):
+        def start(self):
+            raise RuntimeError("can't start new thread")
+
+        with turning() as (server, turn), RawClient(server) as client:
+            real = server.socket
+            server.socket = Listener(real, errno.ENOMEM)
+            with monkeypatch.context() as without_threads:
+                without_threads.setattr(threading.Thread, 'start', start)
+                turn(at_most=5)
+            server.socket = real
+            assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
+
+    @pytest.mark.parametrize('number', [
+        errno.ECONNABORTED, errno.EAGAIN, errno.EPROTO, errno.EPERM, errno.ENETDOWN,
+        errno.EHOSTUNREACH], ids=errno.errorcode.get)
+    def test_the_listener_outlives_other_errors(self, number, capsys):
+        with turning() as (server, turn), RawClient(server) as client:
+            real = server.socket
+            server.socket = Listener(real, number)
+            turn(at_most=2)
+            server.socket = real
+            assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
+
+    @in_map_and_hub
+    def test_a_channel_that_fails_in_init_closes_its_connection_alone(
+            self, hub, capsys, monkeypatch):
+        monkeypatch.setattr(Exploding, 'explosions', 1)
+        with serving(variant(channels_in_hub=hub, channel_class=Exploding)) as server:
+            with RawClient(server) as unlucky:
+                assert unlucky.rest() in (b'', BANNER)
+            assert is_served(server)
+            assert len(server._map) <= 2
+        assert 'RuntimeError: in __init__' in capsys.readouterr().err
+
+    @pytest.mark.parametrize('name', [
+        'mx.ex\xe4mple', '\udcff', UnicodeDecodeError('utf-8', b'\xff', 0, 1, 'bad'),
+        OSError('no')], ids=['not ASCII', 'not Unicode', 'cannot be decoded', 'cannot be found'])
+    def test_whatever_getfqdn_says_the_banner_goes_out(self, name, monkeypatch):
+        def getfqdn(host=''):
+            if isinstance(name, Exception):
+                raise name
+            return name
+
+        monkeypatch.setattr(socket, 'getfqdn', getfqdn)
+        with serving() as server, RawClient(server) as client:
+            assert re.fullmatch(rb'220 [!-~]+ Python SMTP proxy version 0.3\r\n', client.reply())
+            assert re.fullmatch(rb'250 [!-~]+\r\n', client.say(b'HELO x'))
+
+    def test_getfqdn_is_asked_once_a_server(self, monkeypatch):
+        """It can take seconds."""
+        asked = []
+        monkeypatch.setattr(socket, 'getfqdn', lambda name='': asked.append(name) or FQDN)
+        with serving() as server:
+            for _ in range(3):
+                assert is_served(server)
+        assert len(asked) == 1
+
+    @pytest.mark.parametrize('number', [errno.ENOTCONN, errno.EINVAL, errno.ECONNRESET],
+                             ids=errno.errorcode.get)
+    def test_a_client_that_is_gone_before_it_is_greeted(self, number, capsys):
+        class Gone(FakeConnection):
+            def getpeername(self):
+                raise OSError(number, os.strerror(number))
+
+        with turning() as (server, turn):
+            gone = Gone()
+            pairs = [(gone, PEER)]
+            server.accept = lambda: pairs.pop() if pairs else None
+            server.handle_read_event()
+            assert gone.closed
+            assert list(server._map.values()) == [server]
+            del server.accept
+            with RawClient(server) as client:
+                assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
+
+    @pytest.mark.parametrize('threads', [0, 2], ids='{} threads'.format)
+    def test_close_from_another_thread_ends_the_loop(self, threads):
+        """Even one that sits in select() for 30 seconds."""
+        waits = threading.Event()
+
+        def readable(self):
+            waits.set()  # this thread keeps the GIL until it is in select()
+            return smtpd.SMTPServer.readable(self)
+
+        server_class = variant(process_message_threads=threads, readable=readable)
+        with looping(server_class) as (server, thread):
+            assert waits.wait(20)
+            server.close()
+            thread.join(10)
+            assert not thread.is_alive()
+
+    @in_map_and_hub
+    @pytest.mark.parametrize('threads', [0, 2], ids='{} threads'.format)
+    def test_nothing_else_stays_in_the_map(self, threads, hub):
+        """`while asyncore.socket_map:` ends when the last server and channel are closed."""
+        server_class = variant(channels_in_hub=hub, process_message_threads=threads)
+        with looping(server_class) as (server, thread):
+            with greeted(server) as client:
+                client.send(ONE_MESSAGE)
+                assert read_replies(client, 5) == ANSWERED
+                assert is_served(server)
+                assert len(server._map) == 2
+                server.close()
+                assert client.say(b'NOOP') == b'250 OK\r\n'
+                assert client.say(b'QUIT') == b'221 Bye\r\n'
+            thread.join(10)
+            assert not thread.is_alive()
+
+    @in_map_and_hub
+    def test_close_all_closes_the_sessions_too(self, hub):
+        with turning(variant(channels_in_hub=hub)) as (server, turn), RawClient(server) as client:
+            assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
+            asyncore.close_all(server._map)
+            assert server._map == {} and client.rest() == b''
+
+    @pytest.mark.parametrize('attribute', [
+        {}, {'channels_in_hub': True}, {'process_message_threads': 2}],
+        ids=['plain', 'hub', 'threads'])
+    def test_a_server_that_nobody_holds_lives_on_in_the_map(self, attribute):
+        sockets = {}
+        address = variant(**attribute)(('127.0.0.1', 0), None, map=sockets).socket.getsockname()
+        gc.collect()
+        try:
+            with RawClient(address) as client:
+                client.send(ONE_MESSAGE)
+                for _ in range(400):
+                    asyncore.loop(timeout=0.05, map=sockets, count=1)
+                    gc.collect()
+                    if has_input(client):
+                        break
+                assert client.reply() == BANNER
+        finally:
+            asyncore.close_all(sockets)
+
+
+EMFILE_SCRIPT = '''
+import asyncore, os, resource, sys, threading, time
+import smtpd
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+
+class Server(smtpd.SMTPServer):
+    channels_in_hub = %(hub)r
+    turns = 0
+    failures = []
+
+    def readable(self):
+        self.turns += 1
+        return super().readable()
+
+    def handle_accepted(self, conn, addr):
+        super().handle_accepted(conn, addr)
+
+hoard = []
+server = Server(('127.0.0.1', 0), None)
+real = server.socket
+class Listener:
+    def __getattr__(self, name):
+        return getattr(real, name)
+    def accept(self):
+        try:
+            return real.accept()
+        except OSError as error:
+            if hoard and not isinstance(error, BlockingIOError):
+                server.failures.append((time.monotonic(), server.turns))
+                if len(server.failures) == 2:
+                    (start, first), (end, last) = server.failures
+                    print(end - start, last - first, flush=True)
+            raise
+server.socket = Listener()
+
+def obey():
+    for line in sys.stdin:
+        if line == 'hoard\\n':
+            try:
+                while True:
+                    hoard.append(os.dup(0))
+            except OSError:
+                pass
+            print('full', flush=True)
+        elif line == 'free\\n':
+            while hoard:
+                os.close(hoard.pop())
+            print('free', flush=True)
+    os._exit(0)
+
+print(real.getsockname()[1], flush=True)
+threading.Thread(target=obey, daemon=True).start()
+asyncore.loop()
+'''
+
+DESCRIPTORS_SCRIPT = '''
+import asyncore, os, resource, sys
+import smtpd
+resource.setrlimit(resource.RLIMIT_NOFILE, (2000, 2000))
+
+class Server(smtpd.SMTPServer):
+    channels_in_hub = %(hub)r
+
+    def handle_accepted(self, conn, addr):
+        super().handle_accepted(conn, addr)
+        while not hoard or hoard[-1] < 1100:
+            hoard.append(os.dup(0))
+
+hoard = []
+server = Server(('127.0.0.1', 0), None)
+print(server.socket.getsockname()[1], flush=True)
+asyncore.loop(use_poll=%(use_poll)r)
+'''
+
+MEMORY_SCRIPT = '''
+import asyncore, resource
+import smtpd
+
+def peak():
+    """VmHWM, which can be set back; ru_maxrss has what the parent had before exec."""
+    with open('/proc/self/status') as status:
+        return [int(line.split()[1]) for line in status if line.startswith('VmHWM')][0] * 1024
+
+class Server(smtpd.SMTPServer):
+    channels_in_hub = %(hub)r
+
+    def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
+        return '250 %%d %%d' %% (peak() - start, len(data))
+
+with open('/proc/self/clear_refs', 'w') as file:
+    file.write('5')
+start = peak()
+server = Server(('127.0.0.1', 0), None, 0, decode_data=%(decode_data)r)
+print(server.socket.getsockname()[1], flush=True)
+asyncore.loop()
+'''
+
+
+def environment(*folders, **changes):
+    """The environment of a process that imports the module under test, as a user's would be."""
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(
+        [os.path.dirname(os.path.realpath(smtpd.__file__)), *map(str, folders)]), **changes)
+    env.pop('PYTHONUNBUFFERED', None)  # hides buffering faults
+    return env
+
+
+# On Python 3.10 and 3.11 the standard library warns of its own asyncore and asynchat.
+STRICT = [sys.executable, '-W', 'error', '-W', 'ignore:The asyn:DeprecationWarning']
+
+
+@contextlib.contextmanager
+def running(command, folders=(), env=(), **kwargs):
+    """A process, ended at the end."""
+    kwargs.setdefault('stdin', subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=environment(*folders, **dict(env)),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+
+@contextlib.contextmanager
+def script(text, **values):
+    """A process that runs a script, which first prints its port: yields it and its address."""
+    with running(STRICT + ['-c', text % values], stdin=subprocess.PIPE) as process:
+        first = process.stdout.readline()
+        assert first, process.stderr.read().decode()
+        yield process, ('127.0.0.1', int(first))
+
+
+class TestServerStaysUpInAProcess:
+    @pytest.mark.slow
+    @in_map_and_hub
+    def test_out_of_descriptors(self, hub):
+        """The listener lives, pauses without spinning, and serves when descriptors are free."""
+        def tell(line):
+            process.stdin.write(line + b'\n')
+            process.stdin.flush()
+
+        with script(EMFILE_SCRIPT, hub=hub) as (process, address), RawClient(address) as first:
+            assert first.reply().startswith(b'220 ')
+            tell(b'hoard')
+            assert process.stdout.readline() == b'full\n'
+            with RawClient(address) as waiting:
+                seconds, turns = process.stdout.readline().split()  # between two attempts
+                assert float(seconds) > 0.5 and int(turns) < 50
+                assert first.say(b'NOOP') == b'250 OK\r\n'
+                tell(b'free')
+                assert process.stdout.readline() == b'free\n'
+                assert waiting.reply().startswith(b'220 ')
+            assert first.say(b'QUIT') == b'221 Bye\r\n'
+
+    @pytest.mark.parametrize('hub, use_poll, is_greeted', [
+        (False, False, False), (False, True, True), (True, False, True), (True, True, True)],
+        ids=['select', 'poll', 'select and the hub', 'poll and the hub'])
+    def test_descriptors_over_1023(self, hub, use_poll, is_greeted):
+        """select() cannot wait for them: 421 instead of the end of the process."""
+        if resource_limit() < 2000:
+            pytest.skip('no process may have 2000 descriptors here')
+        with script(DESCRIPTORS_SCRIPT, hub=hub, use_poll=use_poll) as (process, address):
+            with RawClient(address) as first:
+                assert first.reply().startswith(b'220 ')
+                for _ in range(2):
+                    with RawClient(address) as client:
+                        if is_greeted:
+                            assert client.reply().startswith(b'220 ')
+                            assert client.say(b'NOOP') == b'250 OK\r\n'
+                        else:
+                            assert client.rest() == b'421 Service not available\r\n'
+                assert first.say(b'NOOP') == b'250 OK\r\n'
+            assert process.poll() is None
+
+    @pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='needs Linux /proc')
+    @pytest.mark.parametrize('line', [b'.', b'x' * 76, b'x' * 1_000_000],
+                             ids=['lines of one dot', 'lines of 76 octets', 'lines of 1 MB'])
+    @in_map_and_hub
+    @both_modes
+    def test_memory_of_a_large_message(self, decode_data, hub, line):
+        per_block = max(1, 60_000 // len(line))
+        repeats = 30_000_000 // (per_block * (len(line) + 2))
+        size = repeats * per_block * (len(line) + 2)
+        with script(MEMORY_SCRIPT, hub=hub, decode_data=decode_data) as (process, address):
+            with RawClient(address, timeout=60) as client:
+                client.send(ONE_MESSAGE[:-9])
+                block = (line.replace(b'.', b'..') + b'\r\n') * per_block
+                for _ in range(repeats):
+                    client.send(block)
+                client.send(b'.\r\nQUIT\r\n')
+                peak, length = map(int, client.rest().split()[-4:-2])
+        assert length == repeats * per_block * (len(line) + 1) - 1
+        assert peak < 3.5 * size
+
+
+def resource_limit():
+    resource = pytest.importorskip('resource')
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+
+# ---------------------------------------------------------------------------
+# Handler threads
+# ---------------------------------------------------------------------------
+
+class WaitingServer(RecordingServer):
+    """Its handler waits until it is told to go on."""
+
+    process_message_threads = 2
+
+    def __init__(self, *args, **kwargs):
+        self.go = threading.Event()
+        self.running = self.running_at_most = 0
+        self.threads = set()
+        self.counting = threading.Lock()
+        self.entered = threading.Semaphore(0)
+        super().__init__(*args, **kwargs)
+
+    def process_message(self, *args, **kwargs):
+        with self.counting:
+            self.running += 1
+            self.running_at_most = max(self.running, self.running_at_most)
+            self.threads.add(threading.get_ident())
+        self.entered.release()
+        assert self.go.wait(20)
+        try:
+            return super().process_message(*args, **kwargs)
+        finally:
+            with self.counting:
+                self.running -= 1
+
+    def wait_until_entered(self):
+        assert self.entered.acquire(timeout=20)
+
+
+class NotingChannel(smtpd.SMTPChannel):
+    """Notes what is executed, and in which thread replies are pushed."""
+
+    def smtp_XNOTE(self, arg):
+        self.smtp_server.notes.append(arg)
+        self.push('250 noted')
+
+    def push(self, msg):
+        self.smtp_server.pushing_threads.add(threading.get_ident())
+        super().push(msg)
+
+
+@in_map_and_hub
+class TestHandlerThreads:
+    @contextlib.contextmanager
+    def serving(self, hub, **attributes):
+        server_class = variant(WaitingServer, channels_in_hub=hub, channel_class=NotingChannel,
+                               notes=[], pushing_threads=set(), **attributes)
+        with serving(server_class) as server:
+            try:
+                yield server
+            finally:
+                server.go.set()
+
+    def test_other_sessions_are_served_meanwhile(self, hub):
+        with self.serving(hub) as server, greeted(server) as client:
+            client.send(ONE_MESSAGE)
+            server.wait_until_entered()
+            assert is_served(server)
+            server.go.set()
+            assert read_replies(client, 5) == ANSWERED
+            assert server.messages[0][1:4] == ('a@b', ['c@d'], b'text')
+
+    def test_the_session_waits_unread_and_replies_keep_their_order(self, hub):
+        with self.serving(hub) as server, greeted(server) as client:
+            client.send(ONE_MESSAGE + b'XNOTE 1\r\n' + TRANSACTION
+                        + b'2\r\n.\r\nXNOTE 2\r\nFOO\r\nQUIT\r\nXNOTE 3\r\n')
+            server.wait_until_entered()
+            assert is_served(server)
+            assert server.notes == [] and server.messages == []
+            server.go.set()
+            assert client.rest() == ANSWERED + b'250 noted\r\n' + TRANSACTION_ANSWERED + (
+                b'250 noted\r\n500 Error: command "FOO" not recognized\r\n221 Bye\r\n')
+            assert server.notes == ['1', '2']
+            assert [message[3] for message in server.messages] == [b'text', b'2']
+
+    def test_input_that_comes_meanwhile_is_answered_after_the_message(self, hub):
+        with self.serving(hub) as server, greeted(server) as client:
+            client.send(ONE_MESSAGE)
+            server.wait_until_entered()
+            client.send(b'XNOTE 1\r\n')
+            assert is_served(server) and server.notes == []
+            server.go.set()
+            assert [client.reply() for _ in range(6)][-2:] == [b'250 OK\r\n', b'250 noted\r\n']
+
+    def test_handlers_run_beside_the_loop_and_replies_leave_from_it(self, hub):
+        with self.serving(hub) as server, greeted(server) as client:
+            server.go.set()
+            client.send(ONE_MESSAGE + b'QUIT\r\n')
+            client.rest()
+            [loop] = server.pushing_threads
+            assert loop not in server.threads
+
+    def test_there_are_no_more_threads_than_asked_for(self, hub):
+        with self.serving(hub) as server, contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(greeted(server)) for _ in range(5)]
+            for client in clients:
+                client.send(ONE_MESSAGE + b'QUIT\r\n')
+            server.wait_until_entered()
+            server.wait_until_entered()
+            assert is_served(server)
+            server.go.set()
+            for client in clients:
+                assert client.rest() == ANSWERED + b'221 Bye\r\n'
+            assert server.running_at_most == 2 and len(server.messages) == 5
+
+    @pytest.mark.parametrize('leave', [reset, RawClient.close, shut],
+                             ids=['reset', 'closed', 'half-closed'])
+    def test_a_client_that_is_gone_meanwhile(self, leave, hub, capsys):
+        connections = []
+
+        def handle_accepted(conn, addr):
+            connections.append(conn)
+            type(server).handle_accepted(server, conn, addr)
+
+        with self.serving(hub) as server:
+            server.handle_accepted = handle_accepted
+            client = RawClient(server)
+            client.send(ONE_MESSAGE + b'XNOTE 1\r\n')
+            assert client.reply() == BANNER
+            server.wait_until_entered()
+            leave(client)
+            assert is_served(server)
+            server.go.set()
+            while connections[0].fileno() != -1:
+                assert is_served(server)
+            if leave is shut:
+                assert client.rest() == ANSWERED + b'250 noted\r\n'
+            client.close()
+            assert len(server.messages) == 1
+            assert is_served(server)
+        assert capsys.readouterr() == ('', '')
+
+    def test_a_handler_that_raises(self, hub, capsys):
+        with self.serving(hub) as server, greeted(server) as client:
+            server.go.set()
+            server.reply = ZeroDivisionError('in a thread')
+            client.send(ONE_MESSAGE + b'NOOP\r\nQUIT\r\n')
+            assert client.rest() == ANSWERED_TO_DATA + (
+                b'451 Internal confusion\r\n250 OK\r\n221 Bye\r\n')
+        out, err = capsys.readouterr()
+        assert out == '' and 'Traceback' in err and 'ZeroDivisionError: in a thread' in err
+
+    @pytest.mark.parametrize('returned, reply', RETURNS.values(), ids=RETURNS.keys())
+    def test_what_a_handler_returns(self, returned, reply, hub):
+        with self.serving(hub) as server, greeted(server) as client:
+            server.go.set()
+            server.reply = returned
+            client.send(ONE_MESSAGE + b'QUIT\r\n')
+            assert client.rest() == ANSWERED_TO_DATA + reply + b'221 Bye\r\n'
+
+    def test_a_server_that_is_closed_meanwhile(self, hub):
+        """The message under way is answered, and the loop ends after it."""
+        server_class = variant(WaitingServer, channels_in_hub=hub)
+        with looping(server_class) as (server, thread), greeted(server) as client:
+            client.send(ONE_MESSAGE + b'QUIT\r\n')
+            server.wait_until_entered()
+            server.close()
+            assert thread.is_alive()
+            server.go.set()
+            assert client.rest() == ANSWERED + b'221 Bye\r\n'
+            thread.join(10)
+            assert not thread.is_alive()
+
+    @pytest.mark.parametrize('threads', [0, 2], ids='{} threads'.format)
+    def test_a_handler_may_close_its_server(self, threads, hub):
+        def process_message(self, *args, **kwargs):
+            self.close()
+            return '250 closed'
+
+        server_class = variant(channels_in_hub=hub, process_message_threads=threads,
+                               process_message=process_message)
+        with looping(server_class) as (server, thread), greeted(server) as client:
+            client.send(ONE_MESSAGE + b'QUIT\r\n')
+            assert client.rest() == ANSWERED_TO_DATA + b'250 closed\r\n221 Bye\r\n'
+            thread.join(10)
+            assert not thread.is_alive()
+
+    def test_a_session_that_outlives_its_server(self, hub):
+        server_class = variant(WaitingServer, channels_in_hub=hub)
+        with looping(server_class) as (server, thread), greeted(server) as client:
+            server.close()
+            server.go.set()
+            client.send(ONE_MESSAGE + b'QUIT\r\n')
+            assert client.rest() == ANSWERED + b'221 Bye\r\n'
+            thread.join(10)
+            assert not thread.is_alive()
+
+    def test_all_that_is_closed_meanwhile(self, hub, capsys):
+        """asyncore.close_all() with a message under way: nobody is there to be told."""
+        server_class = variant(WaitingServer, channels_in_hub=hub)
+        with turning(server_class) as (server, turn), RawClient(server) as client:
+            client.send(ONE_MESSAGE)
+            assert turn(until=lambda: server.running)
+            asyncore.close_all(server._map)
+            server.go.set()
+            assert client.rest() == BANNER + ANSWERED_TO_DATA
+            assert server.arrived.wait(20)
+            turn(at_most=3)
+        assert capsys.readouterr() == ('', '')
+
+    def test_idle_time_does_not_count_while_a_handler_runs(self, hub):
+        with self.serving(hub, channel={'idle_timeout_seconds': 0.2}) as server:
+            with RawClient(server) as idle, RawClient(server) as client:
+                client.send(ONE_MESSAGE)
+                server.wait_until_entered()
+                assert idle.rest().endswith(TIMED_OUT)
+                server.go.set()
+                assert client.rest() == BANNER + ANSWERED + TIMED_OUT
+
+
+# ---------------------------------------------------------------------------
+# Programs that override, on a real socket
+# ---------------------------------------------------------------------------
+
+class FailingServer(RecordingServer):
+    """Fails for one recipient."""
+
+    def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
+        if rcpttos == ['fail@example']:
+            raise ZeroDivisionError
+        return super().process_message(peer, mailfrom, rcpttos, data, **kwargs)
+
+
+def counting(base, hook, calls):
+    """The class, with one method overridden that counts its calls."""
+    def method(self, *args, **kwargs):
+        calls.append(args)
+        return getattr(super(derived, self), hook)(*args, **kwargs)
+
+    derived = type(base.__name__, (base,), {hook: method})
+    return derived
+
+
+def hold_sessions(server_class, **kwargs):
+    """Some sessions of all kinds: all that the clients saw, and the messages."""
+    wire = b'EHLO x\r\n' + TRANSACTION + b'a\r\n..b\r\n\xc3\xa9\r\n.\r\n' + TRANSACTION.replace(
+        b'c@d', b'fail@example') + b'x\r\n.\r\nFOO\r\nNOOP\r\n' + TRANSACTION + b'2\r\n.\r\n'
+    texts = []
+    with serving(server_class, **kwargs) as server:
+        for last in (b'QUIT\r\n', b''):
+            for pieces in ([wire], in_pieces(wire, 5)):
+                with RawClient(server) as client:
+                    for piece in pieces + [last]:
+                        client.send(piece)
+                    shut(client)
+                    texts.append(client.rest())
+        return texts, [message[1:] for message in server.messages]
+
+
+@functools.lru_cache(maxsize=None)
+def hold_plain_sessions(decode_data):
+    return hold_sessions(FailingServer, decode_data=decode_data)
+
+
+class TestHooks:
+    @in_map_and_hub
+    @both_modes
+    @pytest.mark.parametrize('hook', '''collect_incoming_data found_terminator get_terminator
+        set_terminator push handle_read handle_close handle_error readable writable
+        handle_accept handle_accepted recv send close close_when_done log_info handle_read_event
+        initiate_send'''.split())
+    def test_an_overridden_hook_is_called_and_changes_nothing(
+            self, hook, decode_data, hub, capsys):
+        calls = []
+        plain = hold_plain_sessions(decode_data)
+        if hook.startswith('handle_accept'):
+            server_class = counting(variant(FailingServer, channels_in_hub=hub), hook, calls)
+        else:
+            server_class = variant(FailingServer, channels_in_hub=hub,
+                                   channel_class=counting(smtpd.SMTPChannel, hook, calls))
+        assert hold_sessions(server_class, decode_data=decode_data) == plain
+        assert len(calls) >= 2  # close_when_done: two of the sessions end with QUIT
+        assert [text.count(b'451 Internal confusion') for text in plain[0]] == [1, 1, 1, 1]
+        assert len(plain[1]) == 8
+
+    @in_map_and_hub
+    def test_each_hook_is_called_as_often_as_asynchat_would(self, hub, capsys):
+        wire = b'HELO x\r\n' + TRANSACTION + b'text\r\n.\r\nQUIT\r\n'
+        for hook, expected in [('found_terminator', 6), ('push', 7), ('smtp_NOOP', 0),
+                               ('smtp_QUIT', 1)]:
+            calls = []
+            channel_class = counting(smtpd.SMTPChannel, hook, calls)
+            server_class = variant(channels_in_hub=hub, channel_class=channel_class)
+            with serving(server_class) as server:
+                with RawClient(server) as client:
+                    client.send(wire)
+                    client.rest()
+                assert len(calls) == expected, hook
+
+
+class LMTPServer(smtpd.SMTPServer):
+    """Built from the parts, as an LMTP server on AF_UNIX is: the base's __init__ never runs."""
+
+    def __init__(self, path, map):
+        self.messages = []
+        self._localaddr, self._remoteaddr = path, None
+        asyncore.dispatcher.__init__(self, map=map)
+        self.create_socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.set_reuse_addr()
+        self.bind(path)
+        self.listen(5)
+
+    def process_message(self, peer, mailfrom, rcpttos, data):
+        self.messages.append((mailfrom, rcpttos, data))
+
+    def handle_accept(self):
+        pair = self.accept()
+        if pair is not None:
+            LMTPChannel(self, pair[0], pair[1], map=self._map)
+
+
+class LMTPChannel(smtpd.SMTPChannel):
+    def smtp_LHLO(self, arg):
+        self.smtp_HELO(arg)
+
+
+class ThreeArguments(smtpd.SMTPChannel):
+    """As programs of Python 2 have it."""
+
+    def __init__(self, server, conn, addr):
+        smtpd.SMTPChannel.__init__(self, server, conn, addr)
+
+
+class TestProgramsOnASocket:
+    @in_map_and_hub
+    def test_a_handle_accept_of_python_2(self, hub):
+        class Server(variant(channels_in_hub=hub)):
+            def handle_accept(self):
+                pair = self.accept()
+                if pair is not None:
+                    conn, addr = pair
+                    smtpd.SMTPChannel(self, conn, addr, self.data_size_limit_of_ours, self._map)
+
+            data_size_limit_of_ours = 1000
+
+        with serving(Server) as server, greeted(server) as client:
+            assert b'SIZE 1000' in client.say(b'EHLO x')
+            assert is_served(server)
+
+    @in_map_and_hub
+    def test_the_accept_path(self, hub):
+        """handle_accept -> handle_accepted(conn, addr) -> channel_class, seven arguments."""
+        calls = []
+
+        class Channel(smtpd.SMTPChannel):
+            def __init__(self, *args, **kwargs):
+                calls.append((args, kwargs))
+                super().__init__(*args, **kwargs)
+
+        class Server(variant(channels_in_hub=hub)):
+            def handle_accepted(self, conn, addr):
+                calls.append((conn, addr))
+                super().handle_accepted(conn, addr)
+
+            def __init__(self, *args, **kwargs):
+                self.channel_class = Channel  # may be set on the instance, before __init__
+                self.enable_SMTPUTF8 = 'of our own'
+                self.host = self.port = self.queue = self.session = 'any attribute may be'
+                super().__init__(*args, **kwargs)
+
+        with serving(Server, data_size_limit=99, enable_SMTPUTF8=True) as server:
+            with greeted(server) as client:
+                (conn, addr), (args, kwargs) = calls
+                assert addr == client.socket.getsockname()
+                assert args == (server, conn, addr, 99, server._map, True, False) and kwargs == {}
+
+    @in_map_and_hub
+    def test_a_channel_class_that_accepts_three_arguments(self, hub):
+        """It lives in the global map, as all that asyncore made once."""
+        assert asyncore.socket_map == {}
+        server_class = variant(channels_in_hub=hub, channel_class=ThreeArguments)
+        with turning(server_class, map=None) as (server, turn), RawClient(server) as client:
+            client.send(ONE_MESSAGE)
+            assert turn(until=lambda: server.messages)
+            assert client.reply() == BANNER
+        assert asyncore.socket_map == {}
+
+    def test_a_channel_class_may_be_a_function(self):
+        def make(*args):
+            return smtpd.SMTPChannel(*args)
+
+        with serving(variant(channel_class=staticmethod(make))) as server:
+            assert is_served(server)
+
+    def test_an_lmtp_server_built_from_the_parts(self, tmp_path):
+        sockets, path = {}, str(tmp_path / 'lmtp')
+        server = LMTPServer(path, sockets)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+            client.sendall(ONE_MESSAGE.replace(b'HELO', b'LHLO') + b'QUIT\r\n')
+            received = b''
+            while not received.endswith(b'221 Bye\r\n'):
+                asyncore.loop(timeout=1, map=sockets, count=1)
+                if select.select([client], [], [], 0)[0]:
+                    received += client.recv(9999)
+        server.close()
+        assert received == BANNER + ANSWERED + b'221 Bye\r\n'
+        assert server.messages == [('a@b', ['c@d'], b'text')]
+
+    def test_a_server_that_is_a_thread_too(self):
+        class Server(threading.Thread, RecordingServer):
+            def __init__(self):
+                threading.Thread.__init__(self, name='a name', daemon=True)
+                self.sockets = {}
+                RecordingServer.__init__(self, map=self.sockets)
+
+            def run(self):
+                asyncore.loop(map=self.sockets)
+
+        server = Server()
+        server.start()
+        assert is_served(server)
+        server.close()
+        server.join(20)
+        assert not server.is_alive() and server.name == 'a name'
+
+    def test_a_server_with_attribute_hooks_of_its_own(self):
+        class Server(RecordingServer):
+            def __getattr__(self, name):
+                raise AttributeError(name)
+
+            def __getattribute__(self, name):
+                return super().__getattribute__(name)
+
+            def __del__(self):
+                self.close()
+
+        with serving(Server) as server:
+            assert is_served(server)
+
+    def test_process_message_may_be_replaced_on_the_instance(self):
+        with serving() as server, greeted(server) as client:
+            server.process_message = lambda peer, mailfrom, rcpttos, data: '250 replaced'
+            client.send(ONE_MESSAGE + b'QUIT\r\n')
+            assert client.rest() == ANSWERED_TO_DATA + b'250 replaced\r\n221 Bye\r\n'
+
+    @in_map_and_hub
+    @pytest.mark.parametrize('exception', [asyncore.ExitNow, KeyboardInterrupt, SystemExit])
+    def test_exit_now_in_a_command_leaves_the_loop(self, exception, hub):
+        def smtp_XEND(self, arg):
+            raise exception
+
+        server_class = variant(channels_in_hub=hub, channel={'smtp_XEND': smtp_XEND})
+        with turning(server_class) as (server, turn), RawClient(server) as client:
+            client.send(b'NOOP\r\nXEND\r\nNOOP\r\n')
+            with pytest.raises(exception):
+                turn()
+            asyncore.close_all(server._map)
+            assert client.rest() == BANNER + b'250 OK\r\n'
+
+    @in_map_and_hub
+    def test_a_socket_may_be_replaced_under_way(self, hub):
+        """As STARTTLS does."""
+        class Wrapped:
+            """Turns the case of letters about."""
+
+            def __init__(self, raw):
+                self.raw = raw
+
+            def recv(self, size):
+                return self.raw.recv(size).swapcase()
+
+            def send(self, data):
+                return self.raw.send(bytes(data).swapcase())
+
+            def __getattr__(self, name):
+                return getattr(self.raw, name)
+
+        class Channel(smtpd.SMTPChannel):
+            def smtp_STARTTLS(self, arg):
+                self.push('220 go ahead')
+                self.conn = Wrapped(self.conn)
+                self.set_socket(self.conn)
+
+        with serving(variant(channels_in_hub=hub, channel_class=Channel)) as server:
+            with greeted(server) as client:
+                assert client.say(b'STARTTLS') == b'220 go ahead\r\n'
+                assert client.say(b'noop') == b'250 ok\r\n'
+                assert client.say(b'quit') == b'221 bYE\r\n'
+                assert client.rest() == b''
+
+    @in_map_and_hub
+    def test_threads_may_push_at_the_same_time(self, hub):
+        channels = []
+
+        class Channel(smtpd.SMTPChannel):
+            def smtp_XPUSH(self, arg):
+                channels.append(self)
+                self.push('250 OK')
+
+        def push_many(name):
+            for number in range(500):
+                channels[0].push('250 %s %d' % (name, number))
+
+        with serving(variant(channels_in_hub=hub, channel_class=Channel)) as server:
+            with greeted(server) as client:
+                assert client.say(b'XPUSH') == b'250 OK\r\n'
+                threads = [threading.Thread(target=push_many, args=[name]) for name in 'abcd']
+                for thread in threads:
+                    thread.start()
+                lines = [client.reply().decode() for _ in range(2000)]
+                for thread in threads:
+                    thread.join(20)
+                assert client.say(b'QUIT') == b'221 Bye\r\n'
+        assert [[line for line in lines if line[4] == name] for name in 'abcd'] == [
+            ['250 %s %d\r\n' % (name, number) for number in range(500)] for name in 'abcd']
+
+    @pytest.mark.parametrize('unsent', [10_000, 500_000])
+    @in_map_and_hub
+    def test_replies_that_were_pushed_before_close_when_done_all_arrive(self, unsent, hub):
+        class Channel(smtpd.SMTPChannel):
+            def smtp_XLONG(self, arg):
+                self.push('250-' + 'x' * unsent)
+                self.push('250 OK')
+                self.close_when_done()
+
+        with serving(variant(channels_in_hub=hub, channel_class=Channel)) as server:
+            with greeted(server) as client:
+                client.send(b'XLONG\r\nNOOP\r\n')
+                assert client.rest() == b'250-' + b'x' * unsent + b'\r\n250 OK\r\n'
+
+
+# ---------------------------------------------------------------------------
+# smtplib, the independent client
+# ---------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def smtp_client(server):
+    with smtplib.SMTP(*server.socket.getsockname()[:2], local_hostname='client.example',
+                      timeout=20) as client:
+        yield client
+
+
+@in_map_and_hub
+class TestSmtplib:
+    @both_modes
+    def test_sendmail(self, decode_data, hub):
+        recipients = ['c@d.example', 'e@f.example']
+        text = 'Subject: x\r\n\r\n.dot\r\n..dots\r\n\r\ntext\r\n.\r\n'
+        with serving(variant(channels_in_hub=hub), decode_data=decode_data) as server:
+            with smtp_client(server) as client:
+                for _ in range(2):
+                    assert client.sendmail('a@b.example', recipients, text) == {}
+                assert client.quit() == (221, b'Bye')
+            data = in_mode(b'Subject: x\n\n.dot\n..dots\n\ntext\n.', decode_data)
+            assert [message[1:4] for message in server.messages] == 2 * [
+                ('a@b.example', recipients, data)]
+            keywords = {'mail_options': ['SIZE=%d' % len(text)], 'rcpt_options': []}
+            assert server.messages[0][4] == ({} if decode_data else keywords)
+
+    def test_extensions(self, hub):
+        with serving(variant(channels_in_hub=hub), enable_SMTPUTF8=True,
+                     data_size_limit=1234) as server, smtp_client(server) as client:
+            client.ehlo()
+            assert set(client.esmtp_features) == {'8bitmime', 'size', 'smtputf8', 'help'}
+            assert client.esmtp_features['size'] == '1234'
+
+    def test_a_message_with_international_addresses(self, hub):
+        message = email_message('\xfc@b.example', 'caf\xe9')
+        with serving(variant(channels_in_hub=hub), enable_SMTPUTF8=True) as server:
+            with smtp_client(server) as client:
+                assert client.send_message(message) == {}
+            [(_, mailfrom, rcpttos, data, keywords)] = server.messages
+            assert (mailfrom, rcpttos) == ('\xfc@b.example', ['to@example.org'])
+            assert {'BODY=8BITMIME', 'SMTPUTF8'} < set(keywords['mail_options'])
+            assert 'caf\xe9' in data.decode()
+
+    def test_a_message_that_is_too_large(self, hub):
+        with serving(variant(channels_in_hub=hub), data_size_limit=1000) as server:
+            with smtp_client(server) as client:
+                with pytest.raises(smtplib.SMTPSenderRefused) as refused:
+                    client.sendmail('a@b', 'c@d', 'x' * 2000)
+                assert refused.value.smtp_code == 552
+                client.helo()
+            with smtp_client(server) as client:
+                client.helo()
+                with pytest.raises(smtplib.SMTPDataError) as refused:
+                    client.sendmail('a@b', 'c@d', 'x' * 2000)
+                assert refused.value.smtp_code == 552
+                assert client.sendmail('a@b', 'c@d', 'x' * 900) == {}
+
+    def test_replies_of_the_handler(self, hub):
+        with serving(variant(channels_in_hub=hub)) as server, smtp_client(server) as client:
+            server.reply = '550 No\nnever'
+            with pytest.raises(smtplib.SMTPDataError) as refused:
+                client.sendmail('a@b', 'c@d', 'x')
+            assert (refused.value.smtp_code, refused.value.smtp_error) == (550, b'No\nnever')
+            server.reply = None
+            assert client.sendmail('a@b', 'c@d', 'x') == {}
+
+    def test_other_commands(self, hub):
+        with serving(variant(channels_in_hub=hub)) as server, smtp_client(server) as client:
+            assert client.helo() == (250, FQDN.encode())
+            assert client.noop() == (250, b'OK')
+            assert client.rset() == (250, b'OK')
+            assert client.verify('someone@example')[0] == 252
+            assert client.expn('list')[0] == 502
+            assert client.help().startswith(b'Supported commands: EHLO')
+            assert client.docmd('FOO')[0] == 500
+
+
+def email_message(sender, text):
+    import email.message
+    import email.policy
+    message = email.message.EmailMessage(email.policy.SMTPUTF8)
+    message['From'], message['To'], message['Subject'] = sender, 'to@example.org', text
+    message.set_content(text + '\n', cte='8bit')
+    return message
+
+
+# ---------------------------------------------------------------------------
+# DebuggingServer
+# ---------------------------------------------------------------------------
+
+PRINTED = {
+    'bytes': (b'A: b\n\nx\n\n..', {}, "b'A: b'\nb'X-Peer: 127.0.0.1'\nb''\nb'x'\nb''\nb'..'\n"),
+    'headers alone': (b'A: b', {}, "b'A: b'\n"),
+    'text': ('A: b\n\nx', {}, 'A: b\nX-Peer: 127.0.0.1\n\nx\n'),
+    'no headers': ('\nx', {}, 'X-Peer: 127.0.0.1\n\nx\n'),
+    'nothing': (b'', {}, ''),
+    'options': (b'\nx', {'mail_options': ['SIZE=1', 'BODY=7BIT'], 'rcpt_options': []},
+                "mail options: ['SIZE=1', 'BODY=7BIT']\nb'X-Peer: 127.0.0.1'\nb''\nb'x'\n"),
+    'options of both kinds': (
+        b'\n', {'mail_options': ['SIZE=1'], 'rcpt_options': ['X']},
+        "mail options: ['SIZE=1']\nrcpt options: ['X']\n\nb'X-Peer: 127.0.0.1'\nb''\n"),
+    'octets that are not ASCII': (
+        b'\nx\xff\xe9', {}, "b'X-Peer: 127.0.0.1'\nb''\nb'x\\xff\\xe9'\n"),
+}
+
+
+@contextlib.contextmanager
+def debugging_server():
+    server = smtpd.DebuggingServer(('127.0.0.1', 0), None, map={})
+    with contextlib.closing(server):
+        yield server
+
+
+class TestDebuggingServer:
+    @pytest.mark.parametrize('data, options, printed', PRINTED.values(), ids=PRINTED.keys())
+    def test_what_it_prints(self, data, options, printed, capsys):
+        with debugging_server() as server:
+            assert not server.process_message(PEER, 'a@b', ['c@d'], data, **options)
+        assert capsys.readouterr().out == (
+            '---------- MESSAGE FOLLOWS ----------\n' + printed
+            + '------------ END MESSAGE ------------\n')
+
+    def test_characters_that_stdout_cannot_encode(self, monkeypatch):
+        written = io.BytesIO()
+        for encoding, text, printed in [('ascii', '\nx\xe4\u20ac', b'x\\xe4\\u20ac'),
+                                        ('utf-8', '\nx\xe4\udcff', b'x\xc3\xa4\\udcff'),
+                                        ('latin-1', '\nx\xe4\u20ac', b'x\xe4\\u20ac')]:
+            monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(written, encoding, newline='\n'))
+            with debugging_server() as server:
+                server.process_message(PEER, 'a@b', ['c@d'], text)
+            assert printed + b'\n------------ END MESSAGE' in written.getvalue()
+
+    @pytest.mark.parametrize('error', [
+        BrokenPipeError(), OSError(errno.EIO, 'gone'), OSError(errno.ENOSPC, 'full'),
+        ValueError('closed')], ids=repr)
+    def test_stdout_that_is_gone(self, error, monkeypatch):
+        monkeypatch.setattr(sys, 'stdout', unittest.mock.Mock(
+            encoding='utf-8', **{'write.side_effect': error, 'flush.side_effect': error}))
+        with debugging_server() as server:
+            channel = make_channel(server)
+            feed(channel, TO_DATA)
+            assert feed(channel, b'x\r\n.\r\nNOOP\r\n') == 2 * b'250 OK\r\n'
+
+    def test_no_stdout_at_all(self, monkeypatch):
+        monkeypatch.setattr(sys, 'stdout', None)
+        with debugging_server() as server:
+            server.process_message(PEER, 'a@b', ['c@d'], b'\nx')
+
+    def test_a_print_of_ones_own(self, capsys):
+        class Server(smtpd.DebuggingServer):
+            def _print_message_content(self, peer, data):
+                print('content of', peer, data)
+
+        with contextlib.closing(Server(('127.0.0.1', 0), None, map={})) as server:
+            server.process_message(PEER, 'a@b', ['c@d'], b'x')
+        assert capsys.readouterr().out.splitlines()[1] == "content of %r b'x'" % (PEER,)
+
+
+# ---------------------------------------------------------------------------
+# python -m smtpd
+# ---------------------------------------------------------------------------
+
+SMTPD = STRICT + ['-m', 'smtpd']
+
+
+def free_port(host='127.0.0.1'):
+    family = socket.AF_INET6 if ':' in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as probe:
+        return probe.getsockname()[1]
+
+
+def is_ready(process, address):
+    """Wait until something accepts there; false if the process ended first."""
+    for _ in range(400):
+        try:
+            socket.create_connection(address, timeout=5).close()
+            return True
+        except OSError:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.05)
+                return False
+    raise AssertionError('not ready')
+
+
+@contextlib.contextmanager
+def command_line(*options, host='127.0.0.1', remote=None, **kwargs):
+    """A running `python -m smtpd -n`: yields the process and its address."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # would be inherited
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for _ in range(5):  # another process may have taken the port meanwhile
+        port = free_port(host)
+        spec = ('[%s]:%d' if ':' in host else '%s:%d') % (host, port)
+        command = [*SMTPD, '-n', *options, spec] + ([remote] if remote else [])
+        with running(command, **kwargs) as process:
+            if is_ready(process, (host, port)):
+                yield process, (host, port)
+                return
+            error = process.stderr.read()
+    raise AssertionError(error.decode())
+
+
+def run_briefly(command, **kwargs):
+    return subprocess.run(command, timeout=60, text=True, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+
+
+def run_smtpd(*options, folders=(), **env):
+    return run_briefly([*SMTPD, *options], env=environment(*folders, **env))
+
+
+def read_until(file, end):
+    """Read from a pipe, as it comes, until the end is there."""
+    text = b''
+    while end not in text:
+        assert select.select([file], [], [], 20)[0], text
+        chunk = os.read(file.fileno(), 65536)
+        assert chunk, text
+        text += chunk
+    return text
+
+
+def send_message(address, text=b'Subject: x\r\n\r\ntext\r\n'):
+    with RawClient(address) as client:
+        client.send(TO_DATA.replace(b'<a@b>', b'<a@b> SIZE=20') + text + b'.\r\nQUIT\r\n')
+        return client.rest()
+
+
+PRINTED_MESSAGE = b'''\
+---------- MESSAGE FOLLOWS ----------
+mail options: ['SIZE=20']
+b'Subject: x'
+b'X-Peer: 127.0.0.1'
+b''
+b'text'
+------------ END MESSAGE ------------
+'''
+
+WRONG_ARGUMENTS = {
+    'an unknown option': (['--foo'], 'option --foo not recognized'),
+    'an unknown letter': (['-x'], 'option -x not recognized'),
+    'a size that is no number': (['-s', 'x'], 'Invalid size: x'),
+    'a negative size': (['-s', '-1'], 'Invalid size: -1'),
+    'a size without a value': (['-s'], 'option -s requires argument'),
+    'a local address without a colon': (['localhost'], 'Bad local spec: localhost'),
+    'an empty local address': ([''], 'Bad local spec: '),
+    'a local port that is no number': (['localhost:x'], 'Bad local port: localhost:x'),
+    'no local port': (['localhost:'], 'Bad local port: localhost:'),
+    'a remote address without a colon': (['localhost:1', 'remote'], 'Bad remote spec: remote'),
+    'a remote port that is no number': (['localhost:1', 'remote:x'], 'Bad remote port: remote:x'),
+    'too many arguments': (['a', 'b', 'c'], 'Invalid arguments: a, b, c'),
+    'an unknown class': (['-c', 'NoSuchClass', '127.0.0.1:0'], 'NoSuchClass'),
+    'an unknown class of a module': (['-c', 'smtpd.NoSuchClass', '127.0.0.1:0'], 'NoSuchClass'),
+    'an unknown module': (['-c', 'no_such_module.Class', '127.0.0.1:0'], 'no_such_module'),
+    'an unknown package': (['-c', 'no.such.module.Class', '127.0.0.1:0'], 'no'),
+    'a class that is no server': (['-c', 'smtpd.Devnull', '127.0.0.1:0'], 'Devnull'),
+    'a class that is none': (['-c', 'os.path.join', '127.0.0.1:0'], ''),
+    'an empty class': (['-c', '', '127.0.0.1:0'], ''),
+    'a class of dots': (['-c', '..', '127.0.0.1:0'], ''),
+    'a local port out of range': (['127.0.0.1:65536'], '65536'),
+    'a local port far out of range': (['127.0.0.1:99999999999999999999'], ''),
+    'a negative local port': (['127.0.0.1:-1'], ''),
+    'a remote port out of range': (['127.0.0.1:0', '127.0.0.1:65536'], '65536'),
+    'SMTPUTF8 with a class that refuses it':
+        (['-u', '-c', 'PureProxy', '127.0.0.1:0'], 'SMTPUTF8'),
+    'an unknown host': (['no.such.host.invalid:0'], 'no.such.host.invalid'),
+    'an address that is not ours': (['192.0.2.1:0'], '192.0.2.1'),
+    'a host that is no name': (['a..b:0'], ''),
+}
+
+
+class TestCommandLine:
+    @pytest.mark.parametrize('option', ['-V', '--version'])
+    def test_version(self, option):
+        done = run_smtpd(option)
+        assert (done.returncode, done.stdout, done.stderr) == (0, smtpd.__version__ + '\n', '')
+
+    @pytest.mark.parametrize('option', ['-h', '--help'])
+    def test_help_names_all_options(self, option):
+        done = run_smtpd(option)
+        assert (done.returncode, done.stdout) == (0, '')
+        assert done.stderr.startswith('An RFC 5321 smtp proxy')
+        assert 'Traceback' not in done.stderr and smtpd.__version__ in done.stderr
+        for word in ('--nosetuid --version --class --size --smtputf8 --debug --help -n -V -c -s '
+                     '-u -d -h 33554432 8025 localhost:localport remotehost:remoteport').split():
+            assert word in done.stderr
+
+    @pytest.mark.parametrize('arguments, text', WRONG_ARGUMENTS.values(),
+                             ids=WRONG_ARGUMENTS.keys())
+    def test_wrong_arguments_get_one_line(self, arguments, text):
+        done = run_smtpd('-n', *arguments)
+        assert (done.returncode, done.stdout) == (1, '')
+        [line] = done.stderr.splitlines()
+        assert text in line and 'Traceback' not in line and len(line) > 3
+        if text.startswith(('option', 'Invalid', 'Bad')):
+            assert line == text
+
+    def test_a_port_in_use_gets_one_line(self):
+        with socket.create_server(('127.0.0.1', 0)) as used:
+            done = run_smtpd('-n', '-c', 'DebuggingServer', '127.0.0.1:%d' % used.getsockname()[1])
+        assert (done.returncode, done.stdout) == (1, '')
+        assert len(done.stderr.splitlines()) == 1 and str(used) not in done.stderr
+
+    def test_each_message_is_seen_at_once_through_a_pipe(self):
+        with command_line('-c', 'DebuggingServer') as (process, address):
+            for _ in range(2):
+                assert send_message(address).endswith(b'250 OK\r\n221 Bye\r\n')
+                assert read_until(process.stdout, b'END MESSAGE ------------\n') == PRINTED_MESSAGE
+
+    def test_stdout_that_went_away(self):
+        """As `| head` does; the server goes on."""
+        with command_line('-c', 'DebuggingServer') as (process, address):
+            process.stdout.close()
+            for _ in range(3):
+                assert send_message(address).endswith(b'250 OK\r\n221 Bye\r\n')
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
+            assert process.stderr.read() == b''
+            process.stdout = None
+
+    def test_stdout_that_cannot_encode(self, tmp_path):
+        (tmp_path / 'texts.py').write_text(textwrap.dedent('''
+            import smtpd
+            class Texts(smtpd.DebuggingServer):
+                def __init__(self, *args, **kwargs):
+                    super().__init__(*args, decode_data=True, **kwargs)
+        '''))
+        with command_line('-c', 'texts.Texts', folders=[tmp_path],
+                          env={'PYTHONIOENCODING': 'ascii'}) as (process, address):
+            text = '\r\nx\xe4\r\n'.encode() + b'\xff\r\n'
+            assert send_message(address, text).endswith(b'221 Bye\r\n')
+            assert b'\nx\\xe4\n\\udcff\n' in read_until(process.stdout, b'END MESSAGE')
+
+    @pytest.mark.parametrize('options, size', [
+        ([], b'250-SIZE 33554432\r\n'), (['-s', '1000'], b'250-SIZE 1000\r\n'),
+        (['--size=1000'], b'250-SIZE 1000\r\n'), (['-s', '0'], b'')],
+        ids=['not given', 'given', 'given in long', 'none'])
+    def test_size(self, options, size):
+        with command_line('-c', 'DebuggingServer', *options) as (_, address), \
+                RawClient(address) as client:
+            assert client.reply().startswith(b'220 ')
+            name, extensions = client.say(b'EHLO x').split(b'\r\n', 1)
+            assert re.fullmatch(b'250-[!-~]+', name)
+            assert extensions == size + b'250-8BITMIME\r\n250 HELP\r\n'
+            assert client.say(b'MAIL FROM:<a@b> SIZE=33554433')[:3] == (b'552' if size else b'250')
+
+    def test_smtputf8(self):
+        with command_line('-u', '-c', 'DebuggingServer') as (process, address):
+            with RawClient(address) as client:
+                client.reply()
+                assert b'250-SMTPUTF8\r\n' in client.say(b'EHLO x')
+                client.send('MAIL FROM:<\xe4@b> SMTPUTF8\r\n'.encode())
+                client.send(TRANSACTION[17:] + b'x\r\n.\r\nQUIT\r\n')
+                assert client.rest().endswith(b'250 OK\r\n221 Bye\r\n')
+            assert b"mail options: ['SMTPUTF8']" in read_until(process.stdout, b'END MESSAGE')
+
+    @pytest.mark.parametrize('number, status', [
+        (signal.SIGINT, 0), (signal.SIGTERM, -signal.SIGTERM)], ids=['SIGINT', 'SIGTERM'])
+    @pytest.mark.parametrize('class_name', ['DebuggingServer', 'PureProxy', 'MailmanProxy'])
+    def test_signals_end_it_silently(self, class_name, number, status):
+        with command_line('-c', class_name) as (process, address), RawClient(address) as client:
+            assert client.reply().startswith(b'220 ')
+            assert [client.say(b'NOOP') for _ in range(3)] == 3 * [b'250 OK\r\n']
+            process.send_signal(number)
+            assert process.communicate(timeout=20) == (b'', b'')
+            assert process.returncode == status
+
+    def test_sigint_does_not_wait_for_an_upstream_that_hangs(self):
+        with socket.create_server(('127.0.0.1', 0)) as hung:
+            remote = '127.0.0.1:%d' % hung.getsockname()[1]
+            with command_line(remote=remote) as (process, address), RawClient(address) as client:
+                client.send(ONE_MESSAGE)
+                with hung.accept()[0]:  # it is being relayed
+                    process.send_signal(signal.SIGINT)
+                    assert process.communicate(timeout=20) == (b'', b'')
+                    assert process.returncode == 0
+
+    def test_a_class_of_ones_own_with_its_debugging_prints(self, tmp_path):
+        """There must be one module, not a __main__ and an smtpd."""
+        package = tmp_path / 'mail' / 'servers'
+        package.mkdir(parents=True)
+        (package.parent / '__init__.py').touch()
+        (package / '__init__.py').touch()
+        (package / 'inbox.py').write_text(textwrap.dedent('''
+            import smtpd
+            class Inbox(smtpd.SMTPServer):
+                def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
+                    print('got', mailfrom, rcpttos, data, self._remoteaddr, flush=True)
+        '''))
+        with command_line('-d', '-c', 'mail.servers.inbox.Inbox', remote='upstream:2525',
+                          folders=[tmp_path]) as (process, address):
+            assert send_message(address).endswith(b'250 OK\r\n221 Bye\r\n')
+            assert read_until(process.stdout, b'\n') == (
+                b"got a@b ['c@d'] b'Subject: x\\n\\ntext' ('upstream', 2525)\n")
+            dialogue = read_until(process.stderr, b"Data: b'QUIT'")
+            for line in (b"Data: b'EHLO x'", b'===> MAIL FROM:<a@b> SIZE=20', b"recips: ['c@d']"):
+                assert line + b'\n' in dialogue
+            assert process.poll() is None
+
+    def test_a_class_in_the_current_folder(self, tmp_path):
+        (tmp_path / 'here.py').write_text(
+            'import smtpd\nclass Here(smtpd.DebuggingServer):\n    pass\n')
+        with command_line('-c', 'here.Here', cwd=str(tmp_path)) as (process, address):
+            assert send_message(address).endswith(b'250 OK\r\n221 Bye\r\n')
+
+    def test_ipv6(self):
+        with command_line('-c', 'DebuggingServer', host='::1') as (process, address):
+            assert send_message(address).endswith(b'250 OK\r\n221 Bye\r\n')
+            assert b'X-Peer: ::1' in read_until(process.stdout, b'END MESSAGE')
+
+    def test_thousands_of_connections(self):
+        resource = pytest.importorskip('resource')
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= limits[1] < 3000:
+            pytest.skip('no process may have 3000 descriptors here')
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3000, limits[1]))
+        try:
+            with command_line('-c', 'DebuggingServer') as (_, address), \
+                    contextlib.ExitStack() as stack:
+                clients = [stack.enter_context(RawClient(address)) for _ in range(1200)]
+                assert all(client.reply().startswith(b'220 ') for client in clients)
+                for client in clients[::50] + clients[-1:]:
+                    assert client.say(b'NOOP') == b'250 OK\r\n'
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason='only root can become nobody')
+    def test_root_becomes_nobody_with_all_groups(self):
+        import pwd
+        nobody = pwd.getpwnam('nobody')
+        port = free_port()
+        command = [*SMTPD, '-c', 'DebuggingServer', '127.0.0.1:%d' % port]
+        with running(command, extra_groups=[4, 24]) as process:
+            assert is_ready(process, ('127.0.0.1', port))
+            assert send_message(('127.0.0.1', port)).endswith(b'250 OK\r\n221 Bye\r\n')
+            assert read_until(process.stdout, b'END MESSAGE')
+            with open('/proc/%d/status' % process.pid) as status:
+                fields = dict(line.split(':', 1) for line in status)
+            assert fields['Uid'].split() == 4 * [str(nobody.pw_uid)]
+            assert fields['Gid'].split() == 4 * [str(nobody.pw_gid)]
+            assert set(fields['Groups'].split()) <= {str(nobody.pw_gid)}
+
+    def test_who_is_not_root_has_to_say_nosetuid(self):
+        user = 'nobody' if os.geteuid() == 0 else None
+        command = [*SMTPD, '-c', 'DebuggingServer', '127.0.0.1:0']
+        try:
+            run_briefly([sys.executable, '-c', 'import smtpd'], env=environment(), user=user,
+                        cwd='/', check=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip('nobody may not read this interpreter')
+        done = run_briefly(command, env=environment(), user=user, cwd='/')
+        assert (done.returncode, done.stdout) == (1, '')
+        assert done.stderr == 'Cannot setuid "nobody"; try running with -n option.\n'
+
+
+class TestArguments:
+    """parseargs(), which programs call."""
+
+    @pytest.mark.parametrize('arguments, expected', [
+        ([], ('localhost', 8025, 'localhost', 25, 'PureProxy', True, False)),
+        (['-n'], ('localhost', 8025, 'localhost', 25, 'PureProxy', False, False)),
+        (['--nosetuid', 'here:26'], ('here', 26, 'localhost', 25, 'PureProxy', False, False)),
+        (['here:26', 'there:27'], ('here', 26, 'there', 27, 'PureProxy', True, False)),
+        (['-u', '-c', 'X', ':26'], ('', 26, 'localhost', 25, 'X', True, True)),
+        (['--smtputf8', '--class=a.X', '[::1]:26', '[::2]:27'],
+         ('::1', 26, '::2', 27, 'a.X', True, True)),
+    ], ids=str)
+    def test_what_they_mean(self, arguments, expected, monkeypatch):
+        monkeypatch.setattr(sys, 'argv', ['smtpd', *arguments])
+        options = smtpd.parseargs()
+        assert (options.localhost, options.localport, options.remotehost, options.remoteport,
+                options.classname, bool(options.setuid), bool(options.enable_SMTPUTF8)) == expected
+
+    @pytest.mark.parametrize('arguments, limit', [
+        ([], 33554432), (['-s', '5'], 5), (['--size', '5'], 5), (['-s', '0'], 0)], ids=str)
+    def test_size(self, arguments, limit, monkeypatch):
+        monkeypatch.setattr(sys, 'argv', ['smtpd', *arguments])
+        assert smtpd.parseargs().size_limit in (limit, None if limit == 33554432 else limit)
+
+    def test_debug_sets_the_stream(self, monkeypatch):
+        monkeypatch.setattr(smtpd, 'DEBUGSTREAM', smtpd.DEBUGSTREAM)
+        monkeypatch.setattr(sys, 'argv', ['smtpd', '-d'])
+        smtpd.parseargs()
+        assert smtpd.DEBUGSTREAM is sys.stderr
+
+    def test_usage_ends_the_program(self, capsys):
+        with pytest.raises(SystemExit) as exit:
+            smtpd.usage(3, 'what is wrong')
+        assert exit.value.code == 3 and 'what is wrong' in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------
+# Soak
+# ---------------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', [1, 2, 3])
+def test_hostile_sessions(seed):
+    """The short form of benchmarks/soak.py, which says what it does."""
+    folders = [HERE, os.path.dirname(os.path.realpath(smtpd.__file__))]
+    paths = [os.path.join(folder, 'benchmarks', 'soak.py') for folder in folders]
+    path = next(filter(os.path.exists, paths), None)
+    if path is None:
+        pytest.skip('needs benchmarks/soak.py')
+    done = subprocess.run(
+        [sys.executable, path, '--commands=50000', '--seed=%d' % seed], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+
+
+# =============================================================================
+# What happens seldom
+# =============================================================================
+
+
+def test_a_connection_that_breaks_is_closed_and_the_log_says_why(capsys):
+    channel = make_channel()
+    feed(channel, OSError(errno.ETIMEDOUT, 'timed out'))
+    assert channel.conn.closed and not channel.connected
+    out, err = capsys.readouterr()
+    assert out == '' and 'timed out' in err
+
+
+def test_a_log_without_a_repr_is_a_log(capsys):
+    class Shy(smtpd.SMTPChannel):
+        def __repr__(self):
+            raise ZeroDivisionError
+
+    feed(make_channel(channel_class=Shy), OSError(errno.ETIMEDOUT, 'timed out'))
+    assert 'timed out' in capsys.readouterr().err
+
+
+def test_two_commands_that_fail_in_one_packet_are_both_answered(capsys):
+    class Failing(smtpd.SMTPChannel):
+        def smtp_FAIL(self, arg):
+            raise ZeroDivisionError
+
+    channel = make_channel(channel_class=Failing)
+    assert feed(channel, b'FAIL\r\nFAIL\r\nNOOP\r\n') == (
+        b'451 Internal confusion\r\n' * 2 + b'250 OK\r\n')
+    assert capsys.readouterr().err.count('Traceback') == 2
+
+
+@pytest.mark.parametrize('state', ['command', 'data'])
+def test_a_hook_that_raises_in_mid_line_ends_the_session_so_that_nothing_is_taken_for_a_command(
+        state, capsys):
+    class Failing(smtpd.SMTPChannel):
+        def collect_incoming_data(self, data):
+            if data.startswith(b'poison'):
+                raise ZeroDivisionError
+            super().collect_incoming_data(data)
+
+    server = StubServer()
+    channel = make_channel(server, Failing)
+    if state == 'data':
+        feed(channel, b'EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n')
+    assert feed(channel, b'poison', b'\r\nNOOP\r\n.\r\n') == b'451 Internal confusion\r\n'
+    assert channel.conn.closed and server.messages == []
+    assert 'ZeroDivisionError' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('terminator', [None, 0, b''])
+def test_without_a_terminator_a_hook_gets_all_that_comes(terminator):
+    pieces = []
+
+    class Collecting(smtpd.SMTPChannel):
+        def collect_incoming_data(self, data):
+            pieces.append(data)
+
+    channel = make_channel(channel_class=Collecting)
+    channel.set_terminator(terminator)
+    assert feed(channel, b'EHLO\r\n', b'x') == b''
+    assert pieces == [b'EHLO\r\n', b'x']
+
+
+def test_a_producer_in_the_queue_is_asked_in_its_turn():
+    class Producer:
+        lines = [b'250-first\r\n', b'250 last\r\n']
+
+        def more(self):
+            return self.lines.pop(0) if self.lines else b''
+
+    channel = make_channel()
+    channel.push_with_producer(Producer())
+    channel.push('250 OK')
+    while channel.producer_fifo:
+        channel.handle_write_event()
+    assert channel.conn.sent == b'250-first\r\n250 last\r\n250 OK\r\n'
+
+
+def test_an_idle_client_that_does_not_even_read_the_421_is_shut_off(monkeypatch):
+    shut = []
+    channel = make_channel()
+    channel.conn.shutdown = shut.append
+    for now in (1000.0, 2000.0, 3000.0):
+        channel._end_if_idle(channel._last_sign + now)
+    assert channel.conn.sent == b'421 Error: timeout exceeded\r\n' and shut
+
+
+def test_without_a_thread_to_be_had_the_client_is_told_to_try_again(monkeypatch, capsys):
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    with serving(type('Threaded', (RecordingServer,), {'process_message_threads': 1})) as server:
+        with RawClient(server) as client:
+            client.reply()
+            monkeypatch.setattr(threading.Thread, 'start', fail)
+            client.send(b'EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nx\r\n.\r\n'
+                        b'QUIT\r\n')
+            assert client.rest().endswith(b'451 Internal confusion\r\n221 Bye\r\n')
+    assert "can't start new thread" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('number', [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+def test_without_resources_a_connection_waits_and_is_served_then(number, monkeypatch, capsys):
+    class Poor(RecordingServer):
+        accepts = collections.Counter()
+
+    real_accept = asyncore.dispatcher.accept
+
+    def accept(server):
+        if isinstance(server, Poor):
+            server.accepts[number] += 1
+            if server.accepts[number] == 1:
+                raise OSError(number, os.strerror(number))
+        return real_accept(server)
+
+    monkeypatch.setattr(asyncore.dispatcher, 'accept', accept)
+    with serving(Poor, timeout=30) as server, RawClient(server) as client:
+        assert client.reply().startswith(b'220 ')
+        assert server.accepts[number] <= 4
+    assert 'no resources' in capsys.readouterr().err
+
+
+def test_exitnow_out_of_a_handler_thread_ends_the_loop():
+    class Ending(RecordingServer):
+        process_message_threads = 1
+
+        def process_message(self, *args, **kwargs):
+            raise asyncore.ExitNow
+
+    sockets = {}
+    server = Ending(map=sockets)
+    with RawClient(server) as client:
+        client.send(b'EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nx\r\n.\r\n')
+        with pytest.raises(asyncore.ExitNow):
+            asyncore.loop(timeout=5, map=sockets, count=100)
+    asyncore.close_all(sockets)
+
+
+def test_a_refused_connection_gets_421_though_its_descriptor_is_too_high(monkeypatch):
+    monkeypatch.setattr(smtpd, '_FD_SETSIZE', 0)
+    with serving() as server, RawClient(server) as client:
+        assert client.rest() == b'421 Service not available\r\n'
+
+
+def test_a_loop_that_polls_serves_any_descriptor(monkeypatch):
+    monkeypatch.setattr(smtpd, '_FD_SETSIZE', 0)
+    with serving(use_poll=True) as server, RawClient(server) as client:
+        assert client.reply().startswith(b'220 ')
+
+
+class TestBecomingNobody:
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        pytest.importorskip('pwd')
+        calls = []
+        for name in ('setgroups', 'setgid', 'setuid'):
+            monkeypatch.setattr(os, name, lambda value, name=name: calls.append((name, value)))
+        return calls
+
+    def test_groups_go_before_the_user(self, calls):
+        import pwd
+        smtpd._become_nobody()
+        nobody = pwd.getpwnam('nobody')
+        assert calls == [('setgroups', []), ('setgid', nobody.pw_gid), ('setuid', nobody.pw_uid)]
+
+    def test_without_the_right_to_it_one_line_says_so(self, calls, monkeypatch, capsys):
+        def refuse(groups):
+            raise PermissionError
+
+        monkeypatch.setattr(os, 'setgroups', refuse)
+        with pytest.raises(SystemExit) as ended:
+            smtpd._become_nobody()
+        assert ended.value.code == 1
+        assert capsys.readouterr().err == 'Cannot setuid "nobody"; try running with -n option.\n'
+
+    def test_without_users_one_line_says_so(self, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, 'pwd', None)
+        with pytest.raises(SystemExit):
+            smtpd._become_nobody()
+        assert capsys.readouterr().err == (
+            'Cannot import module "pwd"; try running with -n option.\n')
+
+
+def test_a_warning_of_asyncore_is_not_logged(capsys):
+    channel = make_channel()
+    channel.log_info('unhandled event', 'warning')
+    channel.log_info('something', 'info')
+    assert capsys.readouterr() == ('', 'info: something\n')
+
+
+def test_a_read_event_without_data_is_nothing():
+    channel = make_channel()
+    channel.handle_read()
+    assert channel.connected and channel.conn.sent == b''
+
+
+def test_exitnow_goes_through_behind_a_command_that_failed(capsys):
+    class Ending(smtpd.SMTPChannel):
+        def smtp_FAIL(self, arg):
+            raise ZeroDivisionError
+
+        def smtp_EXIT(self, arg):
+            raise asyncore.ExitNow
+
+    channel = make_channel(channel_class=Ending)
+    with pytest.raises(asyncore.ExitNow):
+        feed(channel, b'FAIL\r\nEXIT\r\n')
+    assert 'ZeroDivisionError' in capsys.readouterr().err
+
+
+def test_exitnow_goes_through_while_a_connection_is_set_up():
+    class Ending(RecordingServer):
+        def handle_accepted(self, conn, addr):
+            conn.close()
+            raise asyncore.ExitNow
+
+    sockets = {}
+    server = Ending(map=sockets)
+    with RawClient(server), pytest.raises(asyncore.ExitNow):
+        asyncore.loop(timeout=5, map=sockets, count=10)
+    asyncore.close_all(sockets)
+
+
+def test_an_outcome_that_fails_takes_no_other_with_it(capsys):
+    def fail(outcome):
+        raise ZeroDivisionError
+
+    taken = []
+    sockets = {}
+    tasks = smtpd._BackgroundTasks(sockets)
+    before = set(threading.enumerate())
+    for take_outcome in (fail, taken.append, taken.append):
+        tasks.start_at_most(3, lambda: None, take_outcome)
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+    asyncore.loop(timeout=5, map=sockets)
+    tasks.close()
+    assert len(taken) == 2 and 'ZeroDivisionError' in capsys.readouterr().err
+
+
+def test_a_descriptor_that_somebody_closed_and_got_again_belongs_to_the_new_channel():
+    sockets = {}
+    server = RecordingServer(map=sockets)
+    server.channels_in_hub = True
+    end, client = socket.socketpair()
+    with end, client:
+        old = smtpd.SMTPChannel(server, end, PEER, map=sockets)
+        hub = old._hub
+        hub.discard(old)
+        old.socket = FakeConnection(end.fileno())
+        new = smtpd.SMTPChannel(server, end, PEER, map=sockets)
+        old._hub = hub
+        old.close()
+        client.sendall(b'QUIT\r\n')
+        asyncore.loop(timeout=5, map=sockets, count=1)
+        assert not new.connected and new._hub is None
+    asyncore.close_all(sockets)
+
+
+def test_the_command_line_takes_a_class_that_is_no_server_of_ours(monkeypatch):
+    calls = []
+
+    class Own(asyncore.dispatcher):
+        def __init__(self, *args, **kwargs):
+            calls.append((args, kwargs))
+            super().__init__()
+
+    monkeypatch.setattr(smtpd, 'OwnClass', Own, raising=False)
+    monkeypatch.setattr(smtpd, '_become_nobody', lambda: calls.append('nobody'))
+    monkeypatch.setattr(asyncore, 'loop', lambda **kwargs: calls.append(kwargs))
+    monkeypatch.setattr(sys, 'argv', ['smtpd', '-c', 'OwnClass', 'a:1', 'b:2'])
+    smtpd._main()
+    assert calls == [((('a', 1), ('b', 2), 33554432), {'enable_SMTPUTF8': False}),
+                     'nobody', {'use_poll': True}]
+
+
+# =============================================================================
+# Judges from outside: CPython's own tests, and the old module as oracle
+# =============================================================================
+
+
+def missing(what):
+    """Skip, or fail where nothing may be left out, for want of something on this machine."""
+    if os.environ.get('PYSMTPD_TEST_REQUIRE_ALL') == '1':
+        pytest.fail('missing: ' + what)
+    pytest.skip('missing: ' + what)
+
+
+# ---------------------------------------------------------------------------------------------
+# Outside judge: CPython's own suites
+
+def standard_library_of(version):
+    """The directory of another interpreter's standard library."""
+    variable = 'PYSMTPD_TEST_PYTHON' + version.replace('.', '')
+    interpreter = os.environ.get(variable) or shutil.which('python' + version)
+    if not interpreter:
+        missing('python%s (or its path in %s)' % (version, variable))
+    return subprocess.run(
+        [interpreter, '-c', 'import sysconfig; print(sysconfig.get_path("stdlib"))'],
+        check=True, stdout=subprocess.PIPE, universal_newlines=True).stdout.strip()
+
+
+RUN_A_SUITE = '''
+import json, unittest, warnings
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    import smtpd
+    import test.mock_socket, test.support, test.test_smtpd
+result = unittest.TestResult()
+suite = unittest.defaultTestLoader.loadTestsFromModule(test.test_smtpd)
+expected = suite.countTestCases()
+suite.run(result)
+print(json.dumps({
+    'files': [module.__file__ for module in (
+        smtpd, test.test_smtpd.smtpd, test.test_smtpd, test.mock_socket, test.support)],
+    'expected': expected,
+    'run': result.testsRun,
+    'not passed': [[str(case), text] for case, text in result.failures + result.errors]
+                  + [str(case) for case in result.unexpectedSuccesses],
+    'skipped': [[str(case), reason] for case, reason in result.skipped],
+}))
+'''
+
+
+@pytest.mark.parametrize('version', ['3.9', '3.10', '3.11'])
+def test_the_suite_of_cpython_passes_unmodified(version, tmp_path):
+    source = os.path.join(standard_library_of(version), 'test')
+    if not os.path.exists(os.path.join(source, 'test_smtpd.py')):
+        missing('the test package of Python ' + version)
+    package = tmp_path / 'test'
+    package.mkdir()
+    (package / '__init__.py').touch()
+    shutil.copytree(os.path.join(source, 'support'), package / 'support')
+    for name in ('test_smtpd.py', 'mock_socket.py'):
+        shutil.copy(os.path.join(source, name), package)
+
+    module_directory = os.path.dirname(os.path.abspath(smtpd.__file__))
+    run = subprocess.run(
+        [sys.executable, '-c', RUN_A_SUITE], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, universal_newlines=True, cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(tmp_path), module_directory])})
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+
+    assert result['files'] == [
+        os.path.abspath(smtpd.__file__)] * 2 + [
+        str(package / name) for name in ('test_smtpd.py', 'mock_socket.py', 'support/__init__.py')]
+    assert result['not passed'] == []
+    assert result['run'] == result['expected'] > 90
+    assert [skip for skip in result['skipped'] if 'IPv6' not in skip[1]] == []
+
+
+# ---------------------------------------------------------------------------------------------
+# Outside judge: the old module, fed the same dialogues.  Breakpoint: 3.12, it has none.
+
+has_old_module = pytest.mark.skipif(
+    sys.version_info >= (3, 12), reason='this Python has no smtpd of its own')
+
+
+class Step(typing.NamedTuple):
+    """A command line; the data that follow it where it is answered with 354."""
+
+    line: bytes
+    data: bytes = b''
+
+
+class Outcome(typing.NamedTuple):
+    """What one step did, as a client and a handler see it."""
+
+    sent: bytes
+    messages: list  # (peer, mailfrom, rcpttos, data, kwargs)
+    raised: typing.Optional[str]  # what left the channel's handle_read()
+    closed: bool
+    session: tuple  # seen_greeting, mailfrom, rcpttos, smtp_state
+
+
+def load_old_module():
+    path = os.path.join(sysconfig.get_path('stdlib'), 'smtpd.py')
+    spec = importlib.util.spec_from_file_location('standard_library_smtpd', path)
+    module = importlib.util.module_from_spec(spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def old_module():
+    module = load_old_module()
+    assert not os.path.samefile(module.__file__, smtpd.__file__)
+    return module
+
+
+class Handler(StubServer):
+    """Answers the messages of a session with the replies, over and over."""
+
+    def __init__(self, replies):
+        super().__init__()
+        self.replies = itertools.cycle(replies or [None])
+
+    def process_message(self, *args, **kwargs):
+        self.reply = next(self.replies)
+        return super().process_message(*args, **kwargs)
+
+
+class Session:
+    """A channel of either module, driven as a loop drives it."""
+
+    def __init__(self, module, replies=(), hooks_overridden=False, **options):
+        class Channel(module.SMTPChannel):
+            def handle_error(channel):
+                self.raised = sys.exc_info()[0].__name__
+                super().handle_error()
+
+            def log_info(channel, message, type='info'):
+                pass
+
+            if hooks_overridden:
+                def found_terminator(channel):
+                    super().found_terminator()
+
+        self.raised = None
+        self.server = Handler(replies)
+        # Shared by all sessions of the old module; each of these begins afresh.
+        module.SMTPChannel.command_size_limits.clear()
+        self.channel = Channel(self.server, FakeConnection(), PEER, map={}, **options)
+        self.channel.conn.sends.clear()
+
+    def take(self, *segments):
+        """Feed the segments, one read event each; return the Outcome."""
+        channel = self.channel
+        sent, messages = len(channel.conn.sent), len(self.server.messages)
+        for segment in segments:
+            channel.conn.incoming.append(segment)
+            while channel.conn.incoming and channel.connected:
+                asyncore.read(channel)
+                while channel.connected and channel.writable():
+                    asyncore.write(channel)
+        return Outcome(
+            channel.conn.sent[sent:], self.server.messages[messages:], self.raised,
+            not channel.connected,
+            (channel.seen_greeting, channel.mailfrom, list(channel.rcpttos), channel.smtp_state))
+
+    def whole(self):
+        """The Outcome of all that was fed."""
+        return self.take()._replace(sent=self.channel.conn.sent, messages=self.server.messages)
+
+    def take_step(self, step):
+        outcome = self.take(step.line + b'\r\n')
+        if outcome.sent.startswith(b'354') and step.data:
+            end = self.take(step.data)
+            outcome = end._replace(sent=outcome.sent + end.sent)
+        return outcome
+
+
+class Case(typing.NamedTuple):
+    """A step at which the two differ, and all that is known about it."""
+
+    step: Step
+    earlier: list  # the steps before it and what both did: [(step, outcome)]
+    old: Outcome
+    ours: Outcome
+    options: dict  # of the channels
+    old_module: typing.Any
+
+    @property
+    def text(self):
+        return self.step.line.decode('utf-8', 'surrogateescape')
+
+    @property
+    def verb(self):
+        return self.text.partition(' ')[0]
+
+    @property
+    def path(self):
+        """What stands behind "MAIL FROM:", "RCPT TO:" or "VRFY"; None for other commands."""
+        keyword = {'MAIL': 'FROM:', 'RCPT': 'TO:', 'VRFY': ''}.get(self.verb.upper())
+        argument = self.text.partition(' ')[2].strip()
+        if keyword is None or argument[:len(keyword)].upper() != keyword:
+            return None
+        return argument[len(keyword):].strip()
+
+    @property
+    def address_of_old(self):
+        """What the old module makes of the path; None if it makes nothing of it."""
+        return self.parsed_by_old()[0] or None
+
+    def parsed_by_old(self):
+        try:
+            return Session(self.old_module).channel._getaddr(self.path)
+        except Exception:
+            return '', self.path
+
+    def old_took_it_verbatim(self):
+        """It took what stands before a blank: the address, perhaps in brackets, with a route."""
+        address, rest = self.parsed_by_old()
+        taken = self.path[:len(self.path) - len(rest)]
+        is_apart = not rest or rest[:1].isspace() or taken[-1:].isspace()
+        return is_apart and is_verbatim(address, taken)
+
+    @property
+    def address_of_ours(self):
+        """What we have just accepted in MAIL or RCPT."""
+        _, mailfrom, rcpttos, _ = self.ours.session
+        return mailfrom if self.verb.upper() == 'MAIL' else rcpttos[-1]
+
+    def we_only_say(self, pattern):
+        """Our answer is this one line, and nothing else happens."""
+        before = self.earlier[-1][1].session if self.earlier else ('', None, [], 0)
+        return (re.fullmatch(pattern + rb'\r\n', self.ours.sent)
+                and self.ours == Outcome(self.ours.sent, [], None, False, before))
+
+    def we_refuse_the_path(self):
+        return self.path is not None and self.we_only_say(
+            rb'501 Syntax: ((MAIL FROM|RCPT TO): <address>( \[SP <mail-parameters>\])?'
+            rb'|VRFY <address>)')
+
+    def we_refuse_the_parameters(self):
+        return self.we_only_say(
+            rb'501 Syntax: MAIL FROM: <address> \[SP <mail-parameters>\]')
+
+    def old_died_of(self, *exceptions):
+        return self.old.raised in exceptions and self.old.closed and not self.old.messages
+
+
+def is_utf8(octets):
+    try:
+        octets.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def is_verbatim(address, path):
+    """The path is the address as it is, perhaps in brackets, with a source route before it."""
+    route = r'@[^\s@,:<>]+(?:,@[^\s@,:<>]+)*:'
+    return path.strip() == address == '<>' or re.fullmatch(
+        r'(?:<(?:{route})?{address}>|{address})\s*'.format(
+            route=route, address=re.escape(address)), path)
+
+
+def rfc1870_size(data):
+    """Octets with CRLF, without the doubled dots, the final dot left out."""
+    lines = data[:-len(b'.\r\n')].split(b'\r\n')
+    return sum(len(line) - line.startswith(b'.') for line in lines) + 2 * (len(lines) - 1)
+
+
+def command_not_utf8(case):
+    return (not is_utf8(case.step.line) and case.old_died_of('UnicodeDecodeError')
+            and case.we_only_say(rb'500 Error: bad syntax'))
+
+
+def control_character(case):
+    return (re.search('[\0-\x08\x0a-\x1f\x7f-\x9f]', case.text)
+            and case.we_only_say(rb'500 Error: bad syntax'))
+
+
+def echo(case):
+    unknown = b'500 Error: command "%s" not recognized'
+    verb = case.verb.upper()
+    masked = re.sub('[^ -~]', '?', case.verb).encode()
+    return (re.search('[^ -~]', verb)
+            and (case.old_died_of('UnicodeEncodeError')
+                 or case.old.sent == unknown % verb.encode('utf-8', 'replace') + b'\r\n')
+            and case.we_only_say(b'(?i)' + re.escape(unknown % masked)))
+
+
+def verb_looks_like_another(case):
+    return (not case.verb.isascii() and case.verb.upper().isascii()
+            and case.we_only_say(rb'500 Error: command "[ -~]*" not recognized'))
+
+
+def malformed_path(case):
+    return (case.we_refuse_the_path() and case.address_of_old is None
+            and case.old_died_of('HeaderParseError', 'IndexError', 'AttributeError'))
+
+
+def address_changed(case):
+    return (case.we_refuse_the_path() and case.address_of_old is not None
+            and not case.old_took_it_verbatim())
+
+
+def refused_for_its_path_first(case):
+    """Text behind a bare local part: both refuse it, for different reasons in a transaction."""
+    return (case.old.sent == b'503 Error: nested MAIL command\r\n' and case.we_refuse_the_path()
+            and case.address_of_old and '@' not in case.address_of_old
+            and first_difference(case.old_module, [GREETING, case.step]) is None)
+
+
+def dots_or_hyphens(case):
+    if not (case.we_refuse_the_path() and case.address_of_old and case.old_took_it_verbatim()):
+        return False
+    local_part, at, domain = case.address_of_old.rpartition('@')
+    if not at:
+        local_part, domain = domain, ''
+    return (re.search(r'^\.|\.\.', local_part)
+            or any(label and not label.strip('-') for label in domain.split('.')))
+
+
+def quotes_lost(case):
+    if re.match(r'""(\s|$)|<"">', case.path or ''):
+        return case.old.sent.startswith(b'501 Syntax: ')  # nothing was left
+    if not case.path or case.ours.sent != b'250 OK\r\n':
+        return False
+    ours, old = case.address_of_ours, case.address_of_old or ''
+    return (ours.startswith('"') and case.path.lstrip('<').startswith(ours)
+            and old == re.sub(r'"|\\(?=.)', '', ours))
+
+
+def size_without_value(case):
+    return (re.search(r'\sSIZE(\s|$)', case.text.upper()) and case.old_died_of('AttributeError')
+            and case.we_refuse_the_parameters())
+
+
+def size_in_foreign_digits(case):
+    return (re.search(r'\sSIZE=[0-9]*[^\x00-\x7f]+', case.text.upper())
+            and (case.old_died_of('ValueError') or case.old.sent[:3] in (b'250', b'552', b'555'))
+            and case.we_refuse_the_parameters())
+
+
+def stuck_after_too_much(case):
+    reply = rb'354 [ -~]+\r\n552 Error: Too much mail data\r\n'
+    return (re.fullmatch(reply, case.ours.sent) and case.ours.sent == case.old.sent
+            and rfc1870_size(case.step.data) > case.options['data_size_limit']
+            and (case.old.session[3], case.ours.session[3])
+            == (smtpd.SMTPChannel.DATA, smtpd.SMTPChannel.COMMAND))
+
+
+def size_counted_otherwise(case):
+    limit = case.options.get('data_size_limit')
+    if not limit or not case.step.data or not case.ours.sent.startswith(b'354'):
+        return False
+    refusal = b'552 Error: Too much mail data\r\n'
+    too_much = rfc1870_size(case.step.data) > limit
+    return (case.ours.sent.endswith(refusal) == too_much
+            and case.old.sent.endswith(refusal) != too_much)
+
+
+def empty_message(case):
+    return (case.step.data == b'.\r\n' and case.old.sent.count(b'\r\n') == 1
+            and case.old.session[3] == smtpd.SMTPChannel.DATA
+            and case.ours.sent.count(b'\r\n') == 2
+            and [message[3] for message in case.ours.messages]
+            == ['' if case.options.get('decode_data') else b''])
+
+
+def data_not_utf8(case):
+    if not (case.options.get('decode_data') and not is_utf8(case.step.data)
+            and case.old_died_of('UnicodeDecodeError') and len(case.ours.messages) == 1):
+        return False
+    message = case.ours.messages[0][3].encode('utf-8', 'surrogateescape')
+    unstuffed = (b'\r\n' + case.step.data).replace(b'\r\n.', b'\r\n')[2:-len(b'\r\n\r\n')]
+    return message == unstuffed.replace(b'\r\n', b'\n') and not case.ours.closed
+
+
+def options_left_behind(case):
+    def without_keywords(outcome):
+        return outcome._replace(messages=[message[:4] for message in outcome.messages])
+
+    refused = [step for step, outcome in case.earlier
+               if re.match(rb'(?i)(MAIL|RCPT) ', step.line) and outcome.sent[:1] == b'5']
+    mail = [step.line.decode().upper() for step, outcome in case.earlier
+            if re.match(rb'(?i)MAIL ', step.line) and outcome.sent[:1] == b'2']
+    return (refused and case.old.messages != case.ours.messages
+            and without_keywords(case.old) == without_keywords(case.ours)
+            and all(message[4]['rcpt_options'] == []
+                    and mail[-1].endswith(' '.join(message[4]['mail_options']))
+                    for message in case.ours.messages))
+
+
+NO_OPTIONS = {}  # not to be changed
+
+
+class Difference(typing.NamedTuple):
+    """A class of differences: why we differ, what it looks like, and one example.
+
+    `readme` stands in README's "Differences from the standard library".
+    """
+
+    applies: typing.Callable
+    reason: str
+    readme: str
+    steps: list  # the last one is the one in which the two differ
+    old: dict  # fields of its Outcome
+    ours: dict
+    options: dict = NO_OPTIONS
+
+
+GREETING = Step(b'EHLO x')
+SENDER_STEP = Step(b'MAIL FROM:<a@b>')
+RECIPIENT_STEP = Step(b'RCPT TO:<c@d>')
+OLD_TRANSACTION = [GREETING, SENDER_STEP, RECIPIENT_STEP]
+GO_AHEAD = b'354 End data with <CR><LF>.<CR><LF>\r\n'
+OLD_MAIL_SYNTAX = b'501 Syntax: MAIL FROM: <address> [SP <mail-parameters>]\r\n'
+BAD_SYNTAX = {'sent': b'500 Error: bad syntax\r\n', 'closed': False}
+NO_ANSWER = {'sent': b'', 'closed': True}
+
+DIFFERENCES = [
+    Difference(
+        command_not_utf8, 'every command gets an answer', 'octets that are not UTF-8',
+        [Step(b'NOOP \xff')], {**NO_ANSWER, 'raised': 'UnicodeDecodeError'}, BAD_SYNTAX),
+    Difference(
+        control_character, 'they forge log lines and headers', 'with control characters',
+        [GREETING, Step(b'MAIL FROM:<a\0b@c>')],
+        {'sent': b'250 OK\r\n', 'session': ('x', 'a\0b@c', [], 0)}, BAD_SYNTAX),
+    Difference(
+        echo, 'a reply echoes printable ASCII only, and a verb that is not is no reason to die',
+        'Replies repeat printable ASCII only.',
+        [Step('\xdcBER'.encode())], {**NO_ANSWER, 'raised': 'UnicodeEncodeError'},
+        {'sent': b'500 Error: command "?BER" not recognized\r\n', 'closed': False}),
+    Difference(
+        verb_looks_like_another, 'verbs are ASCII (RFC 5321, 2.4)', 'a verb that is not ASCII',
+        [Step('QU\u0131T'.encode())], {'sent': b'221 Bye\r\n', 'closed': True},
+        {'sent': b'500 Error: command "QU?T" not recognized\r\n', 'closed': False}),
+    Difference(
+        malformed_path, 'every command gets an answer', 'A malformed address never ends',
+        [GREETING, Step(b'MAIL FROM:<')], {**NO_ANSWER, 'raised': 'IndexError'},
+        {'sent': OLD_MAIL_SYNTAX, 'closed': False}),
+    Difference(
+        address_changed, 'what the client did not say is forged',
+        'What the old module changed on the way is refused',
+        [GREETING, Step(b'MAIL FROM:<(c)a@b>')],
+        {'sent': b'250 OK\r\n', 'session': ('x', 'a@b', [], 0)},
+        {'sent': OLD_MAIL_SYNTAX, 'session': ('x', None, [], 0)}),
+    Difference(
+        refused_for_its_path_first, 'the path is no path', 'a second address',
+        [GREETING, SENDER_STEP, Step(b'MAIL FROM:a <b@c>')],
+        {'sent': b'503 Error: nested MAIL command\r\n'}, {'sent': OLD_MAIL_SYNTAX}),
+    Difference(
+        dots_or_hyphens, 'no address by RFC 5321, 4.1.2', '``<a..b@x>``',
+        [GREETING, Step(b'MAIL FROM:<a..b@x>')],
+        {'sent': b'250 OK\r\n', 'session': ('x', 'a..b@x', [], 0)},
+        {'sent': OLD_MAIL_SYNTAX, 'session': ('x', None, [], 0)}),
+    Difference(
+        quotes_lost, 'addresses are handed on verbatim', 'keep their quotes',
+        [GREETING, Step(b'MAIL FROM:<"a\\b"@x>')], {'session': ('x', 'ab@x', [], 0)},
+        {'session': ('x', '"a\\b"@x', [], 0)}),
+    Difference(
+        size_without_value, 'every command gets an answer', 'SIZE without a number',
+        [GREETING, Step(b'MAIL FROM:<a@b> SIZE')], {**NO_ANSWER, 'raised': 'AttributeError'},
+        {'sent': OLD_MAIL_SYNTAX, 'closed': False}),
+    Difference(
+        size_in_foreign_digits, 'the digits of RFC 1870 are ASCII', 'SIZE without a number',
+        [GREETING, Step('MAIL FROM:<a@b> SIZE=\xb2'.encode())],
+        {**NO_ANSWER, 'raised': 'ValueError'}, {'sent': OLD_MAIL_SYNTAX, 'closed': False}),
+    Difference(
+        stuck_after_too_much, 'the session goes on', 'and the session goes on',
+        OLD_TRANSACTION + [Step(b'DATA', b'123456789\r\n.\r\n')],
+        {'sent': GO_AHEAD + b'552 Error: Too much mail data\r\n',
+         'session': ('x', 'a@b', ['c@d'], smtpd.SMTPChannel.DATA)},
+        {'sent': GO_AHEAD + b'552 Error: Too much mail data\r\n',
+         'session': ('x', None, [], smtpd.SMTPChannel.COMMAND)},
+        {'data_size_limit': 5}),
+    Difference(
+        size_counted_otherwise, 'RFC 1870, 5 says what counts',
+        'CRLF counts as two, doubled dots as one',
+        OLD_TRANSACTION + [Step(b'DATA', b'..2345\r\n.\r\n')],
+        {'sent': GO_AHEAD + b'250 OK\r\n'},
+        {'sent': GO_AHEAD + b'552 Error: Too much mail data\r\n'},
+        {'data_size_limit': 6}),
+    Difference(
+        empty_message, 'it is a message', 'An empty message',
+        OLD_TRANSACTION + [Step(b'DATA', b'.\r\n')], {'sent': GO_AHEAD, 'messages': []},
+        {'sent': GO_AHEAD + b'250 OK\r\n',
+         'messages': [(PEER, 'a@b', ['c@d'], b'', {'mail_options': [], 'rcpt_options': []})]}),
+    Difference(
+        data_not_utf8, 'nothing is lost', 'becomes surrogate escapes',
+        OLD_TRANSACTION + [Step(b'DATA', b'\xff\r\n.\r\n')],
+        {'sent': GO_AHEAD, 'raised': 'UnicodeDecodeError', 'messages': []},
+        {'sent': GO_AHEAD + b'250 OK\r\n',
+         'messages': [(PEER, 'a@b', ['c@d'], '\udcff', {})]},
+        {'decode_data': True}),
+    Difference(
+        options_left_behind, 'what was refused was not said', 'leave no trace',
+        OLD_TRANSACTION + [Step(b'RCPT TO:<e@f> X=Y'), Step(b'DATA', b'\r\n.\r\n')],
+        {'messages': [(PEER, 'a@b', ['c@d'], b'',
+                       {'mail_options': [], 'rcpt_options': ['X=Y']})]},
+        {'messages': [(PEER, 'a@b', ['c@d'], b'',
+                       {'mail_options': [], 'rcpt_options': []})]}),
+]
+
+
+def explanations(case):
+    return [each.applies.__name__ for each in DIFFERENCES if each.applies(case)]
+
+
+def first_difference(old_module, steps, replies=(), options=NO_OPTIONS):
+    """The Case at which the two first differ; None if they agree to the end."""
+    old = Session(old_module, replies, **options)
+    ours = Session(smtpd, replies, **options)
+    earlier = []
+    for step in steps:
+        case = Case(step, earlier, old.take_step(step), ours.take_step(step), options, old_module)
+        if case.old != case.ours:
+            return case
+        if case.ours.closed:
+            return None
+        earlier.append((step, case.ours))
+    return None
+
+
+def feed_by_steps(steps, replies, options):
+    """Return the octets that we were fed, and all that we did."""
+    session = Session(smtpd, replies, **options)
+    octets = b''
+    for step in steps:
+        outcome = session.take_step(step)
+        octets += step.line + b'\r\n'
+        if outcome.sent.startswith(b'354'):
+            octets += step.data
+        if outcome.closed:
+            break
+    return octets, session.whole()
+
+
+def cut_up(octets, cuts):
+    """The octets in segments: cut at these shares of the whole, or single ones for None."""
+    places = ({int(cut * len(octets)) for cut in cuts} | {0, len(octets)} if cuts is not None
+              else range(len(octets) + 1))
+    places = sorted(places)
+    return [octets[start:end] for start, end in zip(places, places[1:])]
+
+
+def compare(old_module, steps, replies=(), options=NO_OPTIONS, cuts=()):
+    """Fail where the two differ and the table has no explanation for it.
+
+    A step with an explained difference is left out, and the dialogue goes on as if it had not
+    been said: all the rest is compared too.  What they agree on is then fed again, cut up.
+    """
+    octets, all_we_did = feed_by_steps(steps, replies, options)
+    for hooks_overridden in (False, True):
+        session = Session(smtpd, replies, hooks_overridden, **options)
+        session.take(*cut_up(octets, cuts))
+        assert session.whole() == all_we_did
+
+    steps = list(steps)
+    case = first_difference(old_module, steps, replies, options)
+    while case is not None:
+        assert explanations(case), 'unexplained: %r' % (case,)
+        del steps[len(case.earlier)]
+        case = first_difference(old_module, steps, replies, options)
+
+    octets, all_we_did = feed_by_steps(steps, replies, options)
+    segments = cut_up(octets, cuts)
+    old = Session(old_module, replies, **options)
+    old.take(*segments)
+    if not (character_cut_in_two(old, all_we_did, segments)):
+        assert old.whole() == all_we_did
+
+
+def character_cut_in_two(old, all_we_did, segments):
+    """Only in segments can these two occur; the old module dies and we do not."""
+    return (not all(map(is_utf8, segments)) and old.raised == 'UnicodeDecodeError'
+            and (old.channel._decode_data  # data, and commands
+                 or b'500 Error: line too long' in all_we_did.sent))  # half of it was dropped
+
+
+# ---------------------------------------------------------------------------------------------
+# Dialogues: whole transactions, and verbs in any order with good and odd arguments
+
+ODD_PATHS = [
+    '<a@b.example>', '<>', 'a@b.example', '<Postmaster>', 'Postmaster', '<"a b"@c>', '"a b"@c',
+    '<"a\\"b"@c>', '<"plain"@x>', '<a.b+c=d@[127.0.0.1]>', '<a@[IPv6:::1]>', '<@x,@y:a@b>',
+    '<@x:Postmaster>', '<@x, @y:a@b>', '<a.@x>', '<.a@x>', '<a..b@x>', '<a@-.x>', '<a@-x>',
+    '<a@x-.y>', '<a@x_y>', '<a@x.>', '<a@.x>', '<a@>', '<@b>', '<a@b@c>', '<a@x', 'a@x>',
+    '< a@x>', '<a @x>', '<a@x >', '<a@x>y', '<a@x>>', '<(c)a@x>', '<a@x(c)>', 'Foo <a@x>',
+    '<a@x> <b@y>', '<a@x>,<b@y>', '<=?utf-8?q?x?=@b>', '<a=?utf-8?q?x?=@b>', '<a@=?utf-8?q?x?=>',
+    '<=?x?=@b>', '<\xe9@b>', '<a@\xe9.example>', '<\U0001f600@b>', '<a\u3000b@c>', '<a\\b@c>',
+    '<a:b@c>', '<a[b@c>', "<a/b=c+d!#$%&'*^_`{|}~?-e@c>", '<"a"b@c>', '<"a".b@c>', '<""@c>',
+    '<<a@b>>', '<<>>', '<', '>', '"', '']
+ODD_VERBS = [
+    'NOOP', 'RSET', 'HELP', 'VRFY', 'EXPN', 'QUIT', 'HELO', 'EHLO', 'noop', 'rSet', 'XFOO', '',
+    'STARTTLS', 'QU\u0131T', 'R\u017fET', '\xdcBER', 'NO\0OP', 'NOOP\t', '_set_rset_state',
+    '_EHLO']
+ODD_ARGUMENTS = [
+    None, '', ' ', 'x', 'x y', 'mail', 'RCPT', 'DATA', 'NOOP', 'HELP x', '\xe9', 'FROM:', 'TO:',
+    'FROM :<a@b>', 'TO:<a@b>', 'from: <a@b>', 'x' * 490, 'x' * 507, 'x' * 508, 'x' * 530]
+ODD_PARAMETERS = [
+    'SIZE=5', 'size=21', 'SIZE=99999999999', 'SIZE', 'SIZE=', 'SIZE=\xb2', 'SIZE=\u0663',
+    'SIZE=-1', 'BODY=7BIT', 'body=8bitmime', 'BODY=BINARYMIME', 'BODY', 'SMTPUTF8',
+    'smtputf8', 'SMTPUTF8=1', 'X=Y', 'X', 'X=', '=', 'A-B=C', 'AUTH=<>', 'NOTIFY=NEVER', '<x>']
+ODD_PIECES_OF_DATA = [
+    b'\r\n', b'.', b'..', b'\r\n.', b'\n', b'\r', b'\n.\n', b'\r.\r', b'\r\n.\n', b'\0', b'abc',
+    b'Subject: x\r\n', b'\xc3\xa9', b'\xe2\x82\xac', b'\xff', b'\xc3']
+MODES = [{}, {'decode_data': True}, {'enable_SMTPUTF8': True}]
+
+
+def a_command(*words):
+    """The step of a command line of these words; some data, in case that it is DATA."""
+    line = ' '.join(word for word in words if word is not None)
+    return Step(line.encode('utf-8', 'surrogatepass').replace(b'\r\n', b''), b'x\r\n.\r\n')
+
+
+def some_data(octets):
+    """The octets up to the first end of data in them, and that end."""
+    return (b'\r\n' + octets + b'\r\n.\r\n').partition(b'\r\n.\r\n')[0][2:] + b'\r\n.\r\n'
+
+
+def path_commands(verb_and_keyword):
+    paths = strategies.one_of(
+        strategies.sampled_from(ODD_PATHS),
+        strategies.text('ab.@<>"\\()[]:;,=?-_ \t\xe9\0', max_size=12),
+        strategies.builds('<{}@{}>'.format,
+                          strategies.text('ab.-+"\\( =?\xe9', min_size=1, max_size=8),
+                          strategies.text('ab.-[]1:\xe9', min_size=1, max_size=8)),
+        strategies.integers(480, 560).map(lambda length: '<%s@b>' % ('a' * length)))
+    return strategies.builds(
+        lambda blank, path, parameters: a_command(verb_and_keyword + blank + path, *parameters),
+        strategies.sampled_from(['', '', '', ' ']), paths,
+        strategies.lists(strategies.sampled_from(ODD_PARAMETERS), max_size=3))
+
+
+def generated_dialogues():
+    mail, rcpt = path_commands('MAIL FROM:'), path_commands('RCPT TO:')
+    data = strategies.builds(
+        Step, strategies.sampled_from([b'DATA', b'data']),
+        strategies.lists(strategies.sampled_from(ODD_PIECES_OF_DATA), max_size=6).map(
+            lambda pieces: some_data(b''.join(pieces))) | strategies.just(b'.\r\n'))
+    command = strategies.one_of(
+        mail, rcpt, data,
+        strategies.builds(a_command, strategies.sampled_from(ODD_VERBS), strategies.one_of(
+            strategies.sampled_from(ODD_ARGUMENTS), strategies.sampled_from(ODD_PATHS),
+            strategies.text(max_size=8))),
+        strategies.binary(max_size=12).map(lambda line: Step(line.replace(b'\r\n', b''))))
+    transaction = strategies.builds(
+        lambda mail, recipients, data: [mail, *recipients, data],
+        mail | strategies.just(SENDER_STEP),
+        strategies.lists(rcpt | strategies.just(RECIPIENT_STEP), min_size=1, max_size=3), data)
+    greeting = strategies.sampled_from([[], [GREETING], [GREETING], [Step(b'HELO x')]])
+    return strategies.builds(
+        lambda greeting, parts: greeting + [step for part in parts for step in part],
+        greeting,
+        strategies.lists(transaction | strategies.lists(command, max_size=4), max_size=4))
+
+
+@has_old_module
+@pytest.mark.parametrize('difference', DIFFERENCES, ids=lambda each: each.applies.__name__)
+def test_difference_occurs_and_the_table_explains_it(old_module, difference):
+    case = first_difference(old_module, difference.steps, options=difference.options)
+    assert case.step is difference.steps[-1]
+    assert {name: getattr(case.old, name) for name in difference.old} == difference.old
+    assert {name: getattr(case.ours, name) for name in difference.ours} == difference.ours
+    assert explanations(case) == [difference.applies.__name__]
+
+
+@pytest.mark.parametrize('difference', DIFFERENCES, ids=lambda each: each.applies.__name__)
+def test_difference_is_told_in_the_readme(difference):
+    assert difference.readme in differences_in_the_readme()
+
+
+def differences_in_the_readme():
+    with open(os.path.join(HERE, 'README.rst'), encoding='utf-8') as file:
+        _, _, section = file.read().partition('\nDifferences from the standard library\n===')
+    return ' '.join(section.partition('\n===')[0].split())
+
+
+# The differences that no single step shows.  The generated dialogues cannot have them, except for
+# the first two, which compare() knows.
+
+def one_session(module, *segments, replies=(), **options):
+    session = Session(module, replies, **options)
+    session.take(*segments)
+    return session
+
+
+WHOLE_TRANSACTION = (
+    b'EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nSubject: x\r\n\r\nText.\r\n.\r\n')
+
+
+@has_old_module
+def test_difference_character_cut_in_two(old_module):
+    start, end = WHOLE_TRANSACTION.replace(b'Text', b'\xc3\xa9').split(b'\xa9')
+    old = one_session(old_module, start, b'\xa9' + end, decode_data=True)
+    ours = one_session(smtpd, start, b'\xa9' + end, decode_data=True)
+    assert (old.raised, old.channel.connected, old.server.messages) == (
+        'UnicodeDecodeError', False, [])
+    assert [message[3] for message in ours.server.messages] == ['Subject: x\n\n\xe9.']
+    assert 'a character cut in two by the network arrives whole' in differences_in_the_readme()
+
+
+@has_old_module
+def test_difference_character_cut_in_two_in_an_over_long_line(old_module):
+    segments = b'NOOP ' + b'x' * 600 + b'\xc3', b'\xa9\r\nNOOP\r\n'
+    old = one_session(old_module, *segments).whole()
+    ours = one_session(smtpd, *segments).whole()
+    assert (old.raised, old.closed, old.sent) == ('UnicodeDecodeError', True, b'')
+    assert ours.sent == b'500 Error: line too long\r\n250 OK\r\n'
+    assert 'octets that are not UTF-8' in differences_in_the_readme()
+
+
+@has_old_module
+def test_difference_commands_behind_quit(old_module):
+    sessions = [one_session(module, b'QUIT\r\n' + WHOLE_TRANSACTION)
+                for module in (old_module, smtpd)]
+    assert [session.whole().sent for session in sessions] == [b'221 Bye\r\n'] * 2
+    assert [len(session.server.messages) for session in sessions] == [1, 0]
+    assert 'Commands behind QUIT are not executed' in differences_in_the_readme()
+
+
+@has_old_module
+@pytest.mark.parametrize('status, raised, answer, readme', [
+    (ValueError('a fault'), 'ValueError', b'451 Internal confusion', 'A handler that raises'),
+    (b'250 taken', 'TypeError', b'250 taken', 'A handler\'s reply may be bytes'),
+    ('250 pr\xeat', 'UnicodeEncodeError', b'250 pr?t', 'is sent with question marks'),
+    (7, 'TypeError', b'250 OK', 'What is no reply becomes ``250 OK``')])
+def test_difference_what_a_handler_does(old_module, status, raised, answer, readme):
+    old = one_session(old_module, WHOLE_TRANSACTION, replies=[status])
+    ours = one_session(smtpd, WHOLE_TRANSACTION, b'NOOP\r\n', replies=[status])
+    assert (old.raised, old.channel.connected) == (raised, False)
+    assert old.whole().sent.endswith(GO_AHEAD)
+    assert ours.whole().sent.endswith(GO_AHEAD + answer + b'\r\n250 OK\r\n')
+    assert ours.raised == (raised if isinstance(status, Exception) else None)
+    assert readme in differences_in_the_readme()
+
+
+@has_old_module
+@pytest.mark.parametrize('status, old_answer, answer', [
+    ('250 one\ntwo', b'250 one\ntwo\r\n', b'250-one\r\n250 two\r\n'),
+    ('no code', b'no code\r\n', b'250 OK\r\n')])
+def test_difference_text_that_is_no_reply(old_module, status, old_answer, answer):
+    old = one_session(old_module, WHOLE_TRANSACTION, replies=[status])
+    ours = one_session(smtpd, WHOLE_TRANSACTION, replies=[status])
+    assert old.whole().sent.endswith(GO_AHEAD + old_answer)
+    assert ours.whole().sent.endswith(GO_AHEAD + answer)
+    assert 'or have several lines' in differences_in_the_readme()
+
+
+@has_old_module
+def test_difference_handler_without_the_keywords(old_module):
+    old, ours = Session(old_module), Session(smtpd)
+    for session in (old, ours):
+        session.server.process_message = lambda peer, mailfrom, rcpttos, data: '250 taken'
+        session.take(WHOLE_TRANSACTION)
+    assert (old.raised, old.channel.connected) == ('TypeError', False)
+    assert ours.whole().sent.endswith(GO_AHEAD + b'250 taken\r\n')
+    assert 'A handler that does not take ``mail_options``' in differences_in_the_readme()
+
+
+@has_old_module
+def test_difference_limits_of_a_command_line_are_each_sessions_own(old_module):
+    mail = b'MAIL FROM:<%s@b>\r\n' % (b'a' * 502)
+    answers = []
+    for module in (old_module, smtpd):
+        without_size = Session(module, data_size_limit=0)
+        one_session(module, b'EHLO x\r\n').channel.handle_close()
+        # begun before the other, whose EHLO makes the lines of MAIL 26 octets longer
+        answers.append(without_size.take(b'EHLO x\r\n', mail).sent)
+        module.SMTPChannel.command_size_limits.clear()
+    assert [answer.splitlines()[-1] for answer in answers] == [
+        b'250 OK', b'500 Error: line too long']
+    assert 'an EHLO no longer changes those of others' in differences_in_the_readme()
+
+
+@has_old_module
+def test_difference_received_data_is_let_go(old_module):
+    old, ours = (one_session(module, WHOLE_TRANSACTION) for module in (old_module, smtpd))
+    message = b'Subject: x\n\nText.'
+    assert old.channel.received_data == ours.channel.received_data == message
+    old.take(b'NOOP\r\n')
+    ours.take(b'NOOP\r\n')
+    assert old.channel.received_data == message
+    assert not ours.channel.received_data
+    assert '``received_data`` is let go' in differences_in_the_readme()
+
+
+@has_old_module
+@pytest.mark.parametrize('octets, answer, readme', [
+    (b'X\r\n' * 100, b'421 Error: too many errors\r\n', 'or 100 errors'),
+    (WHOLE_TRANSACTION[:25] + b'RCPT TO:<c@d>\r\n' * 1001,
+     b'452 Error: too many recipients\r\n', '``452`` after 1000 recipients')])
+def test_difference_limits(old_module, octets, answer, readme):
+    old, ours = (one_session(module, octets).whole() for module in (old_module, smtpd))
+    assert answer not in old.sent
+    assert ours.sent.count(answer) == 1 and ours.sent.endswith(answer)
+    assert readme in differences_in_the_readme()
+
+
+# What they agree on
+
+@has_old_module
+@pytest.mark.parametrize('options', MODES, ids=str)
+@pytest.mark.parametrize('earlier', [
+    [], [GREETING], [Step(b'HELO x')], OLD_TRANSACTION[:2], OLD_TRANSACTION],
+    ids=['greeted by none', 'EHLO', 'HELO', 'MAIL', 'RCPT'])
+def test_each_command_is_answered_as_by_the_old_module(old_module, earlier, options):
+    for verb in ODD_VERBS + ['DATA', 'MAIL', 'RCPT']:
+        for argument in ODD_ARGUMENTS:
+            steps = earlier + [a_command(verb, argument), Step(b'NOOP')]
+            compare(old_module, steps, options=options)
+
+
+@has_old_module
+@pytest.mark.parametrize('command', ['MAIL FROM:', 'RCPT TO:', 'VRFY '])
+def test_each_path_is_taken_as_by_the_old_module(old_module, command):
+    for path in ODD_PATHS:
+        for blank, behind in [('', ''), (' ', ''), ('', ' SIZE=1'), ('', ' X=Y')]:
+            steps = OLD_TRANSACTION[:1 + (command == 'RCPT TO:')]
+            compare(old_module, steps + [a_command(command + blank + path + behind)])
+
+
+@has_old_module
+@pytest.mark.parametrize('options', MODES, ids=str)
+def test_each_parameter_is_taken_as_by_the_old_module(old_module, options):
+    for command in ('MAIL FROM:<a@b>', 'RCPT TO:<a@b>'):
+        for first, second in itertools.product(ODD_PARAMETERS, [None, *ODD_PARAMETERS]):
+            steps = OLD_TRANSACTION[:1 + command.startswith('RCPT')]
+            compare(old_module, steps + [a_command(command, first, second)], options=options)
+
+
+@has_old_module
+@pytest.mark.parametrize('options', MODES, ids=str)
+def test_data_are_taken_as_by_the_old_module(old_module, options):
+    for pieces in itertools.product(ODD_PIECES_OF_DATA, repeat=2):
+        steps = OLD_TRANSACTION + [Step(b'DATA', some_data(b''.join(pieces))), Step(b'NOOP')]
+        compare(old_module, steps, [None, '550 no'], options, cuts=None)
+
+
+@has_old_module
+@hypothesis.settings(max_examples=3000, derandomize=True, deadline=None, database=None,
+                     suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(
+    steps=generated_dialogues(),
+    replies=strategies.lists(strategies.sampled_from([None, '250 x', '550 no']), max_size=3),
+    limit=strategies.sampled_from([{}, {}, *({'data_size_limit': n} for n in (None, 0, 5, 20))]),
+    mode=strategies.sampled_from(MODES),
+    cuts=strategies.none() | strategies.lists(strategies.floats(0, 1), max_size=8))
+def test_dialogues_are_as_with_the_old_module(old_module, steps, replies, limit, mode, cuts):
+    compare(old_module, steps, replies, {**limit, **mode}, cuts)
+
+
+@has_old_module
+@hypothesis.settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@hypothesis.given(parameters=strategies.lists(
+    strategies.sampled_from(ODD_PARAMETERS) | strategies.text('aB1=-<>_\xe9', max_size=6)))
+def test_getparams_is_as_in_the_old_module(old_module, parameters):
+    old, ours = Session(old_module).channel, Session(smtpd).channel
+    assert ours._getparams(parameters) == old._getparams(parameters)
+
+
+@has_old_module
+@hypothesis.settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@hypothesis.given(argument=strategies.text('frTO: :<>x\t', max_size=9).map('FROM:'.__add__)
+                  | strategies.text(max_size=9) | strategies.sampled_from(ODD_ARGUMENTS[1:]))
+def test_strip_command_keyword_is_as_in_the_old_module(old_module, argument):
+    old, ours = Session(old_module).channel, Session(smtpd).channel
+    for keyword in ('FROM:', 'TO:'):
+        assert (ours._strip_command_keyword(keyword, argument)
+                == old._strip_command_keyword(keyword, argument))
+
+
+@has_old_module
+@hypothesis.settings(max_examples=500, derandomize=True, deadline=None, database=None)
+@hypothesis.given(
+    data=strategies.lists(strategies.sampled_from(
+        ['', 'X: y', 'text', "it's", '\t', '\\', '.', '"\'', '\xe9', '\x1b', '\r', ' '])).map(
+            '\n'.join),
+    mail_options=strategies.sampled_from([None, [], ['SIZE=5'], ['BODY=8BITMIME', 'SMTPUTF8']]),
+    octets=strategies.booleans())
+def test_debugging_server_prints_as_the_old_one(old_module, data, mail_options, octets):
+    printed = []
+    for module in (old_module, smtpd):
+        server = module.DebuggingServer.__new__(module.DebuggingServer)
+        keywords = {} if mail_options is None else {
+            'mail_options': mail_options, 'rcpt_options': []}
+        stdout = io.TextIOWrapper(io.BytesIO(), 'utf-8', newline='\n')
+        with contextlib.redirect_stdout(stdout):
+            server.process_message(
+                PEER, 'a@b', ['c@d'], data.encode() if octets else data, **keywords)
+        stdout.flush()
+        printed.append(stdout.buffer.getvalue())
+    assert printed[1] == printed[0]
+
+
+@has_old_module
+@pytest.mark.parametrize('options', MODES, ids=str)
+def test_debug_stream_gets_what_the_old_module_writes(old_module, options, monkeypatch):
+    octets = (WHOLE_TRANSACTION + b'HELP x\r\nFOO\r\nMAIL\r\nVRFY a\r\nMAIL FROM:<a@b> X=Y\r\n'
+              b'MAIL FROM:<a@b> SIZE=1\r\nRCPT TO:<c@d>\r\nRCPT TO:<e@f>\r\nRSET\r\nQUIT\r\n')
+    texts = []
+    for module in (old_module, smtpd):
+        monkeypatch.setattr(module, 'DEBUGSTREAM', io.StringIO())
+        one_session(module, octets, **options)
+        texts.append(module.DEBUGSTREAM.getvalue())
+    assert texts[1] == texts[0] != ''
+
+
+@has_old_module
+@pytest.mark.parametrize('option', ['-V', '--version', '-h', '--help'])
+def test_command_line_answers_where_the_old_one_does(old_module, option):
+    """The usage text is in our own words, with the same options."""
+    printed = []
+    for path in (old_module.__file__, smtpd.__file__):
+        run = subprocess.run(
+            [sys.executable, '-W', 'ignore', path, option], stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+        text = run.stderr
+        if option in ('-h', '--help'):
+            text = set(re.findall(r'(?<!\S)(?:--\w+|-\w)\b', text))
+        printed.append((run.returncode, run.stdout, text))
+    assert printed[1] == printed[0]
+    assert printed[0][1] or printed[0][2]
+
+
+# =============================================================================
+# The proxies, in front of real mail servers
+# =============================================================================
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # aiosmtpd's own, from Python 3.15 on
+    import aiosmtpd.lmtp
+    import aiosmtpd.smtp
+
+SENDER = b'<sender@example.com>'
+RECIPIENT = b'<rcpt@example.com>'
+PROXIED = b'Subject: hello\r\n\r\nText.\r\n'
+BOTH_MODES = pytest.mark.parametrize('decode_data', [False, True], ids=['bytes', 'decoded'])
+
+
+# ---------------------------------------------------------------------------------------------
+# Upstreams that misbehave on purpose: aiosmtpd, and one of bare sockets for the exact octets
+
+class Misbehaving:
+    """Mixed into aiosmtpd's protocols: before each command, looks whether a fault is due."""
+
+    upstream = None
+    greeted = False
+
+    def connection_made(self, transport):
+        self.upstream.transports.append(transport)
+        fault = self.upstream.faults.get('CONNECT')
+        if fault is None:
+            self.greeted = True
+            super().connection_made(transport)
+        elif fault == 'break off':
+            transport.abort()
+        else:
+            self.upstream.hangs.set()
+
+    def connection_lost(self, error):
+        if self.greeted:
+            super().connection_lost(error)
+
+    def data_received(self, data):
+        if self.greeted:
+            super().data_received(data)
+
+    async def fault_at(self, point):
+        """The reply that the test asked for at this point, if any."""
+        fault = self.upstream.faults.get(point)
+        if fault == 'break off':
+            self.transport.abort()
+            await asyncio.Event().wait()  # till the lost connection cancels this
+        elif fault == 'hang':
+            self.upstream.hangs.set()
+            await self.upstream.released.wait()
+            fault = None
+        return fault
+
+    async def obey_or(self, point, command, arg):
+        fault = await self.fault_at(point)
+        if fault is not None:
+            await self.push(fault)
+        else:
+            await command(arg)
+
+    async def smtp_EHLO(self, arg):
+        await self.obey_or('EHLO', super().smtp_EHLO, arg)
+
+    async def smtp_HELO(self, arg):
+        await self.obey_or('HELO', super().smtp_HELO, arg)
+
+    async def smtp_MAIL(self, arg):
+        await self.obey_or('MAIL', super().smtp_MAIL, arg)
+
+    async def smtp_RCPT(self, arg):
+        await self.obey_or('RCPT', super().smtp_RCPT, arg)
+
+    async def smtp_DATA(self, arg):
+        await self.obey_or('DATA', super().smtp_DATA, arg)
+
+    async def smtp_QUIT(self, arg):
+        await self.obey_or('QUIT', super().smtp_QUIT, arg)
+
+
+class MisbehavingSMTP(Misbehaving, aiosmtpd.smtp.SMTP):
+    pass
+
+
+class MisbehavingLMTP(Misbehaving, aiosmtpd.lmtp.LMTP):
+    async def smtp_LHLO(self, arg):
+        await self.obey_or('LHLO', super().smtp_LHLO, arg)
+
+
+class Upstream:
+    """An aiosmtpd server in a thread.
+
+    `faults` maps a point of the session (CONNECT, EHLO, MAIL, RCPT, DATA, ".", QUIT) to
+    'break off', 'hang' or a reply; `refused` maps a recipient to the reply it gets.
+    """
+
+    def __init__(self, protocol=MisbehavingSMTP, host='127.0.0.1'):
+        self.protocol = protocol
+        self.host = host
+        self.faults = {}
+        self.refused = {}
+        self.asked_for = []
+        self.transports = []
+        self.messages = []
+        self.arrived = threading.Condition()
+        self.hangs = threading.Event()
+        self.ready = threading.Event()
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.serve()), daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        assert self.ready.wait(20)
+        return self
+
+    def __exit__(self, *exc):
+        self.loop.call_soon_threadsafe(self.closing.set)
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+
+    @property
+    def address(self):
+        return self.host, self.port
+
+    def release(self):
+        """Let a session go on that hangs, and all that come later."""
+        self.loop.call_soon_threadsafe(self.released.set)
+
+    async def serve(self):
+        self.loop = asyncio.get_running_loop()
+        self.closing, self.released = asyncio.Event(), asyncio.Event()
+        server = await self.loop.create_server(self.make_protocol, self.host, 0)
+        self.port = server.sockets[0].getsockname()[1]
+        self.ready.set()
+        await self.closing.wait()
+        server.close()
+        for transport in self.transports:
+            transport.abort()
+        await asyncio.sleep(0)  # abort() closes at the loop's next turn
+
+    def make_protocol(self):
+        session = self.protocol(self, data_size_limit=None, hostname='upstream.example',
+                                loop=self.loop)
+        session.upstream = self
+        return session
+
+    async def handle_RCPT(self, server, session, envelope, address, options):
+        self.asked_for.append(address)
+        if address in self.refused:
+            return self.refused[address]
+        envelope.rcpt_tos.append(address)
+        return '250 OK'
+
+    async def handle_DATA(self, server, session, envelope):
+        fault = await server.fault_at('.')
+        if fault is not None:
+            return fault
+        with self.arrived:
+            self.messages.append((envelope.mail_from, envelope.rcpt_tos, envelope.content))
+            self.arrived.notify_all()
+        return '250 2.0.0 Kept'
+
+    def wait_for(self, count):
+        """The messages, once there are so many."""
+        with self.arrived:
+            assert self.arrived.wait_for(lambda: len(self.messages) >= count, 20), self.messages
+            return list(self.messages)
+
+
+class WireUpstream:
+    """An upstream of bare sockets: keeps the octets as they come, answers from a table."""
+
+    REPLIES = {b'CONNECT': b'220 upstream.example', b'DATA': b'354 Go on', b'QUIT': b'221 Bye'}
+
+    def __init__(self, **replies):
+        self.replies = dict(self.REPLIES)
+        self.replies.update((verb.encode(), reply) for verb, reply in replies.items())
+        self.commands = []
+        self.bodies = []
+        self.ends = threading.Event()
+        self.sockets = []
+        self.listener = socket.create_server(('127.0.0.1', 0), backlog=100)
+        self.address = self.listener.getsockname()[:2]
+        self.threads = [threading.Thread(target=self.accept, daemon=True)]
+
+    def __enter__(self):
+        self.threads[0].start()
+        return self
+
+    def __exit__(self, *exc):
+        self.ends.set()
+        self.listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
+        self.threads[0].join(20)
+        for connection in self.sockets:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join(20)
+            assert not thread.is_alive()
+        self.listener.close()
+
+    def accept(self):
+        while True:
+            try:
+                connection = self.listener.accept()[0]
+            except OSError:
+                return
+            self.sockets.append(connection)
+            self.threads.append(
+                threading.Thread(target=self.session, args=(connection,), daemon=True))
+            self.threads[-1].start()
+
+    def session(self, connection):
+        with connection, connection.makefile('rb') as file, contextlib.suppress(OSError):
+            self.answer(connection, b'CONNECT')
+            for line in file:
+                self.commands.append(line)
+                verb = line.split()[0].upper()
+                self.answer(connection, verb)
+                if verb == b'DATA' and self.replies[verb].startswith(b'354'):
+                    lines = []
+                    for each in file:
+                        if each == b'.\r\n':
+                            self.bodies.append(b''.join(lines))
+                            self.answer(connection, b'END')
+                            break
+                        lines.append(each)
+                elif verb == b'QUIT':
+                    return
+
+    def answer(self, connection, verb):
+        reply = self.replies.get(verb, b'250 OK')
+        if reply is not None:
+            connection.sendall(reply + b'\r\n')
+            return
+        while not self.ends.wait(0.02):  # a reply that never ends
+            connection.sendall(b'250-and\r\n')
+
+    def verbs(self, verb):
+        return [line for line in self.commands if line.upper().startswith(verb)]
+
+
+@pytest.fixture
+def upstream():
+    with Upstream() as upstream:
+        yield upstream
+
+
+@pytest.fixture
+def wire():
+    with WireUpstream() as upstream:
+        yield upstream
+
+
+def proxy_to(upstream, proxy_class=smtpd.PureProxy, **kwargs):
+    return serving(proxy_class, remoteaddr=upstream.address, **kwargs)
+
+
+def greet(server):
+    """A client that has read the banner and said HELO."""
+    client = RawClient(server)
+    assert client.reply().startswith(b'220 ')
+    assert client.say(b'HELO client.example').startswith(b'250 ')
+    return client
+
+
+def stuffed(octets):
+    """The message as a client sends it: dots doubled, the end marked."""
+    assert octets.endswith(b'\r\n')
+    return (b'\r\n' + octets).replace(b'\r\n.', b'\r\n..')[2:] + b'.\r\n'
+
+
+def start_message(client, octets=PROXIED, sender=SENDER, recipients=(RECIPIENT,)):
+    """Send a whole message, do not wait for the reply."""
+    assert client.say(b'MAIL FROM:' + sender) == b'250 OK\r\n'
+    for recipient in recipients:
+        assert client.say(b'RCPT TO:' + recipient) == b'250 OK\r\n'
+    assert client.say(b'DATA').startswith(b'354 ')
+    client.send(stuffed(octets))
+
+
+def relay_message(client, *args, **kwargs):
+    start_message(client, *args, **kwargs)
+    return client.reply()
+
+
+def post(server, *args, **kwargs):
+    """One session, one message: the reply to it. The session must go on afterwards."""
+    with greet(server) as client:
+        reply = relay_message(client, *args, **kwargs)
+        assert client.say(b'NOOP') == b'250 OK\r\n'
+        assert client.say(b'QUIT') == b'221 Bye\r\n'
+        assert client.rest() == b''
+    return reply
+
+
+def with_x_peer(octets, peer=b'127.0.0.1'):
+    """What the proxy makes of a message that has an empty line."""
+    head, empty_line, body = octets.partition(b'\r\n\r\n')
+    assert empty_line
+    return head + b'\r\nX-Peer: ' + peer + empty_line + body
+
+
+def received_from(upstream):
+    """The one message that a WireUpstream got, dots taken away again."""
+    body, = upstream.bodies
+    return (b'\r\n' + body).replace(b'\r\n..', b'\r\n.')[2:]
+
+
+# ---------------------------------------------------------------------------------------------
+# PureProxy: what arrives
+
+@BOTH_MODES
+def test_proxy_relays_a_message_with_default_arguments_and_inserts_x_peer(upstream, decode_data):
+    with proxy_to(upstream, decode_data=decode_data) as proxy:
+        assert post(proxy, PROXIED, recipients=(b'<a@example.com>', b'<b@example.com>')) \
+            == b'250 OK\r\n'
+    assert upstream.messages == [('sender@example.com', ['a@example.com', 'b@example.com'],
+                                  b'Subject: hello\r\nX-Peer: 127.0.0.1\r\n\r\nText.\r\n')]
+
+
+@BOTH_MODES
+@pytest.mark.parametrize('message, expected', [
+    (b'A: b\r\n\r\nc\r\n\r\nd\r\n', b'A: b\r\nX-Peer: 127.0.0.1\r\n\r\nc\r\n\r\nd\r\n'),
+    (b'\r\nno header\r\n', b'X-Peer: 127.0.0.1\r\n\r\nno header\r\n'),
+    (b'A: b\r\nC: d\r\n', b'A: b\r\nC: d\r\nX-Peer: 127.0.0.1\r\n'),
+    (b'A: b\r\n\r\nend\r\n\r\n\r\n', b'A: b\r\nX-Peer: 127.0.0.1\r\n\r\nend\r\n\r\n\r\n'),
+    (b'..dots\r\n\r\nc\r\n', b'..dots\r\nX-Peer: 127.0.0.1\r\n\r\nc\r\n'),
+], ids=['before the first empty line', 'an empty line comes first',
+        'no empty line: at the end', 'empty lines at the end stay', 'a dot comes first'])
+def test_x_peer_stands_before_the_first_empty_line(wire, decode_data, message, expected):
+    with proxy_to(wire, decode_data=decode_data) as proxy:
+        assert post(proxy, message) == b'250 OK\r\n'
+    assert received_from(wire) == expected
+
+
+@BOTH_MODES
+def test_empty_message_is_relayed(wire, decode_data):
+    with proxy_to(wire, decode_data=decode_data) as proxy, greet(proxy) as client:
+        for line in b'MAIL FROM:' + SENDER, b'RCPT TO:' + RECIPIENT, b'DATA':
+            client.say(line)
+        assert client.say(b'.') == b'250 OK\r\n'
+    assert wire.bodies[0].rstrip(b'\r\n') == b'X-Peer: 127.0.0.1'
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason='no IPv6 here')
+def test_proxy_relays_over_ipv6():
+    with Upstream(host='::1') as upstream:
+        with proxy_to(upstream, localaddr=('::1', 0)) as proxy:
+            assert post(proxy) == b'250 OK\r\n'
+        assert upstream.messages[0][2] == with_x_peer(PROXIED, b'::1')
+
+
+@BOTH_MODES
+def test_all_256_octets_of_a_body_arrive_unchanged(wire, decode_data):
+    body = bytes(octet for octet in range(256) if octet not in b'\r\n')
+    message = b'\r\n'.join([b'Subject: \xe9\xff', b'', body, 'žluťoučký kůň 🐎'.encode(), b''])
+    with proxy_to(wire, decode_data=decode_data) as proxy:
+        assert post(proxy, message) == b'250 OK\r\n'
+    assert received_from(wire) == with_x_peer(message)
+
+
+@BOTH_MODES
+def test_long_lines_and_a_large_message_arrive_unchanged(wire, decode_data):
+    message = b'A: ' + b'h' * 70000 + b'\r\n\r\n' + b'x' * 1000000 + b'\r\n' + b'.\r\n' * 100000
+    with proxy_to(wire, decode_data=decode_data) as proxy:
+        assert post(proxy, message) == b'250 OK\r\n'
+    assert received_from(wire) == with_x_peer(message)
+
+
+@BOTH_MODES
+def test_all_line_ends_go_out_as_crlf_and_dots_are_doubled_after_that(wire, decode_data):
+    pieces = (b''.join(piece) for length in range(1, 6)
+              for piece in itertools.product((b'\r', b'\n', b'.', b'a'), repeat=length))
+    message = b'A: b\r\n\r\nx' + b'x'.join(pieces) + b'x\r\n'
+    with proxy_to(wire, decode_data=decode_data) as proxy:
+        assert post(proxy, message) == b'250 OK\r\n'
+    # a handler gets CRLF as LF, as documented
+    as_handled = with_x_peer(message).replace(b'\r\n', b'\n')
+    assert received_from(wire) == re.sub(b'\r\n|\r|\n', b'\r\n', as_handled)
+    assert not re.search(rb'(?<!\r)\n|\r(?!\n)|^\.(?!\.)', wire.bodies[0], re.M)
+
+
+@BOTH_MODES
+@pytest.mark.parametrize('end', [b'\r.\r\n', b'\r.\r', b'\n.\n', b'\n.\r\n', b'\n.\r', b'\r.\n',
+                                 b'\r\n.\r', b'\r\n.\n', b'\r\n\0.\r\n'],
+                         ids=lambda end: repr(end)[1:])
+def test_no_end_of_data_but_the_true_one_makes_two_messages(wire, decode_data, end):
+    forged = (b'MAIL FROM:<forged@example.com>\r\nRCPT TO:<victim@example.com>\r\n'
+              b'DATA\r\nSubject: forged\r\n\r\nforged\r\n')
+    with proxy_to(wire, decode_data=decode_data) as proxy, greet(proxy) as client:
+        for line in b'MAIL FROM:' + SENDER, b'RCPT TO:' + RECIPIENT, b'DATA':
+            client.say(line)
+        client.send(b'Subject: true\r\n\r\ntext' + end + forged + b'.\r\n')
+        assert client.reply() == b'250 OK\r\n'
+    assert len(wire.bodies) == len(wire.verbs(b'MAIL')) == len(wire.verbs(b'RCPT')) == 1
+    # neither would an upstream see two that takes any line end for one
+    assert not re.search(rb'(\r\n|\r|\n)\.(\r\n|\r|\n)', wire.bodies[0])
+    assert wire.bodies[0].endswith(b'forged\r\n')
+
+
+@BOTH_MODES
+@pytest.mark.parametrize('path', [
+    b'<plain@example.com>', b'<"quoted .. (local) part"@example.com>',
+    b'<"\\"<>\\\\"@example.com>',
+    b'<"plain"@example.com>', b'<a.@example.com>', b'<user@[127.0.0.1]>', b'<user@[IPv6:::1]>',
+    b"<o'neil+tag=x/y!z%w@example.com>", b'<CamelCase@Example.COM>', b'<root>',
+    b'<' + b'l' * 300 + b'@example.com>'], ids=lambda path: path.decode()[:50])
+def test_paths_go_upstream_verbatim(wire, decode_data, path):
+    with proxy_to(wire, decode_data=decode_data) as proxy:
+        assert post(proxy, sender=path, recipients=(path,)) == b'250 OK\r\n'
+    assert re.fullmatch(b'mail from: ?' + re.escape(path) + b'( [^<>]*)?\r\n',
+                        wire.verbs(b'MAIL')[0], re.I)
+    assert re.fullmatch(b'rcpt to: ?' + re.escape(path) + b'( [^<>]*)?\r\n',
+                        wire.verbs(b'RCPT')[0], re.I)
+
+
+@BOTH_MODES
+def test_null_reverse_path_goes_upstream_as_it_is(wire, decode_data):
+    with proxy_to(wire, decode_data=decode_data) as proxy:
+        assert post(proxy, sender=b'<>') == b'250 OK\r\n'
+    assert re.match(b'mail from: ?<>[ \r]', wire.verbs(b'MAIL')[0], re.I)
+
+
+@BOTH_MODES
+def test_postmaster_without_a_domain_goes_upstream(wire, decode_data):
+    with proxy_to(wire, decode_data=decode_data) as proxy:
+        assert post(proxy, recipients=(b'<Postmaster>',)) == b'250 OK\r\n'
+    assert re.match(b'rcpt to: ?<Postmaster>[ \r]', wire.verbs(b'RCPT')[0], re.I)
+
+
+def test_several_messages_of_one_session_are_several_messages_upstream(upstream):
+    with proxy_to(upstream) as proxy, greet(proxy) as client:
+        for number in range(5):
+            assert relay_message(client, b'N: %d\r\n\r\n' % number) == b'250 OK\r\n'
+    assert [content for _, _, content in upstream.messages] \
+        == [b'N: %d\r\nX-Peer: 127.0.0.1\r\n\r\n' % number for number in range(5)]
+
+
+def test_upstream_that_knows_no_ehlo_is_greeted_with_helo(upstream):
+    upstream.faults['EHLO'] = '502 5.5.1 Not here'
+    with proxy_to(upstream) as proxy:
+        assert post(proxy) == b'250 OK\r\n'
+    assert len(upstream.messages) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# PureProxy: the upstream's answer is the client's
+
+@BOTH_MODES
+def test_all_recipients_refused_gives_the_upstreams_code_and_text(upstream, decode_data):
+    upstream.refused = {'rcpt@example.com': '553 5.1.3 Never heard of you'}
+    with proxy_to(upstream, decode_data=decode_data) as proxy:
+        assert post(proxy) == b'553 5.1.3 Never heard of you\r\n'
+    assert upstream.messages == []
+
+
+def test_several_recipients_all_refused_alike_give_the_upstreams_code_and_text(upstream):
+    upstream.faults['RCPT'] = '452 4.2.2 Full'
+    with proxy_to(upstream) as proxy:
+        assert post(proxy, recipients=(b'<a@example.com>', b'<b@example.com>')) \
+            == b'452 4.2.2 Full\r\n'
+    assert upstream.messages == []
+
+
+def test_a_recipient_refused_for_now_and_one_for_good_make_the_client_try_again(upstream):
+    """With 5yz the client would give up the first one, too."""
+    upstream.refused = {'a@example.com': '550 5.1.1 No such user',
+                        'b@example.com': '450 4.2.1 Later',
+                        'c@example.com': '550 5.1.1 No such user'}
+    recipients = b'<a@example.com>', b'<b@example.com>', b'<c@example.com>'
+    with proxy_to(upstream) as proxy:
+        assert post(proxy, recipients=recipients) == b'450 4.2.1 Later\r\n'
+    assert upstream.messages == []
+
+
+@BOTH_MODES
+@pytest.mark.parametrize('point', ['MAIL', 'DATA', '.'])
+@pytest.mark.parametrize('reply', ['554 5.7.1 Not this one', '451 4.3.0 Not now'])
+def test_message_refused_gives_the_upstreams_code_and_text(upstream, decode_data, point, reply):
+    upstream.faults[point] = reply
+    with proxy_to(upstream, decode_data=decode_data) as proxy:
+        assert post(proxy) == reply.encode() + b'\r\n'
+    assert upstream.messages == []
+
+
+@pytest.mark.parametrize('verb', ['RCPT', 'DATA', 'END'])
+def test_reply_of_several_lines_stays_one_reply_of_several_lines(verb):
+    with WireUpstream(**{verb: b'550-5.7.1 Go\r\n550-5.7.1 away\r\n550 5.7.1 please'}) as wire:
+        with proxy_to(wire) as proxy:
+            assert post(proxy) == b'550-5.7.1 Go\r\n550-5.7.1 away\r\n550 5.7.1 please\r\n'
+
+
+@BOTH_MODES
+@pytest.mark.parametrize('verb', ['RCPT', 'END'])
+def test_reply_text_that_is_not_ascii_keeps_its_code(decode_data, verb):
+    with WireUpstream(**{verb: b'550 Unzul\xe4ssig \xff'}) as wire:
+        with proxy_to(wire, decode_data=decode_data) as proxy:
+            assert re.fullmatch(rb'550 Unzul.{1,6}ssig .*\r\n', post(proxy))
+
+
+@pytest.mark.parametrize('verb', ['MAIL', 'RCPT', 'DATA', 'END'])
+@pytest.mark.parametrize('reply', [b'hello', b'', b'55', b'354 Go on', b'150 Wait', b'999 What'],
+                         ids=repr)
+def test_answer_that_is_no_answer_is_no_delivery_and_no_refusal_for_good(verb, reply):
+    if (verb, reply) == ('DATA', b'354 Go on'):
+        reply = b'250 Go on'
+    with WireUpstream(**{verb: reply}) as wire, proxy_to(wire) as proxy:
+        assert post(proxy).startswith(b'451 ')
+
+
+def test_upstream_that_cannot_be_reached_is_451():
+    with socket.socket() as unused:
+        unused.bind(('127.0.0.1', 0))
+        with serving(smtpd.PureProxy, remoteaddr=unused.getsockname()) as proxy:
+            assert post(proxy).startswith(b'451 ')
+
+
+def test_upstream_whose_name_is_unknown_is_451(monkeypatch):
+    def getaddrinfo(*args, **kwargs):
+        raise socket.gaierror(socket.EAI_NONAME, 'Name or service not known')
+
+    with serving(smtpd.PureProxy, remoteaddr=('upstream.invalid', 25)) as proxy:
+        with greet(proxy) as client:
+            monkeypatch.setattr(socket, 'getaddrinfo', getaddrinfo)
+            assert relay_message(client).startswith(b'451 ')
+            assert client.say(b'NOOP') == b'250 OK\r\n'
+
+
+POINTS = ['CONNECT', 'EHLO', 'MAIL', 'RCPT', 'DATA', '.']
+
+
+@BOTH_MODES
+@pytest.mark.parametrize('point', POINTS)
+def test_upstream_that_breaks_off_is_451(upstream, decode_data, point):
+    upstream.faults[point] = 'break off'
+    with proxy_to(upstream, decode_data=decode_data) as proxy:
+        assert post(proxy).startswith(b'451 ')
+        assert upstream.messages == []
+        upstream.faults.clear()  # and the client, which tries again, gets it through
+        assert post(proxy) == b'250 OK\r\n'
+        assert len(upstream.messages) == 1
+
+
+@pytest.mark.parametrize('point', POINTS)
+def test_upstream_that_times_out_is_451(upstream, point):
+    upstream.faults[point] = 'hang'
+    impatient = type('Impatient', (smtpd.PureProxy,), {'upstream_timeout_seconds': 0.2})
+    with proxy_to(upstream, impatient) as proxy:
+        assert post(proxy).startswith(b'451 ')
+    assert upstream.hangs.is_set()
+    assert upstream.messages == []
+
+
+def test_upstream_that_stops_reading_the_message_is_451():
+    class StopsReading(WireUpstream):
+        def answer(self, connection, verb):
+            super().answer(connection, verb)
+            if verb == b'DATA':
+                self.ends.wait(20)
+
+    impatient = type('Impatient', (smtpd.PureProxy,), {'upstream_timeout_seconds': 0.3})
+    with StopsReading() as wire, proxy_to(wire, impatient) as proxy:
+        assert post(proxy, PROXIED + b'x' * 20000000 + b'\r\n').startswith(b'451 ')
+
+
+@pytest.mark.slow
+def test_limit_on_the_upstream_is_for_each_step_not_for_a_large_message_as_a_whole():
+    class ReadsInSpurts(WireUpstream):
+        def session(self, connection):
+            self.answer(connection, b'CONNECT')
+            octets, verb, pause_at = bytearray(), b'', 0
+            while verb != b'QUIT' and (received := connection.recv(65536)):
+                octets += received
+                if verb != b'DATA':
+                    verb = received[:4].upper()
+                    self.answer(connection, verb)
+                elif octets.endswith(b'\r\n.\r\n'):
+                    verb = b'END'
+                    self.bodies.append(octets)
+                    self.answer(connection, verb)
+                elif pause_at < len(octets) < 25000000:
+                    pause_at += 8000000  # more than the system buffers
+                    self.ends.wait(1)
+            connection.close()
+
+    patient = type('Patient', (smtpd.PureProxy,), {'upstream_timeout_seconds': 2})
+    with ReadsInSpurts() as wire, proxy_to(wire, patient) as proxy:
+        assert post(proxy, PROXIED + b'x' * 30000000 + b'\r\n') == b'250 OK\r\n'
+        assert len(wire.bodies[0]) > 30000000
+
+
+@pytest.mark.parametrize('reply', ['421 4.3.2 Shutting down', '554 5.3.2 No service'])
+def test_upstream_that_turns_the_session_away_is_no_delivery(reply):
+    with WireUpstream(CONNECT=reply.encode()) as wire, proxy_to(wire) as proxy:
+        assert re.match(rb'4\d\d |554 5.3.2 No service', post(proxy))
+    assert wire.bodies == []
+
+
+@pytest.mark.parametrize('point', ['MAIL', 'RCPT', 'DATA', '.'])
+def test_upstream_that_shuts_down_in_between_makes_the_client_try_again(upstream, point):
+    upstream.faults[point] = '421 4.3.2 Shutting down'
+    with proxy_to(upstream) as proxy:
+        assert re.match(rb'4\d\d ', post(proxy, recipients=(b'<a@b.example>', b'<c@d.example>')))
+    assert upstream.messages == []
+
+
+def test_break_off_after_some_recipients_were_accepted_delivers_to_none(upstream):
+    class BreaksOffAtSecond(MisbehavingSMTP):
+        async def smtp_RCPT(self, arg):
+            if self.upstream.asked_for:
+                self.upstream.faults['RCPT'] = 'break off'
+            await super().smtp_RCPT(arg)
+
+    upstream.protocol = BreaksOffAtSecond
+    with proxy_to(upstream) as proxy:
+        assert post(proxy, recipients=(b'<a@example.com>', b'<b@example.com>')).startswith(b'451 ')
+    assert upstream.messages == []
+
+
+@BOTH_MODES
+@pytest.mark.parametrize('fault', ['break off', '421 4.4.2 Gone', '554 5.5.0 What', 'hang'])
+def test_fault_in_quit_after_delivery_is_no_refusal(upstream, decode_data, fault):
+    upstream.faults['QUIT'] = fault
+    impatient = type('Impatient', (smtpd.PureProxy,), {
+        'upstream_timeout_seconds': 1 if fault == 'hang' else 20})
+    with proxy_to(upstream, impatient, decode_data=decode_data) as proxy:
+        assert post(proxy) == b'250 OK\r\n'
+    assert len(upstream.messages) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# PureProxy: some recipients refused
+
+def send_partly_refused(proxy, message=PROXIED, sender=SENDER):
+    return post(proxy, message, sender=sender,
+                recipients=(b'<good@example.com>', b'<bad@example.com>', b'<late@example.com>'))
+
+
+class RefusesBad(WireUpstream):
+    """Refuses the recipient with `bad` in it, with any octets."""
+
+    def __init__(self, reply):
+        self.refusal = reply
+        super().__init__()
+
+    def answer(self, connection, verb):
+        refuses = verb == b'RCPT' and b'bad' in self.commands[-1]
+        self.replies[b'RCPT'] = self.refusal if refuses else b'250 OK'
+        super().answer(connection, verb)
+
+
+@BOTH_MODES
+def test_some_refused_is_250_and_a_delivery_status_notification(upstream, decode_data):
+    upstream.refused = {'bad@example.com': '550 5.1.1 No such user',
+                        'late@example.com': '450 4.2.1 Not now'}
+    message = b'Subject: to three\r\nMessage-ID: <original@example.com>\r\n\r\nText.\r\n'
+    with proxy_to(upstream, decode_data=decode_data) as proxy:
+        assert send_partly_refused(proxy, message) == b'250 OK\r\n'
+        delivered, report = upstream.wait_for(2)
+    assert delivered == ('sender@example.com', ['good@example.com'], with_x_peer(message))
+
+    assert report[0] in ('', '<>', None)
+    assert report[1] == ['sender@example.com']
+    notification = email.message_from_bytes(report[2])
+    assert notification.get_content_type() == 'multipart/report'
+    assert notification.get_param('report-type') == 'delivery-status'
+    assert 'sender@example.com' in notification['To']
+    assert notification['Auto-Submitted'].startswith('auto-')  # RFC 3834, 5.1
+    assert notification['MIME-Version'] == '1.0'
+    assert all(notification[name] for name in ('From', 'Subject', 'Date', 'Message-ID'))
+    assert all(len(line) <= 998 for line in report[2].split(b'\r\n'))
+
+    explanation, status, original = notification.get_payload()
+    assert explanation.get_content_type() == 'text/plain'
+    text = explanation.get_payload(decode=True).decode()
+    assert all(word in text for word in ('bad@example.com', 'late@example.com', 'No such user'))
+    assert 'good@example.com' not in text
+    assert status.get_content_type() == 'message/delivery-status'
+    of_message, bad, late = status.get_payload()
+    assert re.match('dns; *' + FQDN, of_message['Reporting-MTA'], re.I)
+    for block, recipient, code, reply in [
+            (bad, 'bad@example.com', '5.1.1', '550 5.1.1 No such user'),
+            (late, 'late@example.com', '4.2.1', '450 4.2.1 Not now')]:
+        assert re.fullmatch('rfc822; *' + recipient, block['Final-Recipient'], re.I)
+        assert block['Action'] == 'failed'
+        assert block['Status'] == code
+        assert re.fullmatch('smtp; *' + reply, block['Diagnostic-Code'], re.I)
+    assert original.get_content_type() in ('message/rfc822', 'text/rfc822-headers')
+    assert b'<original@example.com>' in (
+        original.get_payload(decode=True) or original.get_payload(0).as_bytes())
+    defects = [part.defects for part in notification.walk()]
+    assert not any(defects)
+
+
+@pytest.mark.parametrize('reply, status', [('550 Nobody', '5'), ('450 Nobody', '4')])
+def test_status_of_a_reply_without_an_enhanced_code_has_its_class(upstream, reply, status):
+    upstream.refused = {'bad@example.com': reply}
+    with proxy_to(upstream) as proxy:
+        assert send_partly_refused(proxy) == b'250 OK\r\n'
+        notification = email.message_from_bytes(upstream.wait_for(2)[1][2])
+    block = notification.get_payload()[1].get_payload()[1]
+    assert re.fullmatch(status + r'\.\d{1,3}\.\d{1,3}', block['Status'])
+
+
+@BOTH_MODES
+@pytest.mark.parametrize('reply', [
+    b'550-5.1.1 No\r\n550 5.1.1 user', b'550 Unzul\xe4ssig \xff', b'550', b'550 ' + b'x' * 450,
+    b'550 =?utf-8?q?=0d=0aBcc:_x?='],
+    ids=['several lines', '8-bit', 'no text', 'long', 'encoded word'])
+def test_notification_stands_any_message_and_any_reply(decode_data, reply):
+    message = b'Subject: \xe9\xff ' + b's' * 2000 + b'\r\n\r\n' + b'\xff' * 3000 + b'\r\n'
+    with RefusesBad(reply) as wire, proxy_to(wire, decode_data=decode_data) as proxy:
+        assert send_partly_refused(proxy, message) == b'250 OK\r\n'
+    assert len(wire.bodies) == 2
+    notification = email.message_from_bytes(wire.bodies[1])
+    block = notification.get_payload()[1].get_payload()[1]
+    assert re.fullmatch('rfc822; *bad@example.com', block['Final-Recipient'], re.I)
+    assert block['Status'].startswith('5.')
+    assert 'Bcc' not in block
+    assert not re.search(rb'(?<!\r)\n|\r(?!\n)', wire.bodies[1])
+
+
+@pytest.mark.parametrize('sender', [b'<"a b, <c"@example.com>', '<l\xf6we@example.com>'.encode(),
+                                    b'<' + b'l' * 300 + b'@example.com>'],
+                         ids=['quoted', 'not ASCII', 'long'])
+def test_notification_reaches_any_sender_verbatim(sender):
+    with RefusesBad(b'550 5.1.1 No') as wire, proxy_to(wire) as proxy:
+        assert send_partly_refused(proxy, sender=sender) == b'250 OK\r\n'
+    assert len(wire.bodies) == 2
+    assert wire.verbs(b'RCPT')[-1].partition(b':')[2].strip() == sender
+
+
+@BOTH_MODES
+def test_no_notification_for_the_null_reverse_path(upstream, decode_data):
+    upstream.refused = {'bad@example.com': '550 5.1.1 No such user'}
+    with proxy_to(upstream, decode_data=decode_data) as proxy:
+        assert send_partly_refused(proxy, sender=b'<>') == b'250 OK\r\n'
+        assert post(proxy, b'Subject: next\r\n\r\n') == b'250 OK\r\n'
+    assert [recipients for _, recipients, _ in upstream.messages] \
+        == [['good@example.com', 'late@example.com'], ['rcpt@example.com']]
+
+
+def test_some_refused_and_the_data_too_gives_the_upstreams_answer_and_no_notification(upstream):
+    upstream.refused = {'bad@example.com': '550 5.1.1 No such user'}
+    upstream.faults['.'] = '554 5.7.1 Not this one'
+    with proxy_to(upstream) as proxy:
+        assert send_partly_refused(proxy) == b'554 5.7.1 Not this one\r\n'
+        assert upstream.messages == []
+        upstream.faults.clear()
+        assert post(proxy) == b'250 OK\r\n'
+    assert [recipients for _, recipients, _ in upstream.messages] == [['rcpt@example.com']]
+
+
+def test_notification_that_is_refused_itself_leaves_the_delivery_a_success(upstream, capfd):
+    upstream.refused = {'bad@example.com': '550 5.1.1 No such user',
+                        'sender@example.com': '550 5.1.1 No such sender'}
+    with proxy_to(upstream) as proxy:
+        assert send_partly_refused(proxy) == b'250 OK\r\n'
+    assert [recipients for _, recipients, _ in upstream.messages] \
+        == [['good@example.com', 'late@example.com']]
+    assert 'sender@example.com' in upstream.asked_for
+    assert 'sender@example.com' in capfd.readouterr().err  # or nobody would ever know
+
+
+# ---------------------------------------------------------------------------------------------
+# PureProxy: _deliver, called and overridden
+
+def idle_proxy(proxy_class=smtpd.PureProxy, remoteaddr=('127.0.0.1', 9), **kwargs):
+    """A server that no loop serves, for calls of its methods."""
+    return contextlib.closing(proxy_class(('127.0.0.1', 0), remoteaddr, map={}, **kwargs))
+
+
+@pytest.mark.parametrize('data', ['A: b\n\ntext', b'A: b\n\ntext', b'A: b\r\n\r\ntext\r\n'],
+                         ids=repr)
+def test_deliver_returns_the_dict_of_refused_recipients(upstream, data):
+    upstream.refused = {'bad@example.com': '550 5.1.1 No such user'}
+    with idle_proxy(remoteaddr=upstream.address) as proxy:
+        assert proxy._deliver('sender@example.com', ['good@example.com'], data) == {}
+        both = ['bad@example.com', 'good@example.com']
+        assert proxy._deliver('sender@example.com', both, data) \
+            == {'bad@example.com': (550, b'5.1.1 No such user')}
+        assert proxy._deliver('sender@example.com', ['bad@example.com'], data) \
+            == {'bad@example.com': (550, b'5.1.1 No such user')}
+    assert upstream.messages == [
+        ('sender@example.com', ['good@example.com'], b'A: b\r\n\r\ntext\r\n')] * 2
+
+
+def test_deliver_names_every_recipient_when_the_data_are_refused(upstream):
+    upstream.faults['.'] = '554 5.7.1 Not this one'
+    upstream.refused = {'bad@example.com': '550 5.1.1 No such user'}
+    with idle_proxy(remoteaddr=upstream.address) as proxy:
+        refused = proxy._deliver('a@example.com', ['b@example.com', 'bad@example.com'], b'\n')
+    assert set(refused) == {'b@example.com', 'bad@example.com'}
+    assert refused['b@example.com'] == (554, b'5.7.1 Not this one')
+
+
+@pytest.mark.parametrize('fault', ['unreachable', 'break off', 'hang'])
+def test_deliver_gives_every_recipient_451_when_the_upstream_fails(upstream, fault):
+    recipients = ['b@example.com', 'c@example.com']
+    upstream.faults['DATA'] = fault
+    address = upstream.address
+    with socket.socket() as unused:
+        unused.bind(('127.0.0.1', 0))
+        if fault == 'unreachable':
+            address = unused.getsockname()
+        with idle_proxy(remoteaddr=address) as proxy:
+            proxy.upstream_timeout_seconds = 0.2 if fault == 'hang' else 20
+            refused = proxy._deliver('a@example.com', recipients, b'A: b\n\ntext')
+    assert list(refused) == recipients
+    for code, text in refused.values():
+        assert code == 451
+        assert isinstance(text, bytes)
+
+
+def test_process_message_can_be_called_by_hand_without_options(upstream):
+    with idle_proxy(remoteaddr=upstream.address) as proxy:
+        assert proxy.process_message(PEER, 'a@example.com', ['b@example.com'], 'A: b\n\ntext') \
+            in (None, '250 OK')
+        assert proxy.process_message(PEER, '<>', ['b@example.com'], b'A: b\n\ntext',
+                                     mail_options=[], rcpt_options=[]) in (None, '250 OK')
+        upstream.refused = {'b@example.com': '550 5.1.1 No such user'}
+        reply = proxy.process_message(PEER, 'a@example.com', ['b@example.com'], b'A: b\n\ntext')
+        assert reply in ('550 5.1.1 No such user', b'550 5.1.1 No such user')
+    assert [content for _, _, content in upstream.messages] \
+        == [b'A: b\r\nX-Peer: 127.0.0.1\r\n\r\ntext\r\n'] * 2
+
+
+@BOTH_MODES
+def test_subclass_that_calls_deliver_goes_on_working(upstream, decode_data):
+    class Tagging(smtpd.PureProxy):
+        def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
+            tag = 'X-Tag: 1\n' if isinstance(data, str) else b'X-Tag: 1\n'
+            refused = self._deliver(mailfrom, rcpttos, tag + data)
+            return '550 %s' % sorted(refused) if refused else None
+
+    upstream.refused = {'bad@example.com': '550 5.1.1 No such user'}
+    with proxy_to(upstream, Tagging, decode_data=decode_data) as proxy:
+        assert post(proxy) == b'250 OK\r\n'
+        assert post(proxy, recipients=(b'<bad@example.com>',)) == b"550 ['bad@example.com']\r\n"
+    assert upstream.messages == [
+        ('sender@example.com', ['rcpt@example.com'], b'X-Tag: 1\r\n' + PROXIED)]
+
+
+@pytest.mark.parametrize('refused, reply', [
+    ({}, b'250 OK\r\n'),
+    (None, b'250 OK\r\n'),
+    ({'rcpt@example.com': (550, b'5.1.1 No such user')}, b'550 5.1.1 No such user\r\n'),
+    ({'rcpt@example.com': (550, '5.1.1 No such user')}, b'550 5.1.1 No such user\r\n'),
+], ids=['nobody refused', 'nothing returned', 'refused', 'refused, with text for bytes'])
+def test_subclass_that_overrides_deliver_goes_on_working(refused, reply):
+    class Keeping(smtpd.PureProxy):
+        def _deliver(self, mailfrom, rcpttos, data):
+            self.kept = mailfrom, rcpttos, data
+            return refused
+
+    with serving(Keeping, remoteaddr=('127.0.0.1', 9)) as proxy:
+        assert post(proxy) == reply
+        mailfrom, rcpttos, data = proxy.kept
+    assert (mailfrom, rcpttos) == ('sender@example.com', ['rcpt@example.com'])
+    assert isinstance(data, bytes)
+    assert data.replace(b'\r\n', b'\n').rstrip(b'\n') \
+        == b'Subject: hello\nX-Peer: 127.0.0.1\n\nText.'
+
+
+def test_overridden_deliver_gets_text_where_the_server_decodes_as_it_always_did():
+    class Keeping(smtpd.PureProxy):
+        def _deliver(self, mailfrom, rcpttos, data):
+            self.kept = data
+            return {}
+
+    with serving(Keeping, remoteaddr=('127.0.0.1', 9), decode_data=True) as proxy:
+        assert post(proxy, 'Subject: \xe9\r\n\r\nText.\r\n'.encode()) == b'250 OK\r\n'
+        assert proxy.kept.rstrip('\n') == 'Subject: \xe9\nX-Peer: 127.0.0.1\n\nText.'
+
+
+@pytest.mark.parametrize('proxy_class', [smtpd.PureProxy, smtpd.MailmanProxy],
+                         ids=lambda proxy_class: proxy_class.__name__)
+def test_proxies_refuse_smtputf8_as_documented(proxy_class):
+    sockets = {}
+    with pytest.raises(ValueError):
+        proxy_class(('127.0.0.1', 0), ('127.0.0.1', 9), enable_SMTPUTF8=True, map=sockets)
+    assert sockets == {}
+
+
+# ---------------------------------------------------------------------------------------------
+# PureProxy: loops
+
+def test_proxy_pointed_at_itself_refuses_after_25_hops():
+    with serving(smtpd.PureProxy, remoteaddr=('127.0.0.1', 9)) as proxy:
+        proxy._remoteaddr = proxy.socket.getsockname()
+        assert post(proxy) == b'554 Error: too many hops\r\n'
+
+
+def test_several_messages_that_loop_at_once_all_get_an_answer():
+    """More hops under way than there are threads: the limit on the upstream ends it."""
+    impatient = type('Impatient', (smtpd.PureProxy,), {'upstream_timeout_seconds': 2})
+    with serving(impatient, remoteaddr=('127.0.0.1', 9)) as proxy, \
+            contextlib.ExitStack() as clients:
+        proxy._remoteaddr = proxy.socket.getsockname()
+        several = [clients.enter_context(greet(proxy)) for _ in range(4)]
+        for client in several:
+            start_message(client)
+        for client in several:
+            assert re.match(rb'(554 Error: too many hops|451 .*)\r\n', client.reply())
+            assert client.say(b'NOOP') == b'250 OK\r\n'
+
+
+TRACE = [b'X-Peer: 127.0.0.1', b'Received: from a by b; date', b'received: from a\r\n by b; date',
+         b'X-PEER: ::1']
+
+
+@BOTH_MODES
+@pytest.mark.parametrize('hops', [24, 25, 26])
+def test_trace_headers_are_counted(upstream, decode_data, hops):
+    traces = b'\r\n'.join(itertools.islice(itertools.cycle(TRACE), hops))
+    # what looks like a trace header but is none
+    rest = (b'\r\nX-Peers: 1\r\nSubject: x\r\n Received: folded\r\n\tX-Peer: folded\r\n\r\n'
+            + b'Received: from the body\r\n' * 30)
+    with proxy_to(upstream, decode_data=decode_data) as proxy:
+        reply = post(proxy, traces + rest)
+    if hops < 25:
+        assert reply == b'250 OK\r\n'
+        assert len(upstream.messages) == 1
+    else:
+        assert reply == b'554 Error: too many hops\r\n'
+        assert upstream.messages == []
+
+
+def test_hop_limit_is_a_class_attribute(upstream):
+    strict = type('Strict', (smtpd.PureProxy,), {'hop_limit': 1})
+    with proxy_to(upstream, strict) as proxy:
+        assert post(proxy) == b'250 OK\r\n'
+        assert post(proxy, b'X-Peer: a\r\n' + PROXIED) == b'554 Error: too many hops\r\n'
+
+
+# ---------------------------------------------------------------------------------------------
+# Handler threads
+
+class Overridden(smtpd.PureProxy):
+    def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
+        return '250 In thread %d' % threading.get_ident()
+
+
+@BOTH_MODES
+def test_proxy_without_threads_relays_in_the_loop(upstream, decode_data):
+    threadless = type('Threadless', (smtpd.PureProxy,), {'process_message_threads': 0})
+    with proxy_to(upstream, threadless, decode_data=decode_data) as proxy:
+        assert post(proxy) == b'250 OK\r\n'
+        upstream.refused = {'rcpt@example.com': '550 5.1.1 No such user'}
+        assert post(proxy) == b'550 5.1.1 No such user\r\n'
+    assert len(upstream.messages) == 1
+
+
+class OverriddenDeliver(smtpd.PureProxy):
+    def _deliver(self, mailfrom, rcpttos, data):
+        return {}
+
+
+@pytest.mark.parametrize('server_class, threads', [
+    (smtpd.SMTPServer, 0),
+    (smtpd.DebuggingServer, 0),
+    (smtpd.PureProxy, 32),
+    (smtpd.MailmanProxy, 32),
+    (type('Plain', (smtpd.PureProxy,), {}), 32),
+    (Overridden, 0),
+    (type('Grandchild', (Overridden,), {}), 0),
+    (OverriddenDeliver, 0),
+    (type('Mailman', (smtpd.MailmanProxy,), {'process_message': Overridden.process_message}), 0),
+    (type('SaysOtherwise', (smtpd.PureProxy,),
+          {'process_message': Overridden.process_message, 'process_message_threads': 4}), 4),
+    (type('Heir', (Overridden,), {'process_message_threads': 3}), 3),
+], ids=lambda value: getattr(value, '__name__', str(value)))
+def test_number_of_handler_threads(server_class, threads):
+    with idle_proxy(server_class) as server:
+        assert server.process_message_threads == threads
+
+
+def test_subclass_of_pure_proxy_that_overrides_process_message_runs_in_the_loop():
+    with serving(Overridden, remoteaddr=('127.0.0.1', 9)) as proxy:
+        before = threading.active_count()
+        with greet(proxy) as client:
+            identities = {relay_message(client) for _ in range(3)}
+            assert threading.active_count() == before
+    assert len(identities) == 1
+
+
+class Gated(RecordingServer):
+    """A handler that waits at a gate, in a thread."""
+
+    process_message_threads = 2
+
+    def __init__(self, *args, **kwargs):
+        self.gate = threading.Event()
+        self.inside = threading.Semaphore(0)  # one for each handler that has begun
+        self.counting = threading.Lock()
+        self.running = self.most_running = 0
+        self.handler_threads = set()
+        self.events = []
+        super().__init__(*args, **kwargs)
+
+    def handle_accepted(self, conn, addr):
+        self.loop_thread = threading.get_ident()
+        super().handle_accepted(conn, addr)
+
+    def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
+        with self.counting:
+            self.running += 1
+            self.most_running = max(self.running, self.most_running)
+        self.handler_threads.add(threading.get_ident())
+        self.events.append('handled')
+        self.inside.release()
+        assert self.gate.wait(20)
+        with self.counting:
+            self.running -= 1
+        return super().process_message(peer, mailfrom, rcpttos, data, **kwargs)
+
+
+@pytest.fixture(params=[False, True], ids=['in the map', 'in the hub'])
+def hub(request):
+    return request.param
+
+
+def with_hub(server_class, hub, **attributes):
+    return type('Hubbed' + server_class.__name__, (server_class,),
+                dict(attributes, channels_in_hub=hub, __doc__=server_class.__doc__))
+
+
+# timeout=60: a reply that does not wake the loop comes too late for the client
+@pytest.mark.parametrize('point', ['CONNECT', 'RCPT', '.', 'QUIT'])
+def test_hung_upstream_does_not_hold_up_other_sessions(upstream, hub, point):
+    upstream.faults[point] = 'hang'
+    with proxy_to(upstream, with_hub(smtpd.PureProxy, hub), timeout=60) as proxy:
+        with greet(proxy) as waiting, greet(proxy) as old:
+            start_message(waiting)
+            assert upstream.hangs.wait(20)
+            with greet(proxy) as new:
+                for client in old, new:
+                    assert client.say(b'NOOP') == b'250 OK\r\n'
+                    assert client.say(b'MAIL FROM:<a@example.com>') == b'250 OK\r\n'
+                assert new.say(b'QUIT') == b'221 Bye\r\n'
+                assert new.rest() == b''
+            if point == 'CONNECT':
+                for transport in upstream.transports:
+                    upstream.loop.call_soon_threadsafe(transport.abort)
+                assert waiting.reply().startswith(b'451 ')
+            else:
+                upstream.release()  # it hung till now
+                assert waiting.reply() == b'250 OK\r\n'
+                assert len(upstream.messages) == 1
+            assert waiting.say(b'NOOP') == b'250 OK\r\n'
+
+
+def test_any_server_can_have_handler_threads_and_their_number_is_a_bound(hub):
+    with serving(with_hub(Gated, hub), timeout=60) as server, contextlib.ExitStack() as clients:
+        several = [clients.enter_context(greet(server)) for _ in range(6)]
+        for client in several:
+            start_message(client)
+        for _ in range(2):
+            assert server.inside.acquire(timeout=20)
+        with greet(server) as other:  # by its second reply the loop has seen all six messages
+            assert other.say(b'NOOP') == b'250 OK\r\n'
+        server.gate.set()
+        assert [client.reply() for client in several] == [b'250 OK\r\n'] * 6
+        assert server.most_running == 2
+        assert len(server.messages) == 6
+        assert server.loop_thread not in server.handler_threads
+
+
+def test_replies_are_sent_from_the_loops_own_thread(hub):
+    pushers = set()
+
+    class Channel(smtpd.SMTPChannel):
+        def push(self, msg):
+            pushers.add(threading.get_ident())
+            super().push(msg)
+
+    with serving(with_hub(Gated, hub, channel_class=Channel), timeout=60) as server:
+        server.gate.set()
+        server.reply = '250 Kept\r\nand filed'
+        with greet(server) as client:
+            assert relay_message(client) == b'250-Kept\r\n250 and filed\r\n'
+        assert pushers == {server.loop_thread}
+        assert server.handler_threads
+        assert server.loop_thread not in server.handler_threads
+
+
+def test_session_waits_unread_until_its_message_is_done(hub):
+    class Channel(smtpd.SMTPChannel):
+        def push(self, msg):
+            self.smtp_server.events.append(msg)
+            super().push(msg)
+
+    message = (b'MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA\r\n' + PROXIED
+               + b'.\r\n')
+    with serving(with_hub(Gated, hub, channel_class=Channel), timeout=60) as server:
+        with greet(server) as client, greet(server) as other:
+            client.send(message + b'DATA\r\n' + message)
+            assert server.inside.acquire(timeout=20)
+            client.send(b'VRFY a@example.com\r\nQUIT\r\nNOOP\r\n')
+            before = len(server.events)
+            for _ in range(3):  # three turns of the loop
+                assert other.say(b'NOOP') == b'250 OK\r\n'
+            assert len(server.events) == before + 3
+            server.gate.set()
+            replies = client.rest().split(b'\r\n')
+        assert [reply[:4] for reply in replies] == [
+            b'250 ', b'250 ', b'354 ', b'250 ', b'503 ',
+            b'250 ', b'250 ', b'354 ', b'250 ', b'252 ', b'221 ', b'']
+    handled = [place for place, event in enumerate(server.events) if event == 'handled']
+    done = next(place for place in range(handled[0], len(server.events))
+                if server.events[place].startswith('250 OK')
+                and server.events[place + 1].startswith('503'))
+    assert handled[0] < done < handled[1]
+
+
+def test_channel_is_not_readable_while_its_message_is_under_way():
+    with serving(Gated, timeout=60) as server, greet(server) as client:
+        channel, = (entry for entry in server._map.values()
+                    if isinstance(entry, smtpd.SMTPChannel))
+        assert channel.readable()
+        start_message(client)
+        assert server.inside.acquire(timeout=20)
+        assert not channel.readable()
+        server.gate.set()
+        assert client.reply() == b'250 OK\r\n'
+        assert client.say(b'NOOP') == b'250 OK\r\n'
+        assert channel.readable()
+
+
+def test_client_is_not_idle_while_its_message_is_under_way(hub):
+    class Channel(smtpd.SMTPChannel):
+        idle_timeout_seconds = 1
+
+    with serving(with_hub(Gated, hub, channel_class=Channel), timeout=0.1) as server:
+        with greet(server) as waiting, RawClient(server) as idle:
+            start_message(waiting)
+            assert server.inside.acquire(timeout=20)
+            assert idle.reply().startswith(b'220 ')
+            assert idle.say(b'NOOP') == b'250 OK\r\n'
+            assert idle.rest().startswith(b'421 ')  # this one was, for as long
+            server.gate.set()
+            assert waiting.reply() == b'250 OK\r\n'
+            assert waiting.say(b'NOOP') == b'250 OK\r\n'
+
+
+def test_handler_that_raises_in_a_thread_is_451_and_the_session_goes_on(hub, capfd):
+    with serving(with_hub(Gated, hub), timeout=60) as server:
+        server.gate.set()
+        server.reply = RuntimeError('out of paper')
+        with greet(server) as client:
+            assert relay_message(client) == b'451 Internal confusion\r\n'
+            server.reply = None
+            assert relay_message(client) == b'250 OK\r\n'
+        assert server.loop_thread not in server.handler_threads
+    output, errors = capfd.readouterr()
+    assert 'RuntimeError' in errors
+    assert 'out of paper' in errors
+    assert 'process_message' in errors
+    assert output == ''
+
+
+def test_handle_error_of_a_failed_handler_runs_in_the_loops_own_thread():
+    callers = []
+
+    class Channel(smtpd.SMTPChannel):
+        def handle_error(self):
+            callers.append((threading.get_ident(), sys.exc_info()[0]))
+
+    with serving(type('Own', (Gated,), {'channel_class': Channel}), timeout=60) as server:
+        server.gate.set()
+        server.reply = RuntimeError('out of paper')
+        with greet(server) as client:
+            assert relay_message(client) == b'451 Internal confusion\r\n'
+            assert client.say(b'NOOP') == b'250 OK\r\n'
+        assert callers == [(server.loop_thread, RuntimeError)]
+
+
+@pytest.mark.parametrize('leave', ['closes', 'resets', 'half-closes'])
+def test_client_that_leaves_while_its_message_is_under_way_does_no_harm(hub, leave, capfd):
+    with serving(with_hub(Gated, hub), timeout=60) as server:
+        for _ in range(2):  # as many as there are threads
+            client = greet(server)
+            start_message(client)
+            assert server.inside.acquire(timeout=20)
+            if leave == 'resets':
+                client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
+            if leave == 'half-closes':
+                client.socket.shutdown(socket.SHUT_WR)
+            else:
+                client.close()
+            with greet(server) as other:
+                assert other.say(b'NOOP') == b'250 OK\r\n'
+            server.gate.set()
+            if leave == 'half-closes':
+                assert client.rest() == b'250 OK\r\n'
+                client.close()
+            with greet(server) as other:
+                assert relay_message(other) == b'250 OK\r\n'
+            assert server.inside.acquire(timeout=20)
+            server.gate.clear()
+        assert len(server.messages) == 4
+        server.gate.set()
+    assert 'Traceback' not in capfd.readouterr().err
+
+
+def test_nothing_stays_in_the_socket_map_when_no_message_is_under_way(upstream):
+    with proxy_to(upstream, timeout=60) as proxy, greet(proxy) as client:
+        assert client.say(b'NOOP') == b'250 OK\r\n'
+        before = dict(proxy._map)
+        for _ in range(3):
+            assert relay_message(client) == b'250 OK\r\n'
+            assert client.say(b'NOOP') == b'250 OK\r\n'  # the loop is done with the message
+            assert proxy._map == before
+        assert {type(entry) for entry in before.values()} == {smtpd.PureProxy, smtpd.SMTPChannel}
+
+
+def test_loop_ends_when_the_server_and_the_last_channel_are_closed(upstream, hub):
+    """Also with a message under way at the time: it is delivered and answered first."""
+    sockets = {}
+    proxy_class = with_hub(smtpd.PureProxy, hub)
+    proxy = proxy_class(('127.0.0.1', 0), upstream.address, map=sockets)
+    loop = threading.Thread(target=asyncore.loop, kwargs={'map': sockets, 'timeout': 60})
+    loop.start()
+    upstream.faults['.'] = 'hang'
+    with greet(proxy) as client, greet(proxy) as other:
+        start_message(client)
+        assert upstream.hangs.wait(20)
+        proxy.close()
+        assert other.say(b'QUIT') == b'221 Bye\r\n'
+        upstream.release()
+        assert client.reply() == b'250 OK\r\n'
+        assert client.say(b'QUIT') == b'221 Bye\r\n'
+    loop.join(20)
+    assert not loop.is_alive()
+    assert sockets == {}
+
+
+def test_session_that_outlives_its_server_still_delivers(upstream, hub):
+    with proxy_to(upstream, with_hub(smtpd.PureProxy, hub)) as proxy, greet(proxy) as client:
+        address = proxy.socket.getsockname()
+        proxy.close()
+        assert client.say(b'NOOP') == b'250 OK\r\n'  # the loop has seen it
+        with pytest.raises(OSError):
+            socket.create_connection(address)
+        for _ in range(2):
+            assert relay_message(client) == b'250 OK\r\n'
+        assert len(upstream.messages) == 2
+
+
+def test_close_all_while_a_message_is_under_way_does_no_harm(upstream, hub, capfd):
+    upstream.faults['.'] = 'hang'
+    with proxy_to(upstream, with_hub(smtpd.PureProxy, hub)) as proxy, greet(proxy) as client:
+        start_message(client)
+        assert upstream.hangs.wait(20)
+        # serving() calls close_all() with the message still under way
+    upstream.release()
+    upstream.wait_for(1)
+    assert proxy._map == {}
+    assert 'Traceback' not in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
+# MailmanProxy
+
+class FakeMailman(Upstream):
+    """aiosmtpd's LMTP server; knows the addresses at lists.example, as Mailman would."""
+
+    def __init__(self):
+        super().__init__(MisbehavingLMTP)
+
+    async def handle_RCPT(self, server, session, envelope, address, options):
+        if not address.endswith('@lists.example') and address not in self.refused:
+            self.refused[address] = '550 Requested action not taken: mailbox unavailable'
+        return await super().handle_RCPT(server, session, envelope, address, options)
+
+
+@pytest.fixture
+def fake_mailman():
+    with FakeMailman() as mailman:
+        yield mailman
+
+
+def mailman_proxy_to(upstream, mailman_address, **kwargs):
+    proxy_class = type('OurMailman', (smtpd.MailmanProxy,),
+                       {'mailman_lmtp_address': mailman_address})
+    return serving(proxy_class, remoteaddr=upstream.address, **kwargs)
+
+
+def by_recipient(upstream):
+    return {tuple(recipients): content for _, recipients, content in upstream.messages}
+
+
+LISTS = (b'<a@lists.example>', b'<b@lists.example>')
+OTHERS = (b'<c@example.com>', b'<d@example.com>')
+OTHER_NAMES = ('c@example.com', 'd@example.com')
+
+
+def test_mailmans_lmtp_server_is_on_its_default_port():
+    assert smtpd.MailmanProxy.mailman_lmtp_address == ('localhost', 8024)
+
+
+@BOTH_MODES
+def test_list_addresses_go_to_mailman_one_transaction_each_the_others_upstream(
+        upstream, fake_mailman, decode_data):
+    message = b'Subject: post \xe9\r\n\r\n.dots\r\n\r\n'
+    with mailman_proxy_to(upstream, fake_mailman.address, decode_data=decode_data) as proxy:
+        assert post(proxy, message, recipients=(LISTS[0], *OTHERS, LISTS[1])) == b'250 OK\r\n'
+    expected = with_x_peer(message)
+    assert by_recipient(fake_mailman) == {('a@lists.example',): expected,
+                                          ('b@lists.example',): expected}
+    assert len(fake_mailman.messages) == 2
+    assert upstream.messages == [('sender@example.com', list(OTHER_NAMES), expected)]
+    assert {sender for sender, _, _ in fake_mailman.messages} == {'sender@example.com'}
+
+
+def test_mail_for_lists_alone_needs_no_upstream(fake_mailman):
+    with socket.socket() as unused:
+        unused.bind(('127.0.0.1', 0))
+        proxy_class = type('OurMailman', (smtpd.MailmanProxy,),
+                           {'mailman_lmtp_address': fake_mailman.address})
+        with serving(proxy_class, remoteaddr=unused.getsockname()) as proxy:
+            assert post(proxy, recipients=LISTS, sender=b'<>') == b'250 OK\r\n'
+    assert len(fake_mailman.messages) == 2
+
+
+def test_mail_for_no_list_all_goes_upstream(upstream, fake_mailman):
+    with mailman_proxy_to(upstream, fake_mailman.address) as proxy:
+        assert post(proxy, recipients=OTHERS) == b'250 OK\r\n'
+    assert fake_mailman.messages == []
+    assert upstream.messages == [('sender@example.com', list(OTHER_NAMES), with_x_peer(PROXIED))]
+
+
+@pytest.mark.parametrize('recipients', [LISTS, OTHERS, LISTS + OTHERS],
+                         ids=['lists', 'others', 'both'])
+def test_mailman_not_reachable_is_451_and_nothing_is_misdelivered(upstream, recipients):
+    with socket.socket() as unused:
+        unused.bind(('127.0.0.1', 0))
+        with mailman_proxy_to(upstream, unused.getsockname()) as proxy:
+            assert post(proxy, recipients=recipients).startswith(b'451 ')
+    assert upstream.messages == []
+
+
+@pytest.mark.parametrize('fault', ['break off', 'hang', '421 Later', '451 Later'])
+@pytest.mark.parametrize('point', ['CONNECT', 'LHLO', 'MAIL', 'RCPT'])
+def test_mailman_that_fails_before_it_answered_is_4yz_and_nothing_is_misdelivered(
+        upstream, fake_mailman, point, fault):
+    if point == 'CONNECT' and fault.startswith('4'):
+        fault = 'hang'
+    fake_mailman.faults[point] = fault
+    proxy_class = type('OurMailman', (smtpd.MailmanProxy,), {
+        'mailman_lmtp_address': fake_mailman.address,
+        'upstream_timeout_seconds': 0.2 if fault == 'hang' else 20})
+    with serving(proxy_class, remoteaddr=upstream.address) as proxy:
+        assert re.match(rb'4\d\d ', post(proxy, recipients=OTHERS + LISTS))
+        assert upstream.messages == fake_mailman.messages == []
+        fake_mailman.faults.clear()
+        fake_mailman.release()
+        assert post(proxy, recipients=OTHERS + LISTS) == b'250 OK\r\n'
+    assert len(fake_mailman.messages) == 2
+    assert len(upstream.messages) == 1
+
+
+def test_list_that_is_busy_is_not_taken_for_an_address_mailman_does_not_know(
+        upstream, fake_mailman):
+    fake_mailman.refused = {'b@lists.example': '450 4.2.1 Busy'}
+    with mailman_proxy_to(upstream, fake_mailman.address) as proxy:
+        assert re.match(rb'4\d\d ', post(proxy, recipients=OTHERS + LISTS))
+    assert upstream.messages == fake_mailman.messages == []
+
+
+@pytest.mark.parametrize('fault', ['554 5.7.1 Not this one', '451 4.3.0 Not now'])
+def test_mailman_that_refuses_the_data_answers_for_its_lists(upstream, fake_mailman, fault):
+    fake_mailman.faults['.'] = fault
+    with mailman_proxy_to(upstream, fake_mailman.address) as proxy:
+        assert post(proxy, recipients=LISTS[:1]) == fault.encode() + b'\r\n'
+        assert upstream.messages == []
+        assert post(proxy, recipients=LISTS[:1] + OTHERS) == b'250 OK\r\n'
+        delivered, report = upstream.wait_for(2)
+    assert delivered[1] == list(OTHER_NAMES)
+    assert report[1] == ['sender@example.com']
+    assert b'a@lists.example' in report[2]
+    assert fault.encode() in report[2]
+
+
+def test_upstream_that_fails_leaves_the_post_undelivered_so_that_it_comes_once_on_retry(
+        upstream, fake_mailman):
+    upstream.faults['.'] = 'break off'
+    with mailman_proxy_to(upstream, fake_mailman.address) as proxy:
+        assert post(proxy, recipients=LISTS + OTHERS).startswith(b'451 ')
+        assert fake_mailman.messages == []
+        upstream.faults.clear()
+        assert post(proxy, recipients=LISTS + OTHERS) == b'250 OK\r\n'
+    assert len(fake_mailman.messages) == 2
+    assert len(upstream.messages) == 1
+
+
+@pytest.mark.parametrize('fault', ['break off', '554 What'])
+def test_fault_in_mailmans_quit_after_delivery_is_no_refusal(upstream, fake_mailman, fault):
+    fake_mailman.faults['QUIT'] = fault
+    with mailman_proxy_to(upstream, fake_mailman.address) as proxy:
+        assert post(proxy, recipients=LISTS + OTHERS) == b'250 OK\r\n'
+    assert len(fake_mailman.messages) == 2
+    assert len(upstream.messages) == 1
+
+
+def test_hung_mailman_does_not_hold_up_other_sessions(upstream, fake_mailman):
+    fake_mailman.faults['.'] = 'hang'
+    with mailman_proxy_to(upstream, fake_mailman.address, timeout=60) as proxy:
+        with greet(proxy) as waiting, greet(proxy) as other:
+            start_message(waiting, recipients=LISTS)
+            assert fake_mailman.hangs.wait(20)
+            assert other.say(b'NOOP') == b'250 OK\r\n'
+            fake_mailman.release()
+            assert waiting.reply() == b'250 OK\r\n'
+
+
+def test_mailman_proxy_refuses_a_loop_too(upstream, fake_mailman):
+    with mailman_proxy_to(upstream, fake_mailman.address) as proxy:
+        assert post(proxy, b'X-Peer: a\r\n' * 25 + PROXIED, recipients=LISTS + OTHERS) \
+            == b'554 Error: too many hops\r\n'
+    assert upstream.messages == fake_mailman.messages == []
+
+
+# ---------------------------------------------------------------------------------------------
+# Real parts
+
+
+def find_tool(name, package):
+    path = shutil.which(name, path=os.environ.get('PATH', '') + ':/usr/sbin:/sbin')
+    return path or missing("%s (Debian's package %s)" % (name, package))
+
+
+def unused_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+def waits(seconds=30):
+    """For what can only be polled: files and ports of other programs. Ends by failing."""
+    for _ in range(int(seconds / 0.02)):
+        yield
+        select.select([], [], [], 0.02)
+    pytest.fail('waited %s seconds in vain' % seconds)
+
+
+def clean_environment():
+    return {name: value for name, value in os.environ.items() if not name.startswith('PYTHON')}
+
+
+@contextlib.contextmanager
+def running_proxy(make_command, **kwargs):
+    """Start a server program on an unused port, wait until it listens; yields process and port."""
+    for _ in range(5):  # somebody else may take the port meanwhile
+        port = unused_port()
+        with subprocess.Popen(make_command(port), env=clean_environment(), **kwargs) as process:
+            try:
+                for _ in waits():
+                    if process.poll() is not None:
+                        break
+                    with contextlib.suppress(OSError):
+                        socket.create_connection(('127.0.0.1', port)).close()
+                        yield process, port
+                        return
+            finally:
+                if process.poll() is None:
+                    process.kill()
+    pytest.fail('%s did not start' % make_command(port))
+
+
+def proxy_command_line(*arguments, **kwargs):
+    """python -m smtpd; `{port}` in an argument becomes the port."""
+    home = os.path.dirname(os.path.abspath(smtpd.__file__))  # wins over the standard library's
+    return running_proxy(lambda port: [sys.executable, '-m', 'smtpd'] + [
+        argument.format(port=port) for argument in arguments], cwd=home, **kwargs)
+
+
+class Postfix:
+    """Debian's Postfix with a configuration, queue and maildir of its own; `start` and `stop`."""
+
+    MAIN = '''
+compatibility_level = 3.6
+queue_directory = {home}/queue
+data_directory = {home}/data
+maillog_file = {home}/log
+maillog_file_prefixes = {home}
+myhostname = upstream.example
+mydestination =
+mynetworks = 127.0.0.0/8
+inet_interfaces = 127.0.0.1
+inet_protocols = ipv4
+disable_dns_lookups = yes
+smtpd_peername_lookup = no
+alias_maps =
+alias_database =
+local_header_rewrite_clients =
+message_drop_headers =
+message_size_limit = 20000000
+smtpd_recipient_restrictions = reject_unlisted_recipient, permit_mynetworks, reject
+smtpd_client_connection_count_limit = 0
+default_process_limit = 40
+queue_run_delay = 1s
+minimal_backoff_time = 1s
+maximal_backoff_time = 2s
+virtual_mailbox_domains = regexp:{{{{/./ yes}}}}
+virtual_mailbox_maps = regexp:{{{{!/^unknown/ inbox/}}}}
+virtual_mailbox_base = {home}/mail
+virtual_mailbox_limit = 0
+virtual_uid_maps = static:65534
+virtual_gid_maps = static:65534
+local_transport = error:nothing is local
+relay_transport = error:nothing leaves this machine
+default_transport = error:nothing leaves this machine
+'''
+    MASTER = '''
+127.0.0.1:{port} inet n - n - - smtpd
+cleanup unix n - n - 0 cleanup
+qmgr unix n - n 300 1 qmgr
+rewrite unix - - n - - trivial-rewrite
+bounce unix - - n - 0 bounce
+defer unix - - n - 0 bounce
+trace unix - - n - 0 bounce
+proxymap unix - - n - - proxymap
+error unix - - n - - error
+retry unix - - n - - error
+virtual unix - n n - - virtual
+postlog unix-dgram n - n - 1 postlogd
+'''
+
+    def __init__(self, home, port, program='postfix'):
+        self.program = program
+        self.home = home
+        self.port = port
+        self.address = '127.0.0.1', port
+        self.inbox = os.path.join(home, 'mail', 'inbox', 'new')
+        os.chmod(home, 0o755)  # Postfix's own users must come in
+        for name in 'conf', 'queue', 'data', 'mail':
+            os.mkdir(os.path.join(home, name))
+        shutil.chown(os.path.join(home, 'data'), 'postfix')
+        os.chown(os.path.join(home, 'mail'), 65534, 65534)
+        for name, text in ('main.cf', self.MAIN), ('master.cf', self.MASTER):
+            with open(os.path.join(home, 'conf', name), 'w') as file:
+                file.write(text.format(home=home, port=port))
+
+    def control(self, *command):
+        return subprocess.run([self.program, '-c', os.path.join(self.home, 'conf'), *command],
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+
+    def start(self):
+        """False when the port was taken meanwhile."""
+        started = self.control('start')
+        assert started.returncode == 0, started
+        for _ in waits():
+            with contextlib.suppress(OSError):
+                with socket.create_connection(self.address) as probe:
+                    if b'upstream.example' in probe.recv(100):
+                        return True
+            if self.control('status').returncode:
+                return False
+
+    def stop(self):
+        self.control('stop')
+
+    def kill(self):
+        """At once, with what is under way."""
+        self.control('abort')
+
+    def receive(self, count):
+        """Wait for so many messages and take them out: (Return-Path, recipient, content).
+
+        The content is without the headers that Postfix put before it, with CRLF.
+        """
+        for _ in waits(60):
+            names = os.listdir(self.inbox) if os.path.isdir(self.inbox) else []
+            if len(names) >= count:
+                break
+        messages = []
+        for name in names:
+            path = os.path.join(self.inbox, name)
+            with open(path, 'rb') as file:
+                own, content = re.fullmatch(
+                    rb'(.*?\nReceived: from [^\n]*(?:\n[ \t][^\n]*)*\n)(.*)', file.read(), re.S
+                ).groups()
+            os.unlink(path)
+            sender = re.search(rb'^Return-Path: <(.*)>$', own, re.M)[1].decode()
+            recipient = re.search(rb'^X-Original-To: (.*)$', own, re.M)[1].decode()
+            messages.append((sender, recipient, content.replace(b'\n', b'\r\n')))
+        return messages
+
+
+@contextlib.contextmanager
+def running_postfix():
+    program = find_tool('postfix', 'postfix')
+    if os.geteuid():
+        missing('the rights of root, which Postfix needs to start')
+    for _ in range(5):
+        home = tempfile.mkdtemp(prefix='pysmtpd-postfix-')
+        postfix = Postfix(home, unused_port(), program)
+        try:
+            if postfix.start():
+                yield postfix
+                return
+        finally:
+            postfix.kill()
+            shutil.rmtree(home, ignore_errors=True)
+    pytest.fail('Postfix did not start')
+
+
+@pytest.fixture(scope='session')
+def postfix():
+    with running_postfix() as postfix:
+        yield postfix
+
+
+def assert_queue_stays_empty(postfix):
+    """Nothing more is on its way: one more message comes out, and comes alone."""
+    client = smtplib.SMTP(*postfix.address, local_hostname='probe.example')
+    with client:
+        client.sendmail('', ['probe@example.com'], b'Subject: probe\r\n\r\n')
+    assert postfix.receive(1) == [('', 'probe@example.com', b'Subject: probe\r\n\r\n')]
+
+
+KINDS = {
+    'plain': PROXIED,
+    '8-bit': b'Subject: \xc3\xa9\r\n\r\n' + bytes(range(128, 256)) * 5 + b'\r\n',
+    'dots': b'A: b\r\n\r\n.\r\n..\r\n.x\r\n...\r\n\r\n.\r\n',
+    'long lines': b'A: b\r\n\r\n' + b'x' * 100000 + b'\r\n' + b'.' * 5000 + b'\r\n',
+    '1 MB': b'A: b\r\n\r\n' + b'0123456789 .\r\n..\r\n' * 55000,
+    'empty lines at the end': b'A: b\r\n\r\nend\r\n\r\n\r\n\r\n',
+    'From_ lines': b'A: b\r\n\r\nFrom here\r\n>From there\r\n',
+    'NUL and controls': b'A: b\r\n\r\n\0\1\x1a\x7f\t\x0b\x0c\r\n',
+}
+
+
+@pytest.mark.real
+@BOTH_MODES
+@pytest.mark.parametrize('kind', KINDS)
+def test_message_arrives_byte_for_byte_in_a_real_postfix(postfix, decode_data, kind):
+    with proxy_to(postfix, decode_data=decode_data) as proxy:
+        assert post(proxy, KINDS[kind], recipients=OTHERS) == b'250 OK\r\n'
+    assert sorted(postfix.receive(2)) == [
+        ('sender@example.com', recipient, with_x_peer(KINDS[kind])) for recipient in OTHER_NAMES]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize('path', ['"quoted local..part"@example.com', 'a+b=c@example.com',
+                                  'CamelCase@Example.COM', '"a(comment)"@example.com'])
+def test_paths_arrive_verbatim_in_a_real_postfix(postfix, path):
+    with proxy_to(postfix) as proxy:
+        assert post(proxy, sender=b'<%s>' % path.encode(), recipients=(b'<%s>' % path.encode(),)) \
+            == b'250 OK\r\n'
+    assert postfix.receive(1) == [(path, path, with_x_peer(PROXIED))]
+
+
+@pytest.mark.real
+def test_refusal_of_a_real_postfix_reaches_the_client(postfix):
+    with proxy_to(postfix) as proxy:
+        assert post(proxy, recipients=(b'<unknown@example.com>',)) == (
+            b'550 5.1.1 <unknown@example.com>: Recipient address rejected: '
+            b'User unknown in virtual mailbox table\r\n')
+    assert_queue_stays_empty(postfix)
+
+
+@pytest.mark.real
+def test_message_too_large_for_a_real_postfix_reaches_the_client(postfix):
+    large = b'A: b\r\n\r\n' + b'x' * 70 * 15000 + b'\r\n'
+    with proxy_to(postfix) as proxy:
+        assert post(proxy, large * 20).startswith(b'552 5.3.4 ')
+    assert_queue_stays_empty(postfix)
+
+
+@pytest.mark.real
+@BOTH_MODES
+def test_notification_arrives_through_a_real_postfix(postfix, decode_data):
+    recipients = b'<c@example.com>', b'<unknown@example.com>'
+    with proxy_to(postfix, decode_data=decode_data) as proxy:
+        assert post(proxy, KINDS['8-bit'], recipients=recipients) == b'250 OK\r\n'
+        messages = {recipient: (sender, content)
+                    for sender, recipient, content in postfix.receive(2)}
+    assert messages['c@example.com'] == ('sender@example.com', with_x_peer(KINDS['8-bit']))
+    sender, content = messages['sender@example.com']
+    assert sender == ''
+    notification = email.message_from_bytes(content)
+    assert notification.get_content_type() == 'multipart/report'
+    block = notification.get_payload()[1].get_payload()[1]
+    assert re.fullmatch('rfc822; *unknown@example.com', block['Final-Recipient'], re.I)
+    assert block['Status'] == '5.1.1'
+
+
+@pytest.mark.real
+def test_null_reverse_path_arrives_in_a_real_postfix_and_is_not_notified(postfix):
+    with proxy_to(postfix) as proxy:
+        assert post(proxy, sender=b'<>', recipients=(b'<unknown@example.com>', RECIPIENT)) \
+            == b'250 OK\r\n'
+    assert postfix.receive(1) == [('', 'rcpt@example.com', with_x_peer(PROXIED))]
+    assert_queue_stays_empty(postfix)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_postfix_that_is_stopped_is_451_and_the_retry_arrives():
+    with running_postfix() as postfix, proxy_to(postfix) as proxy, greet(proxy) as client:
+        assert relay_message(client) == b'250 OK\r\n'
+        postfix.kill()
+        assert relay_message(client).startswith(b'451 ')
+        assert postfix.start()
+        assert relay_message(client) == b'250 OK\r\n'
+        assert postfix.receive(2) == [
+            ('sender@example.com', 'rcpt@example.com', with_x_peer(PROXIED))] * 2
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_command_line_relays_a_hundred_messages_into_a_real_postfix_none_lost_none_doubled(
+        postfix):
+    sent = []
+    with proxy_command_line('-n', '127.0.0.1:{port}', '127.0.0.1:%d' % postfix.port) as (_, port):
+        def send(messages):
+            with smtplib.SMTP('127.0.0.1', port, 'client.example', timeout=60) as client:
+                for sender, recipients, message in messages:
+                    assert client.sendmail(sender, recipients, message) == {}
+
+        threads = []
+        for number in range(4):
+            messages = []
+            for turn in range(25):
+                kind = list(KINDS)[turn % len(KINDS)]
+                sender = 's%d-%d@example.com' % (number, turn)
+                recipients = ['r%d@example.com' % who for who in range(1 + turn % 3)]
+                messages.append((sender, recipients, KINDS[kind]))
+                sent += [(sender, recipient, with_x_peer(KINDS[kind]))
+                         for recipient in recipients]
+            threads.append(threading.Thread(target=send, args=(messages,)))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+    assert sorted(postfix.receive(len(sent))) == sorted(sent)
+    assert_queue_stays_empty(postfix)
+
+
+@contextlib.contextmanager
+def smtp_sink(*options):
+    program = find_tool('smtp-sink', 'postfix')
+    user = [] if os.geteuid() else ['-u', 'nobody']
+    command = [program, *user, *options]
+    with running_proxy(lambda port: [*command, '127.0.0.1:%d' % port, '100']) as (_, port):
+        yield ('127.0.0.1', port)
+
+
+SINK_TABLE = [
+    ('takes all', (), rb'250 OK'),
+    ('no ESMTP', ('-e',), rb'250 OK'),
+    ('refuses EHLO', ('-f', 'EHLO'), rb'250 OK'),
+    ('refuses MAIL', ('-f', 'MAIL'), rb'500 5\.3\.0 Error: command failed'),
+    ('refuses RCPT', ('-f', 'RCPT'), rb'500 5\.3\.0 Error: command failed'),
+    ('refuses DATA', ('-f', 'DATA'), rb'500 5\.3\.0 Error: command failed'),
+    ('refuses the message', ('-f', '.'), rb'500 5\.3\.0 Error: command failed'),
+    ('refuses RCPT for now', ('-r', 'RCPT'), rb'450 4\.3\.0 Error: command failed'),
+    ('refuses DATA for now', ('-r', 'DATA'), rb'450 4\.3\.0 Error: command failed'),
+    ('refuses the message for now', ('-r', '.'), rb'450 4\.3\.0 Error: command failed'),
+    ('refuses QUIT', ('-f', 'QUIT'), rb'250 OK'),
+    ('breaks off at connect', ('-q', 'CONNECT'), rb'451 .*'),
+    ('breaks off at EHLO', ('-q', 'EHLO'), rb'451 .*'),
+    ('breaks off at MAIL', ('-q', 'MAIL'), rb'451 .*'),
+    ('breaks off at RCPT', ('-q', 'RCPT'), rb'451 .*'),
+    ('breaks off at DATA', ('-q', 'DATA'), rb'451 .*'),
+    ('breaks off after the message', ('-q', '.'), rb'451 .*'),
+    ('breaks off at QUIT', ('-q', 'QUIT'), rb'250 OK'),
+    ('says 421 at RCPT', ('-Q', 'RCPT'), rb'4\d\d .*'),
+    ('says 421 after the message', ('-Q', '.'), rb'4\d\d .*'),
+    ('says 421 at QUIT', ('-Q', 'QUIT'), rb'250 OK'),
+]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize('options, reply', [row[1:] for row in SINK_TABLE],
+                         ids=[row[0] for row in SINK_TABLE])
+def test_answer_of_a_real_smtp_sink_is_the_clients(options, reply):
+    with smtp_sink(*options) as address:
+        with serving(smtpd.PureProxy, remoteaddr=address) as proxy:
+            assert re.fullmatch(reply + rb'\r\n', post(proxy))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize('line', [b'x\n', b'.\n', b'\r', b'x' * 70 + b'\n', b'x'],
+                         ids=['short', 'dots', 'bare CR', 'usual', 'one long'])
+def test_message_in_a_proxy_costs_a_few_times_its_size_whatever_its_lines_look_like(line):
+    import tracemalloc
+    data = b'A: b\n\n' + line * (3000000 // len(line))
+    with smtp_sink() as address, idle_proxy(remoteaddr=address) as proxy:
+        proxy.process_message(PEER, 'a@example.com', ['b@example.com'], b'\n')  # imports
+        tracemalloc.start()
+        try:
+            assert proxy.process_message(PEER, 'a@example.com', ['b@example.com'], data) is None
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < 7 * len(data)
+
+
+class Mailman:
+    """A real Mailman 3, as far as its LMTP server: the queues are where mail ends."""
+
+    CONFIGURATION = '''
+[mailman]
+layout: test
+site_owner: owner@lists.example
+[paths.test]
+var_dir: {home}/var
+[mta]
+incoming: mailman.mta.null.NullMTA
+lmtp_host: 127.0.0.1
+lmtp_port: {port}
+[webservice]
+port: {web_port}
+[database]
+class: mailman.database.sqlite.SQLiteDatabase
+url: sqlite:///{home}/mailman.db
+'''
+    READ = '''
+import pickle, sys
+with open(sys.argv[1], 'rb') as file:
+    message, data = pickle.load(file), pickle.load(file)
+sys.stdout.buffer.write(data['listid'].encode() + b'\\n' + message.as_bytes())
+'''
+
+    def __init__(self, home, environment):
+        self.home = home
+        self.programs = os.path.join(environment, 'bin')
+        self.configuration = os.path.join(home, 'mailman.cfg')
+
+    def configure(self, port):
+        self.address = '127.0.0.1', port
+        with open(self.configuration, 'w') as file:
+            file.write(self.CONFIGURATION.format(home=self.home, port=port,
+                                                 web_port=unused_port()))
+
+    def create(self, name):
+        subprocess.run([os.path.join(self.programs, 'mailman'), '-C', self.configuration,
+                        '--run-as-root', 'create', name], env=clean_environment(), timeout=120,
+                       check=True, capture_output=True, stdin=subprocess.DEVNULL)
+
+    def take(self, queue):
+        """Take the messages out of a queue: (list id, message)."""
+        messages = []
+        directory = os.path.join(self.home, 'var', 'queue', queue)
+        for name in sorted(os.listdir(directory)):
+            path = os.path.join(directory, name)
+            done = subprocess.run([os.path.join(self.programs, 'python'), '-c', self.READ, path],
+                                  env=clean_environment(), capture_output=True, timeout=120)
+            os.unlink(path)
+            list_id, _, message = done.stdout.partition(b'\n')
+            messages.append((list_id.decode(), email.message_from_bytes(message)))
+        return messages
+
+
+@pytest.fixture(scope='session')
+def mailman(tmp_path_factory):
+    environment = os.environ.get('PYSMTPD_TEST_MAILMAN')
+    if not environment or not os.path.exists(os.path.join(environment, 'bin', 'mailman')):
+        missing('Mailman 3 (PYSMTPD_TEST_MAILMAN names no virtual environment that has it)')
+    mailman = Mailman(str(tmp_path_factory.mktemp('mailman')), environment)
+    mailman.configure(unused_port())
+    mailman.create('announce@lists.example')
+
+    def command(port):
+        mailman.configure(port)
+        return [os.path.join(mailman.programs, 'runner'), '-C', mailman.configuration,
+                '-r', 'lmtp:0:1']
+
+    with open(os.path.join(mailman.home, 'output'), 'wb') as output:
+        with running_proxy(command, stdin=subprocess.DEVNULL, stdout=output,
+                     stderr=subprocess.STDOUT):
+            yield mailman
+
+
+@pytest.mark.real
+@BOTH_MODES
+def test_post_and_request_end_in_the_queues_of_a_real_mailman_the_unknown_goes_upstream(
+        upstream, mailman, decode_data):
+    message = (b'From: sender@example.com\r\nSubject: a post\r\n'
+               b'Message-ID: <1@example.com>\r\n\r\n.dot and 8-bit \xff\r\n')
+    recipients = (b'<announce@lists.example>', b'<announce-request@lists.example>',
+                  b'<announce-nonsense@lists.example>', b'<someone@example.com>')
+    with mailman_proxy_to(upstream, mailman.address, decode_data=decode_data) as proxy:
+        assert post(proxy, message, recipients=recipients) == b'250 OK\r\n'
+    for queue in 'in', 'command':
+        (list_id, queued), = mailman.take(queue)
+        assert list_id == 'announce.lists.example'
+        assert queued['X-Peer'] == '127.0.0.1'
+        assert queued['Message-ID'] == '<1@example.com>'
+        assert queued['X-MailFrom'] == 'sender@example.com'
+        assert queued.get_payload(decode=True).rstrip() == b'.dot and 8-bit \xff'
+    assert upstream.messages == [
+        ('sender@example.com', ['announce-nonsense@lists.example', 'someone@example.com'],
+         with_x_peer(message))]
+
+
+@pytest.mark.real
+def test_post_to_a_real_mailman_alone_needs_no_upstream(mailman):
+    proxy_class = type('OurMailman', (smtpd.MailmanProxy,),
+                       {'mailman_lmtp_address': mailman.address})
+    message = b'From: a@example.com\r\nMessage-ID: <2@example.com>\r\n\r\ntext\r\n'
+    with serving(proxy_class, remoteaddr=('127.0.0.1', 9)) as proxy:
+        assert post(proxy, message, recipients=(b'<announce@lists.example>',)) == b'250 OK\r\n'
+    (_, queued), = mailman.take('in')
+    assert queued['Message-ID'] == '<2@example.com>'
+    assert mailman.take('command') == []
+
+
+@pytest.mark.real
+def test_mail_goes_through_a_real_mailman_and_a_real_postfix(mailman, postfix):
+    message = b'From: a@example.com\r\nMessage-ID: <3@example.com>\r\n\r\ntext\r\n'
+    with mailman_proxy_to(postfix, mailman.address) as proxy:
+        assert post(proxy, message, recipients=(b'<announce@lists.example>', RECIPIENT)) \
+            == b'250 OK\r\n'
+    assert len(mailman.take('in')) == 1
+    assert postfix.receive(1) == [
+        ('sender@example.com', 'rcpt@example.com', with_x_peer(message))]
+
+
+# ---------------------------------------------------------------------------------------------
+# Real clients, and the proxy as a command
+
+# with the headers that msmtp would add
+TOOL_MESSAGE = (b'From: a@example.com\r\nMessage-ID: <4@example.com>\r\nDate: now\r\n'
+                b'Subject: from a tool\r\n\r\n.dot\r\n..\r\nL\xc3\xb6we\r\n\r\nend\r\n')
+PRINTED_BY_PROXY = '''\
+---------- MESSAGE FOLLOWS ----------
+b'From: a@example.com'
+b'Message-ID: <4@example.com>'
+b'Date: now'
+b'Subject: from a tool'
+b'X-Peer: 127.0.0.1'
+b''
+b'.dot'
+b'..'
+b'L\\xc3\\xb6we'
+b''
+b'end'
+------------ END MESSAGE ------------
+'''
+TOOLS = {
+    'swaks': lambda tool, port: [
+        tool, '--server', '127.0.0.1', '--port', str(port), '--helo', 'client.example',
+        '--from', 'a@example.com', '--to', 'b@example.com', '--data', '-'],
+    'curl': lambda tool, port: [
+        tool, '--silent', '--show-error', 'smtp://127.0.0.1:%d/client.example' % port,
+        '--noproxy', '*', '--mail-from', 'a@example.com', '--mail-rcpt', 'b@example.com',
+        '--upload-file', '-'],
+    'msmtp': lambda tool, port: [
+        tool, '--host=127.0.0.1', '--port=%d' % port, '--domain=client.example', '--tls=off',
+        '--auth=off', '--from=a@example.com', 'b@example.com'],
+}
+
+
+def run_tool(name, port, message):
+    command = TOOLS[name](find_tool(name, name), port)
+    if name != 'curl':
+        message = message.replace(b'\r\n', b'\n')  # these make CRLF themselves
+    if name == 'swaks':
+        message = message[:-1]  # and it adds a line end
+    return subprocess.run(command, input=message, capture_output=True, env=clean_environment(),
+                          timeout=60)
+
+
+def read_printed(process):
+    """One message out of DebuggingServer's output."""
+    watchdog = threading.Timer(60, process.kill)  # ends the pipe
+    watchdog.start()
+    lines = []
+    for line in process.stdout:
+        lines.append(line.decode())
+        if 'END MESSAGE' in lines[-1]:
+            break
+    watchdog.cancel()
+    return ''.join(lines)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize('name', TOOLS)
+def test_message_of_a_real_client_is_printed_at_once_by_the_debugging_server(name):
+    find_tool(name, name)
+    with proxy_command_line('-n', '-c', 'DebuggingServer', '127.0.0.1:{port}',
+                      stdout=subprocess.PIPE) as (process, port):
+        for _ in range(2):
+            done = run_tool(name, port, TOOL_MESSAGE)
+            assert done.returncode == 0, done
+            printed = read_printed(process)
+            # the options that a client sends with MAIL come on a line of their own
+            assert re.sub(r'mail options: \[.*\]\n\n?', '', printed) == PRINTED_BY_PROXY
+
+
+@pytest.mark.real
+@pytest.mark.parametrize('name', TOOLS)
+def test_real_client_is_told_when_the_upstream_refuses(upstream, name):
+    with proxy_to(upstream) as proxy:
+        assert run_tool(name, proxy.port_number, TOOL_MESSAGE).returncode == 0
+        upstream.refused = {'b@example.com': '550 5.1.1 No such user'}
+        assert run_tool(name, proxy.port_number, TOOL_MESSAGE).returncode != 0
+    assert [message[:2] for message in upstream.messages] == [('a@example.com', ['b@example.com'])]
+    assert upstream.messages[0][2] == with_x_peer(TOOL_MESSAGE)
+
+
+def test_default_class_of_the_command_line_relays(upstream):
+    with proxy_command_line('-n', '127.0.0.1:{port}', '%s:%d' % upstream.address) as (_, port):
+        with smtplib.SMTP('127.0.0.1', port, 'client.example', timeout=60) as client:
+            assert client.sendmail('a@example.com', ['b@example.com'], PROXIED) == {}
+            upstream.refused = {'b@example.com': '550 5.1.1 No such user'}
+            with pytest.raises(smtplib.SMTPDataError) as refusal:
+                client.sendmail('a@example.com', ['b@example.com'], PROXIED)
+    assert (refusal.value.smtp_code, refusal.value.smtp_error) == (550, b'5.1.1 No such user')
+    assert upstream.messages == [('a@example.com', ['b@example.com'], with_x_peer(PROXIED))]
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='signals of POSIX')
+@pytest.mark.parametrize('number, status', [(signal.SIGINT, 0), (signal.SIGTERM, -signal.SIGTERM)],
+                         ids=['Ctrl-C', 'SIGTERM'])
+def test_command_ends_at_a_signal_while_the_upstream_hangs(upstream, number, status):
+    """Within 40 s, not when the limit of 60 s on the upstream has passed."""
+    upstream.faults['.'] = 'hang'
+    with proxy_command_line('-n', '127.0.0.1:{port}', '%s:%d' % upstream.address,
+                      stderr=subprocess.PIPE) as (process, port):
+        with greet(('127.0.0.1', port)) as client:
+            start_message(client)
+            assert upstream.hangs.wait(20)
+            process.send_signal(number)
+            errors = process.communicate(timeout=40)[1]
+            assert process.returncode == status
+            assert b'Traceback' not in errors
+
+
+# =============================================================================
+# README, recipes, types
+# =============================================================================
+
+
+# ---------------------------------------------------------------------------------------------
+# README.rst: every code block is run from the page itself
+
+README = os.path.join(HERE, 'README.rst')
+STUBS = os.path.join(os.path.dirname(os.path.abspath(smtpd.__file__)), 'smtpd-stubs')
+
+
+def need_module(name, package=None):
+    return importlib.util.find_spec(name) or missing('the package %s' % (package or name))
+
+
+def read_readme():
+    with open(README, encoding='utf-8') as file:
+        return file.read()
+
+
+def read_blocks():
+    """{name: (language, text)} of README's code blocks."""
+    blocks = {}
+    for found in re.finditer(r'^\.\. code-block:: (\w+)\n   :name: ([\w-]+)\n\n'
+                             r'((?:   .*\n|\n)+)', read_readme(), re.MULTILINE):
+        language, name, text = found.groups()
+        assert name not in blocks
+        blocks[name] = language, re.sub('^   ', '', text, flags=re.MULTILINE).strip() + '\n'
+    return blocks
+
+
+BLOCKS = read_blocks()
+EXECUTED = set()  # the names of the blocks that a test below executes
+
+
+def executes(*names):
+    """Says which of README's blocks the decorated test executes."""
+    EXECUTED.update(names)
+    return lambda test: test
+
+
+def block(name, **ports):
+    """A block's text, with the ports of a test.
+
+    This is the only change that the tests make to the page. A server of ours
+    listens on port 0, unless the test says more: block(name, port_1025=34567).
+    """
+    return re.sub(r'\b(25|1025|2501|2502)\b',
+                  lambda port: str(ports.get('port_' + port[0], 0)), BLOCKS[name][1])
+
+
+def save_block(directory, name, **ports):
+    """Save a block under the name in its first line; returns that name."""
+    text = block(name, **ports)
+    file_name = re.match(r'# (\S+)\n', text)[1]
+    (directory / file_name).write_text(text, encoding='utf-8')
+    return file_name
+
+
+# In each Python that a test starts: socket.getfqdn() is quick, and who starts to serve tells
+# its port on stderr, so that nobody has to wait for it by the clock.
+SITECUSTOMIZE = '''
+import os
+import socket
+import sys
+
+socket.getfqdn = lambda name='': 'mx.example'
+
+
+def tell_port(listener):
+    print('PORT', listener.getsockname()[1], file=sys.stderr, flush=True)
+
+
+def telling_loop(timeout=30.0, use_poll=False, map=None, count=None):
+    asyncore.loop = loop
+    for each in (asyncore.socket_map if map is None else map).values():
+        if each.accepting:
+            tell_port(each.socket)
+    loop(timeout, use_poll, map, count)
+
+
+async def telling_create_server(self, *args, **kwargs):
+    server = await create_server(self, *args, **kwargs)
+    tell_port(server.sockets[0])
+    return server
+
+
+if 'TELL_PORT_OF_ASYNCIO' in os.environ:
+    import asyncio
+    create_server = asyncio.BaseEventLoop.create_server
+    asyncio.BaseEventLoop.create_server = telling_create_server
+else:
+    import asyncore
+    loop = asyncore.loop
+    asyncore.loop = telling_loop
+'''
+
+
+@pytest.fixture
+def user_environment(tmp_path_factory):
+    """What a user's shell has, but that ours is found before the standard library's module."""
+    directory = tmp_path_factory.mktemp('site')
+    (directory / 'sitecustomize.py').write_text(SITECUSTOMIZE)
+    environment = {name: value for name, value in os.environ.items()
+                   if not name.startswith(('PYTHON', 'MYPY', 'DJANGO', 'FLASK'))}
+    environment['PYTHONPATH'] = os.pathsep.join(
+        [str(directory), os.path.dirname(os.path.abspath(smtpd.__file__))])
+    environment['PYTHONIOENCODING'] = 'utf-8'
+    return environment
+
+
+class Program:
+    """A server that a user started; `port` is where it listens."""
+
+    def __init__(self, command, directory, environment):
+        if isinstance(command, str):
+            command = shlex.split(command)
+        if command[0] == 'python':
+            command = [sys.executable] + command[1:]
+        self.process = subprocess.Popen(
+            command, cwd=directory, env=environment, bufsize=0, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.output = open(self.process.stdout.fileno(), 'rb', closefd=False)
+        self.errors = b''
+        self.port = None
+        # Whoever waits in vain for a line shall get the end of the file.
+        self.last_resort = threading.Timer(100, self.process.kill)
+        self.last_resort.start()
+
+    def __enter__(self):
+        for line in self.process.stderr:
+            self.errors += line
+            if line.startswith(b'PORT '):
+                self.port = int(line[5:])
+                break
+        if self.port is None:
+            self.__exit__()
+            pytest.fail('%s did not start:\n%s' % (self.process.args, self.errors.decode()))
+        self.address = 'localhost', self.port
+        return self
+
+    def __exit__(self, *exc):
+        self.last_resort.cancel()
+        self.last_resort.join()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.output.close()
+        self.process.stdout.close()
+        self.process.stderr.close()
+        self.process.wait()
+
+    def line(self):
+        line = self.output.readline().decode()
+        assert line, 'the program ended'
+        return line.rstrip('\r\n')
+
+    def lines_to(self, last):
+        lines = [self.line()]
+        while lines[-1] != last:
+            lines.append(self.line())
+        return lines
+
+    def interrupt(self):
+        """Ctrl-C; returns the exit status, what it printed and what it complained of."""
+        self.process.send_signal(signal.SIGINT)
+        return (self.process.wait(20), self.output.read().decode(),
+                self.process.stderr.read().decode())
+
+
+@pytest.fixture
+def start(tmp_path, user_environment):
+    """start(command): a Program, in tmp_path, that ends with the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda command, **more: stack.enter_context(
+            Program(command, tmp_path, dict(user_environment, **more)))
+
+
+@pytest.fixture
+def run_python(tmp_path, user_environment):
+    def run(*arguments, **kwargs):
+        return subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8', timeout=300,
+            **dict({'env': user_environment}, **kwargs))
+    return run
+
+
+def test_every_code_block_of_the_readme_is_executed_here():
+    assert set(BLOCKS) - EXECUTED == set()
+    assert EXECUTED - set(BLOCKS) == set()
+
+
+def test_the_readme_renders_without_a_warning_and_shows_no_other_code():
+    need_module('docutils')
+    import docutils.core
+    import docutils.nodes
+
+    warnings_given = io.StringIO()
+    document = docutils.core.publish_doctree(
+        read_readme(), source_path=README, settings_overrides={
+            'report_level': 2, 'warning_stream': warnings_given, 'syntax_highlight': 'none'})
+    assert warnings_given.getvalue() == ''
+    code = [node.astext().strip() for node in document.findall(docutils.nodes.literal_block)]
+    assert sorted(code) == sorted(text.strip() for _, text in BLOCKS.values())
+    assert not list(document.findall(docutils.nodes.doctest_block))
+
+
+def test_the_readme_keeps_the_order_of_a_readers_questions():
+    expected = [
+        'pip install pysmtpd\n', 'pysmtpd; python_version >= "3.12"', 'asyncore.loop()',
+        'python -m smtpd -n -c DebuggingServer localhost:1025\n', '3.9 to 3.15', 'Mailpit',
+        'pip install pysmtpd && python -m smtpd', 'pip install tox && tox', 'The interface\n==',
+        'The command line\n==', 'Limits, and how to change them\n==', 'Recipes\n==',
+        'Differences from the standard library\n==', 'Security notes\n==',
+        'Living beside other packages\n==', 'Figures\n==', 'Not done, not known\n==']
+    text = read_readme()
+    positions = [text.find(each) for each in expected]
+    assert -1 not in positions
+    assert positions == sorted(positions)
+
+
+def public_names(cls, base):
+    return {name for name in vars(cls) if not name.startswith('_') and not hasattr(base, name)}
+
+
+def test_the_readme_tells_all_of_the_public_interface():
+    documented = set(re.findall(r'``([^`]+)``', read_readme()))
+    words = {word for each in documented for word in re.findall(r'\w+', each)}
+    names = set(smtpd.__all__)
+    names |= public_names(smtpd.SMTPServer, asyncore.dispatcher)
+    names |= {name for name in vars(smtpd.SMTPChannel)
+              if not name.startswith('_') and not hasattr(smtpd.asynchat.async_chat, name)}
+    names |= public_names(smtpd.PureProxy, smtpd.SMTPServer)
+    names |= public_names(smtpd.MailmanProxy, smtpd.PureProxy)
+    for name in sorted(names - {'ac_in_buffer', 'terminator'}):  # asynchat's
+        if name.startswith('smtp_') and name[5:].isupper():
+            name = name[5:]
+        assert name in words, name
+
+
+@pytest.mark.parametrize('attribute', [
+    'SMTPChannel.command_size_limit', 'SMTPChannel.idle_timeout_seconds',
+    'SMTPChannel.recipient_limit', 'SMTPChannel.error_limit', 'SMTPChannel.unsent_reply_limit',
+    'SMTPServer.listen_backlog', 'SMTPServer.accepts_per_event',
+    'PureProxy.upstream_timeout_seconds', 'PureProxy.hop_limit'])
+def test_the_defaults_in_the_readme_are_those_of_the_module(attribute):
+    class_name, name = attribute.split('.')
+    found = re.search(r'^``%s``(?: \[\d\]_)? +(\S+) ' % name, read_readme(), re.MULTILINE)
+    assert found[1] == str(getattr(getattr(smtpd, class_name), name))
+
+
+def read_setup():
+    setup = configparser.ConfigParser()
+    setup.read(os.path.join(HERE, 'setup.cfg'), encoding='utf-8')
+    return setup
+
+
+def test_the_newest_heading_of_the_changes_is_the_version():
+    with open(os.path.join(HERE, 'CHANGES.rst'), encoding='utf-8') as file:
+        newest = re.search(r'^(\d[\w.]*) \(\d{4}-\d\d-\d\d\)\n-+$', file.read(), re.MULTILINE)
+    assert newest[1] == read_setup()['metadata']['version']
+
+
+@executes('requirements')
+def test_the_requirement_names_this_package_from_3_12_on():
+    name, marker = block('requirements').strip().split('; ')
+    assert name == read_setup()['metadata']['name']
+    for version, wanted in {'3.9': False, '3.11': False, '3.12': True, '3.15': True}.items():
+        words = marker.replace('python_version', repr(version))
+        if version == '3.9':  # markers compare versions, not text
+            words = words.replace("'3.9'", "'3.09'")
+        assert eval(words) is wanted
+
+
+RECIPE_MESSAGE = b'''\
+From: =?utf-8?q?J=C3=BCrgen?= <j@example.com>
+To: you@example.com
+Subject: =?utf-8?q?Caf=C3=A9?=
+MIME-Version: 1.0
+Content-Type: text/plain; charset=iso-8859-1
+Content-Transfer-Encoding: quoted-printable
+
+Zwei Caf=E9s, bitte.
+'''.replace(b'\n', b'\r\n')
+
+
+def post_message(address, recipients=('you@example.com',), message=RECIPE_MESSAGE):
+    with smtplib.SMTP(*address, local_hostname='client.example', timeout=30) as client:
+        return client.sendmail('j@example.com', list(recipients), message)
+
+
+@executes('five-lines')
+def test_the_server_in_five_lines_prints_a_message(start, tmp_path):
+    lines = [line for line in block('five-lines').splitlines() if line]
+    assert len(lines) == 5
+    (tmp_path / 'server.py').write_text(block('five-lines'))
+    with_port = start('python -u server.py')
+    post_message(with_port.address)
+    assert with_port.line() == repr(RECIPE_MESSAGE[:-2].replace(b'\r\n', b'\n'))
+
+
+@executes('debugging')
+def test_the_debugging_server_prints_a_message(start):
+    program = start(block('debugging'))
+    post_message(program.address)
+    lines = program.lines_to('------------ END MESSAGE ------------')
+    assert lines[0] == '---------- MESSAGE FOLLOWS ----------'
+    assert "b'Subject: =?utf-8?q?Caf=C3=A9?='" in lines
+    assert program.interrupt() == (0, '', '')
+
+
+@executes('which-one')
+def test_one_line_tells_which_module_it_is(run_python):
+    command = shlex.split(block('which-one'))
+    assert command[0] == 'python'
+    outcome = run_python('-W', 'ignore', *command[1:])
+    assert os.path.samefile(outcome.stdout.strip(), smtpd.__file__)
+
+
+@pytest.fixture
+def wheel(tmp_path):
+    """The directory of a wheel built from a copy of the source, which the build would litter."""
+    if not os.path.exists(os.path.join(HERE, 'smtpd.py')):
+        pytest.skip('the source was moved away')
+    source = tmp_path / 'source'
+    shutil.copytree(os.path.join(HERE, 'smtpd-stubs'), source / 'smtpd-stubs')
+    for name in 'smtpd.py', 'setup.cfg', 'pyproject.toml', 'README.rst', 'LICENSE':
+        shutil.copy(os.path.join(HERE, name), source)
+    subprocess.run([sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check', 'wheel',
+                    '--no-deps', '--wheel-dir', str(tmp_path / 'wheel'), str(source)],
+                   check=True, timeout=300)
+    return tmp_path / 'wheel'
+
+
+@pytest.mark.slow
+@executes('install', 'try-it')
+def test_a_new_user_installs_and_runs_it(wheel, tmp_path, user_environment):
+    install, run = block('try-it').strip().split(' && ')
+    assert install == block('install').strip()
+    assert run == block('debugging').strip()
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', str(tmp_path / 'fresh')],
+                   check=True)
+    python = shutil.which('python', path=str(tmp_path / 'fresh' / 'bin'))
+    pip = tmp_path / 'fresh' / 'bin' / 'pip'  # Debian's Pythons have none to put there
+    pip.write_text('#!/bin/sh\nexec %s -m pip --python %s "$@"\n' % (sys.executable, python))
+    pip.chmod(0o755)
+    site = user_environment['PYTHONPATH'].split(os.pathsep)[0]  # without our source
+    environment = dict(user_environment, PYTHONPATH=site, PIP_QUIET='1',
+                       PIP_FIND_LINKS=str(wheel), PIP_DISABLE_PIP_VERSION_CHECK='1',
+                       PATH=os.path.dirname(python) + os.pathsep + os.environ['PATH'])
+    subprocess.run(install, shell=True, check=True, cwd=tmp_path, timeout=300,
+                   env=dict(environment, PYTHONPATH=''))
+    which = subprocess.run([python, '-W', 'ignore', *shlex.split(block('which-one'))[1:]],
+                           cwd=tmp_path, env=environment, check=True, stdout=subprocess.PIPE)
+    # Breakpoint: 3.12. Below it the standard library's own wins, as README says.
+    assert (b'site-packages' in which.stdout) is (sys.version_info >= (3, 12))
+    if sys.version_info >= (3, 12):
+        with Program([python, *shlex.split(run)[1:]], tmp_path, environment) as program:
+            post_message(program.address)
+            program.lines_to('------------ END MESSAGE ------------')
+
+
+@pytest.mark.slow
+@executes('test-it')
+def test_tox_knows_what_to_do_on_every_python():
+    need_module('tox')
+    install, run = block('test-it').strip().split(' && ')
+    assert (install, run) == ('pip install tox', 'tox')
+    listed = subprocess.run([sys.executable, '-m', run, 'list', '--no-desc'], cwd=HERE, check=True,
+                            stdout=subprocess.PIPE, encoding='utf-8').stdout.split()
+    assert {'py39', 'py310', 'py311', 'py312', 'py313', 'py314', 'py315'} <= set(listed)
+
+
+@pytest.mark.slow
+@executes('benchmark')
+def test_the_benchmark_is_where_the_readme_says():
+    command = shlex.split(block('benchmark'))
+    subprocess.run([sys.executable, *command[1:], '--help'], cwd=HERE, check=True, timeout=60,
+                   stdout=subprocess.DEVNULL)
+
+
+# The recipes
+
+@executes('change-limits')
+def test_limits_are_changed_as_the_readme_says(start, tmp_path):
+    save_block(tmp_path, 'change-limits')
+    program = start('python -m smtpd -n -c patient.PatientServer localhost:0')
+    with smtplib.SMTP(*program.address, timeout=30) as client:
+        client.helo('client.example')
+        client.docmd('MAIL', 'FROM:<a@example.com>')
+        answers = [client.docmd('RCPT', 'TO:<b%d@example.com>' % number) for number in range(6)]
+    assert [code for code, text in answers] == [250] * 5 + [452]
+
+
+@executes('recipe-pytest')
+def test_the_recipe_for_pytest_passes(run_python, tmp_path):
+    file_name = save_block(tmp_path, 'recipe-pytest')
+    outcome = run_python('-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-W', 'error',
+                         '-W', 'ignore:The asyn', file_name)
+    assert outcome.returncode == 0, outcome.stdout
+    assert '1 passed' in outcome.stdout
+
+
+@executes('recipe-list')
+def test_the_recipe_with_a_list_ends_after_three_messages(start, tmp_path):
+    program = start(['python', save_block(tmp_path, 'recipe-list')])
+    for name in 'abc':
+        post_message(program.address, [name + '@example.com', 'd@example.com'], b'12345\r\n')
+    assert program.process.wait(30) == 0
+    assert program.output.read().decode().splitlines() == [
+        'j@example.com -> %s@example.com, d@example.com 5 octets' % name for name in 'abc']
+
+
+@executes('recipe-maildir', 'recipe-maildir-command')
+def test_the_recipe_with_a_maildir_keeps_messages(start, tmp_path):
+    save_block(tmp_path, 'recipe-maildir')
+    program = start(block('recipe-maildir-command'))
+    post_message(program.address)
+    kept, = mailbox.Maildir(str(tmp_path / 'mail'), create=False)
+    assert kept['Subject'] == '=?utf-8?q?Caf=C3=A9?='
+    assert kept.get_payload(decode=True) == 'Zwei Cafés, bitte.'.encode('iso-8859-1')
+
+
+@executes('recipe-readable', 'recipe-readable-command')
+def test_the_recipe_for_people_prints_decoded_text(start, tmp_path):
+    save_block(tmp_path, 'recipe-readable')
+    program = start(block('recipe-readable-command'))
+    post_message(program.address)
+    lines = program.lines_to('Zwei Cafés, bitte.')
+    assert lines[1] == 'From j@example.com to you@example.com'
+    assert 'From: Jürgen <j@example.com>' in lines
+    assert 'Subject: Café' in lines
+    post_message(program.address, message=b'Content-Type: image/png\r\n\r\n')
+    program.lines_to('(no text)')
+
+
+@executes('recipe-refuse', 'recipe-refuse-command')
+def test_the_recipe_that_refuses_does_so(start, tmp_path):
+    save_block(tmp_path, 'recipe-refuse')
+    program = start(block('recipe-refuse-command'))
+    assert post_message(program.address) == {}
+    assert post_message(program.address, ['nobody@example.com', 'you@example.com']) == {
+        'nobody@example.com': (550, b'No such user here')}
+    with pytest.raises(smtplib.SMTPDataError) as refusal:
+        post_message(program.address, ['later@example.com'])
+    assert refusal.value.args == (451, b'Try again later')
+    with pytest.raises(smtplib.SMTPDataError) as refusal:
+        post_message(program.address, message=b'Come to our casino')
+    assert refusal.value.args == (550, b'We do not want this')
+
+
+@executes('recipe-command', 'recipe-command-command')
+def test_the_recipe_with_an_own_command_answers_it(start, tmp_path):
+    save_block(tmp_path, 'recipe-command')
+    program = start(block('recipe-command-command'))
+    with RawClient(program.address) as client:
+        client.reply()
+        assert client.say(b'XFOO bar') == b'250 BAR\r\n'
+        assert client.say(b'xfoo') == b'501 Syntax: XFOO text\r\n'
+        assert client.say(b'XBAR') == b'500 Error: command "XBAR" not recognized\r\n'
+
+
+@executes('recipe-auth', 'recipe-auth-command')
+class TestRecipeAuth:
+    @pytest.fixture
+    def program(self, start, tmp_path):
+        save_block(tmp_path, 'recipe-auth')
+        return start(block('recipe-auth-command'))
+
+    def test_a_client_logs_in_and_sends(self, program):
+        with smtplib.SMTP(*program.address, timeout=30) as client:
+            client.ehlo('client.example')
+            assert client.esmtp_features['auth'].strip() == 'PLAIN'
+            assert client.login('alice', 'open sesame') == (235, b'Authentication successful')
+            assert client.sendmail('j@example.com', ['you@example.com'], RECIPE_MESSAGE) == {}
+
+    def test_nobody_sends_without(self, program):
+        with pytest.raises(smtplib.SMTPSenderRefused) as refusal:
+            post_message(program.address)
+        assert refusal.value.smtp_code == 530
+
+    @pytest.mark.parametrize('dialogue', [
+        [(b'AUTH PLAIN', b'503 Error: send EHLO first')],
+        [(b'EHLO c', None), (b'AUTH', b'504 Error: only PLAIN is known here'),
+         (b'AUTH LOGIN', b'504 Error: only PLAIN is known here'),
+         (b'AUTH PLAIN AGFsaWNlAHdyb25n', b'535 Authentication credentials invalid'),
+         (b'AUTH PLAIN AGJvYgA=', b'535 Authentication credentials invalid'),
+         (b'AUTH PLAIN ?', b'501 Error: bad response'),
+         (b'AUTH PLAIN YWxpY2U=', b'501 Error: bad response'),
+         (b'AUTH PLAIN /w==', b'501 Error: bad response'),
+         (b'AUTH PLAIN', b'334 '), (b'*', b'501 Error: bad response'),
+         (b'AUTH PLAIN', b'334 '),
+         (b'AGFsaWNlAG9wZW4gc2VzYW1l', b'235 Authentication successful'),
+         (b'AUTH PLAIN', b'503 Error: not now'),
+         (b'NOOP', b'250 OK')],
+    ], ids=['it needs EHLO', 'all else'])
+    def test_its_dialogue(self, program, dialogue):
+        with RawClient(program.address) as client:
+            client.reply()
+            for command, reply in dialogue:
+                answer = client.say(command)
+                assert reply is None or answer == reply + b'\r\n'
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    """cert.pem and key.pem made as README says; returns a client's context that trusts them."""
+    find_tool('openssl', 'openssl')
+    subprocess.run(shlex.split(block('recipe-starttls-certificate')), cwd=tmp_path, check=True,
+                   stderr=subprocess.DEVNULL)
+    return ssl.create_default_context(cafile=str(tmp_path / 'cert.pem'))
+
+
+@executes('recipe-starttls', 'recipe-starttls-command', 'recipe-starttls-certificate')
+class TestRecipeStartTLS:
+    @pytest.fixture
+    def program(self, certificate, start, tmp_path):
+        save_block(tmp_path, 'recipe-starttls')
+        return start(block('recipe-starttls-command'))
+
+    def test_a_client_sends_through_tls(self, program, certificate):
+        with smtplib.SMTP(*program.address, timeout=30) as client:
+            client.ehlo('client.example')
+            assert client.has_extn('starttls')
+            client.starttls(context=certificate)
+            assert client.ehlo_resp is None
+            client.ehlo('client.example')
+            assert not client.has_extn('starttls')
+            assert client.docmd('STARTTLS') == (503, b'Error: TLS is active')
+            assert client.sendmail('j@example.com', ['you@example.com'], RECIPE_MESSAGE) == {}
+        assert "b'Subject: =?utf-8?q?Caf=C3=A9?='" in program.lines_to(
+            '------------ END MESSAGE ------------')
+
+    def test_a_large_message_passes(self, program, certificate):
+        text = b'Subject: large\r\n\r\n' + b'0123456789\r\n' * 100000
+        with smtplib.SMTP(*program.address, timeout=30) as client:
+            client.starttls(context=certificate)
+            lines = []  # the server prints while it is read from
+            reading = threading.Thread(target=lambda: lines.extend(
+                program.lines_to('------------ END MESSAGE ------------')))
+            reading.start()
+            try:
+                client.sendmail('j@example.com', ['you@example.com'], text)
+            except smtplib.SMTPException:
+                program.process.kill()
+                raise
+            finally:
+                reading.join()
+        assert lines.count("b'0123456789'") == 100000
+
+    def test_it_goes_on_without_tls(self, program):
+        with RawClient(program.address) as client:
+            client.reply()
+            assert client.say(b'STARTTLS now') == b'501 Syntax: STARTTLS\r\n'
+            assert client.say(b'NOOP') == b'250 OK\r\n'
+
+    @pytest.mark.parametrize('ahead', [b'', b'NOOP\r\n', b'NOOP\r\nNOOP\r\n', b'XFOO'],
+                             ids=['nothing', 'a command', 'two', 'half of one'])
+    def test_what_was_sent_ahead_of_the_handshake_is_thrown_away(
+            self, program, certificate, ahead):
+        with RawClient(program.address) as client:
+            client.reply()
+            client.say(b'EHLO before')
+            assert client.say(b'MAIL FROM:<before@example.com>') == b'250 OK\r\n'
+            client.send(b'STARTTLS\r\n' + ahead)
+            assert client.file.readline() == b'220 Ready to start TLS\r\n'
+            with certificate.wrap_socket(client.socket, server_hostname='localhost') as tls:
+                with tls.makefile('rb') as file:
+                    tls.sendall(b'MAIL FROM:<a@example.com>\r\n')
+                    assert file.readline() == b'503 Error: send HELO first\r\n'
+                    tls.sendall(b'HELO after\r\nMAIL FROM:<a@example.com>\r\nQUIT\r\n')
+                    assert file.read() == b'250 mx.example\r\n250 OK\r\n221 Bye\r\n'
+
+    def test_a_client_that_talks_no_tls_is_left_and_others_are_served(self, program):
+        with RawClient(program.address) as client:
+            client.reply()
+            assert client.say(b'STARTTLS') == b'220 Ready to start TLS\r\n'
+            client.send(b'this is no handshake' * 100)
+            with contextlib.suppress(ConnectionResetError):
+                client.rest()  # an alert perhaps, and the end
+        post_message(program.address)
+
+    def test_a_silent_handshake_holds_up_nobody(self, program):
+        with RawClient(program.address) as client:
+            client.reply()
+            assert client.say(b'STARTTLS') == b'220 Ready to start TLS\r\n'
+            post_message(program.address)
+            client.send(b'\x16')  # a first octet of a handshake
+            post_message(program.address)
+
+
+@executes('recipe-starttls-auth')
+def test_the_recipe_for_both_wants_tls_before_passwords(certificate, start, tmp_path):
+    for name in 'recipe-auth', 'recipe-starttls', 'recipe-starttls-auth':
+        save_block(tmp_path, name)
+    program = start('python -m smtpd -n -c secure.SecureServer localhost:0')
+    with smtplib.SMTP(*program.address, timeout=30) as client:
+        client.ehlo('client.example')
+        with pytest.raises(smtplib.SMTPAuthenticationError) as refusal:
+            client.login('alice', 'open sesame')
+        assert refusal.value.smtp_code == 538
+        client.starttls(context=certificate)
+        client.login('alice', 'open sesame')
+        assert client.sendmail('j@example.com', ['you@example.com'], RECIPE_MESSAGE) == {}
+
+
+@executes('recipe-proxy-command')
+def test_the_command_for_a_proxy_relays(start):
+    with serving(localaddr=('localhost', 0)) as upstream:
+        program = start(block('recipe-proxy-command', port_25=upstream.port_number))
+        post_message(program.address)
+        peer, mailfrom, rcpttos, data, kwargs = upstream.messages[0]
+    assert (mailfrom, rcpttos) == ('j@example.com', ['you@example.com'])
+    assert b'\nX-Peer: ' in data
+    assert data.endswith(b'\n\nZwei Caf=E9s, bitte.')
+
+
+@executes('recipe-gateway')
+def test_the_recipe_for_a_gateway_is_no_open_relay(start, tmp_path):
+    with serving(localaddr=('localhost', 0)) as upstream:
+        program = start(['python', save_block(tmp_path, 'recipe-gateway',
+                                              port_25=upstream.port_number)])
+        with pytest.raises(smtplib.SMTPRecipientsRefused):
+            post_message(program.address, ['you@example.net'])
+        assert post_message(program.address, ['You@Example.com', 'you@example.net']) == {
+            'you@example.net': (550, b'Relaying denied')}
+        assert [message[2] for message in upstream.messages] == [['You@Example.com']]
+        with RawClient(program.address) as client:
+            client.reply()
+            client.say(b'EHLO client.example')
+            client.say(b'MAIL FROM:<a@example.com>')
+            for path in (b'<you@example.net> <x@example.com>', b'you@example.net,x@example.com>',
+                         b'<you@example.net>x@example.com>', b'<you@example.net@example.com>',
+                         b'"you@example.net"@example.com>'):
+                assert client.say(b'RCPT TO:' + path)[:1] == b'5', path
+
+
+@pytest.mark.parametrize('name, module, package, subject', [
+    pytest.param('recipe-django', 'django', 'Django', 'Hello from Django',
+                 marks=pytest.mark.real),
+    pytest.param('recipe-flask', 'flask_mail', 'Flask-Mail', 'Hello from Flask',
+                 marks=pytest.mark.real),
+    ('recipe-logging', 'logging', 'logging', 'Hello from logging')])
+@executes('recipe-django', 'recipe-flask', 'recipe-logging')
+def test_mail_of_frameworks_arrives(name, module, package, subject, start, tmp_path, run_python):
+    need_module(module, package)
+    program = start(block('debugging'))
+    outcome = run_python('-W', 'ignore', save_block(tmp_path, name, port_1025=program.port))
+    assert outcome.returncode == 0, outcome.stdout
+    lines = program.lines_to('------------ END MESSAGE ------------')
+    assert "b'Subject: %s'" % subject in lines
+    assert "b'It works.'" in lines
+
+
+@executes('recipe-aiosmtpd-old', 'recipe-aiosmtpd-new')
+@pytest.mark.parametrize('which', ['old', 'new'])
+def test_old_and_new_do_the_same(which, start, tmp_path):
+    reserved = socket.socket()
+    with reserved:
+        if which == 'new':
+            need_module('aiosmtpd')
+            # Its Controller cannot do with port 0. Bound by two, listened on by one.
+            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            reserved.bind(('127.0.0.1', 0))
+            file_name = save_block(tmp_path, 'recipe-aiosmtpd-new',
+                                   port_1025=reserved.getsockname()[1])
+            program = start(['python', '-W', 'ignore', file_name], TELL_PORT_OF_ASYNCIO='1')
+        else:
+            program = start(['python', save_block(tmp_path, 'recipe-aiosmtpd-old')])
+        assert post_message(program.address, ['you@example.com', 'nobody@example.com']) == {
+            'nobody@example.com': (550, b'No such user here')}
+        assert program.line() in [
+            "%s j@example.com ['you@example.com'] 8 lines" % host for host in ('127.0.0.1', '::1')]
+        with pytest.raises(smtplib.SMTPResponseException) as refusal:
+            post_message(program.address, message=b'Subject: x\r\n\r\n' + b'x' * 1000000)
+        assert refusal.value.smtp_code == 552
+
+
+def post_until_accepted(address, message):
+    """What a mail program does: 4yz and a lost connection mean "try again"."""
+    for _ in range(50):
+        try:
+            return post_message(address, message=message)
+        except (smtplib.SMTPServerDisconnected, ConnectionError):
+            pass
+        except smtplib.SMTPResponseException as refusal:
+            assert 400 <= refusal.smtp_code < 500
+    pytest.fail('tried 50 times')
+
+
+class HAProxy:
+    """HAProxy, set up as README says, before two processes that keep messages in a Maildir."""
+
+    def __init__(self, start, tmp_path, class_name='keep.MaildirServer'):
+        haproxy = find_tool('haproxy', 'haproxy')
+        save_block(tmp_path, 'recipe-maildir')
+        mailbox.Maildir(str(tmp_path / 'mail')).close()
+        *commands, proxy_command = block('recipe-haproxy-command').splitlines()
+        self.backends = [start(command.rstrip(' &')) for command in commands]
+        # It listens on what we bound, so that no port has to be guessed.
+        self.listener = socket.create_server(('127.0.0.1', 0), backlog=100)
+        self.address = self.listener.getsockname()
+        configuration = block('recipe-haproxy-cfg', port_1025=self.address[1],
+                              **{'port_%d' % (2501 + number): backend.port
+                                 for number, backend in enumerate(self.backends)})
+        assert len([line for line in configuration.splitlines() if line.strip()]) <= 14
+        configuration = configuration.replace(
+            'bind localhost:%d' % self.address[1], 'bind fd@%d' % self.listener.fileno())
+        configuration = configuration.replace('localhost:', '%s:' % self.backend_host())
+        (tmp_path / 'haproxy.cfg').write_text(configuration)
+        assert shlex.split(proxy_command) == ['haproxy', '-f', 'haproxy.cfg']
+        self.process = subprocess.Popen(
+            [haproxy, '-f', 'haproxy.cfg'], cwd=tmp_path, pass_fds=[self.listener.fileno()],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def backend_host(self):
+        return socket.getaddrinfo('localhost', 0, type=socket.SOCK_STREAM)[0][4][0]
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        self.listener.close()
+
+
+@pytest.mark.real
+@executes('recipe-haproxy-cfg', 'recipe-haproxy-command')
+class TestRecipeHAProxy:
+    @pytest.fixture
+    def proxy(self, start, tmp_path):
+        with contextlib.closing(HAProxy(start, tmp_path)) as proxy:
+            yield proxy
+
+    def test_a_killed_process_costs_its_own_sessions_alone(self, proxy):
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(RawClient(proxy.address)) for _ in range(6)]
+            for client in clients:
+                assert client.reply() == b'220 mx.example %s\r\n' % smtpd.__version__.encode()
+                assert client.say(b'HELO client.example') == b'250 mx.example\r\n'
+            proxy.backends[0].process.kill()
+            proxy.backends[0].process.wait()
+            answers = []
+            for client in clients:
+                try:
+                    answers.append(client.say(b'NOOP'))
+                except ConnectionError:
+                    answers.append(b'')
+            assert sorted(answers) == [b''] * 3 + [b'250 OK\r\n'] * 3
+        post_message(proxy.address)
+
+    def test_no_message_is_lost_when_a_process_is_killed_in_mid_load(self, proxy, tmp_path):
+        numbers = iter(range(400))
+        accepted = []
+        turn = threading.Lock()
+        half = threading.Event()
+
+        def send_many():
+            while True:
+                with turn:
+                    number = next(numbers, None)
+                if number is None:
+                    return
+                post_until_accepted(proxy.address, b'Subject: %d\r\n\r\n' % number)
+                accepted.append(number)
+                if len(accepted) > 200:
+                    half.set()
+
+        threads = [threading.Thread(target=send_many) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        assert half.wait(60)
+        proxy.backends[0].process.kill()
+        for thread in threads:
+            thread.join(120)
+        assert sorted(accepted) == list(range(400))
+        arrived = [int(message['Subject']) for message in
+                   mailbox.Maildir(str(tmp_path / 'mail'), create=False)]
+        assert set(arrived) == set(range(400))
+
+
+# ---------------------------------------------------------------------------------------------
+# Types
+
+SAMPLE = '''
+from typing import Any, Optional
+
+import asyncore
+import smtpd
+
+
+class OfBytes(smtpd.SMTPServer):
+    def process_message(self, peer: tuple[str, int], mailfrom: str, rcpttos: list[str],
+                        data: bytes, **kwargs: Any) -> None:
+        print(self._remoteaddr, len(data))
+
+
+class OfText(smtpd.SMTPServer):
+    def process_message(self, peer: Any, mailfrom: str, rcpttos: list[str], data: str,
+                        mail_options: Optional[list[str]] = None,
+                        rcpt_options: Optional[list[str]] = None,
+                        **kwargs: object) -> Optional[str]:
+        return '550 No ' + data.upper()
+
+
+class OfBoth(smtpd.DebuggingServer):
+    def process_message(self, peer: object, mailfrom: str, rcpttos: list[str],
+                        data: 'bytes | str', **kwargs: Any) -> 'str | bytes | None':
+        return super().process_message(peer, mailfrom, rcpttos, data, **kwargs)
+
+
+class Proxy(smtpd.PureProxy):
+    hop_limit = 5
+    process_message_threads = 4
+
+    def _deliver(self, mailfrom: str, rcpttos: list[str],
+                 data: bytes) -> dict[str, tuple[int, bytes]]:
+        return super()._deliver(mailfrom, rcpttos, data.upper())
+
+
+class Channel(smtpd.SMTPChannel):
+    idle_timeout_seconds = None
+    recipient_limit = 10
+
+    def smtp_XFOO(self, arg: Optional[str]) -> None:
+        self.push('250 %s' % (arg or self._SMTPChannel__mailfrom))
+
+    def smtp_MAIL(self, arg: Optional[str]) -> None:
+        address, rest = self._getaddr(self._strip_command_keyword('FROM:', arg or ''))
+        if address:
+            super().smtp_MAIL(arg)
+
+    def push(self, msg: str) -> None:
+        super().push(msg)
+
+    def found_terminator(self) -> None:
+        line = self._emptystring.join(self.received_lines)
+        print(line, self.smtp_state == self.DATA, self.rcpttos[0], self.get_terminator())
+        super().found_terminator()
+
+
+OfBytes.channel_class = Channel
+server = OfBytes(('localhost', 0), None, data_size_limit=None, map={})
+text = OfText((None, 0), ('localhost', 25), decode_data=True)
+print(server.socket.getsockname(), smtpd.DEBUGSTREAM, smtpd.__version__)
+server.close()
+asyncore.loop()
+smtpd.asyncore.close_all()
+'''
+
+FAULTS = '''
+import smtpd
+
+class Channel(smtpd.SMTPChannel):
+    def smtp_XFOO(self, arg: str) -> None:
+        self.psuh('250 OK')
+
+    def smtp_MAIL(self, arg: str) -> None:
+        self.smtp_server.nonsense()
+
+class Server(smtpd.SMTPServer):
+    def process_message(self, peer: object, mailfrom: str, rcpttos: str, data: bytes,
+                        **kwargs: object) -> int:
+        return 250
+
+Server('localhost', 25)
+'''
+FAULTY_LINES = [6, 8, 9, 12, 16]
+
+TARGETS = ['3.12', '3.13', '3.14', '3.15']
+TYPED_BLOCKS = sorted(name for name, (language, text) in BLOCKS.items()
+                      if language == 'python' and text.startswith('# '))
+
+
+@pytest.fixture(scope='module')
+def typed_programs(tmp_path_factory):
+    """A directory with the sample program and each recipe, and the stubs as pip installs them."""
+    directory = tmp_path_factory.mktemp('types')
+    (directory / 'sample.py').write_text(SAMPLE)
+    (directory / 'faults.py').write_text(FAULTS)
+    (directory / 'revealed.py').write_text(
+        'import smtpd\nreveal_type(smtpd.SMTPServer.process_message)\n')
+    for name in TYPED_BLOCKS:
+        save_block(directory, name)
+    # README's own configuration; the rest is for packages without types, or not installed here.
+    (directory / 'mypy.ini').write_text(block('mypy-ini') + '''
+[mypy-django.*,flask.*,flask_mail.*,aiosmtpd.*,pytest.*]
+ignore_missing_imports = true
+''')
+    shutil.copytree(STUBS, directory / 'site' / 'smtpd-stubs')
+    shutil.copy(smtpd.__file__, directory / 'site')
+    return directory
+
+
+def programs_in(directory):
+    return sorted(path.name for path in directory.glob('*.py'))
+
+
+@executes('mypy-ini')
+@pytest.mark.slow
+@pytest.mark.parametrize('target', TARGETS)
+class TestMypy:
+    def run(self, directory, target, *names):
+        need_module('mypy')
+        return subprocess.run(
+            [sys.executable, '-m', 'mypy', '--python-version', target, '--cache-dir', os.devnull,
+             *names], cwd=directory, env=dict(os.environ, MYPYPATH=str(directory / 'site')),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8', timeout=300)
+
+    def test_takes_the_sample_program_and_each_recipe(self, typed_programs, target):
+        names = [name for name in programs_in(typed_programs)
+                 if name not in ('faults.py', 'revealed.py')]
+        assert len(names) == len(TYPED_BLOCKS) + 1
+        outcome = self.run(typed_programs, target, *names)
+        assert outcome.returncode == 0, outcome.stdout
+
+    def test_knows_process_message(self, typed_programs, target):
+        outcome = self.run(typed_programs, target, 'revealed.py')
+        assert 'mailfrom: str, rcpttos: list[str]' in outcome.stdout
+        assert '-> str | bytes | None' in outcome.stdout
+
+    def test_finds_faults(self, typed_programs, target):
+        outcome = self.run(typed_programs, target, 'faults.py')
+        found = {int(line) for line in re.findall(r'faults.py:(\d+): error', outcome.stdout)}
+        assert found == set(FAULTY_LINES), outcome.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('target', TARGETS)
+class TestPyright:
+    def run(self, directory, target, *names):
+        need_module('pyright')
+        (directory / 'pyrightconfig.json').write_text(
+            # Frameworks may not be installed here; asyncore has no stubs.
+            '{"pythonVersion": "%s", "extraPaths": ["site"], "reportMissingImports": "none",'
+            ' "reportMissingModuleSource": "none", "include": %s}'
+            % (target, str(list(names)).replace("'", '"')))
+        return subprocess.run(
+            [sys.executable, '-m', 'pyright', '-p', str(directory)], cwd=directory,
+            env=dict(os.environ, PYRIGHT_PYTHON_IGNORE_WARNINGS='1'), stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, encoding='utf-8', timeout=300)
+
+    def test_takes_the_sample_program_and_each_recipe(self, typed_programs, target):
+        names = programs_in(typed_programs)
+        names.remove('faults.py')
+        outcome = self.run(typed_programs, target, *names)
+        assert outcome.returncode == 0, outcome.stdout
+        revealed, = re.findall('Type of "smtpd.SMTPServer.process_message" is "(.*)"',
+                               outcome.stdout)
+        assert 'mailfrom: str, rcpttos: list[str]' in revealed
+        assert revealed.endswith('-> (str | bytes | None)')
+
+    def test_finds_faults(self, typed_programs, target):
+        outcome = self.run(typed_programs, target, 'faults.py')
+        found = {int(line) for line in re.findall(r'faults.py:(\d+):\d+ - error', outcome.stdout)}
+        assert found == set(FAULTY_LINES), outcome.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info < (3, 12), reason='up to 3.11 the stubs are not used')
+def test_the_stubs_agree_with_the_module(typed_programs):
+    need_module('mypy')
+    site = str(typed_programs / 'site')  # what pip installed, or the source
+    outcome = subprocess.run(
+        [sys.executable, '-m', 'mypy.stubtest', '--mypy-config-file', 'mypy.ini', 'smtpd'],
+        cwd=typed_programs, env=dict(os.environ, MYPYPATH=site, PYTHONPATH=site),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8', timeout=300)
+    assert outcome.returncode == 0, outcome.stdout
