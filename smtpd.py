@@ -82,12 +82,8 @@ class Devnull:
 DEBUGSTREAM = Devnull()  # -d and programs replace it at run time
 
 
-def _is_debugging():
-    return not isinstance(DEBUGSTREAM, Devnull)
-
-
 def _debug(form, *values):
-    if _is_debugging():
+    if not isinstance(DEBUGSTREAM, Devnull):
         print(form % values, file=DEBUGSTREAM)
 
 
@@ -155,20 +151,26 @@ _CONTROL_CHARACTER = re.compile('[\x00-\x08\x0a-\x1f\x7f-\x9f]')  # a TAB is a b
 
 @functools.lru_cache(maxsize=64)  # most lines are one of a few
 def _parse_command(line):
-    """Split a command line (bytes) into verb, in capitals, and argument or None.
+    """Split a command line (bytes): verb, name of its method, argument or None.
 
-    (None, None) if it is empty, is not UTF-8 or has control characters.
+    The verb is in capitals, or None if the line is empty, is not UTF-8 or has
+    control characters.  One that is not ASCII has no method: the name is ''.
     """
     try:
         text = line.decode()
     except UnicodeDecodeError:
-        return None, None
+        return None, '', None
     if not text or not text.isprintable() and _CONTROL_CHARACTER.search(text):
-        return None, None
+        return None, '', None
     verb, space, argument = text.partition(' ')
-    return verb.upper() if verb.isascii() else verb, argument.strip() if space else None
+    argument = argument.strip() if space else None
+    if not verb.isascii():
+        return verb, '', argument
+    verb = verb.upper()
+    return verb, 'smtp_' + verb, argument
 
 
+@functools.lru_cache(maxsize=64)
 def _parse_path(text):
     """Split "path rest" into the path, verbatim but for brackets, and the rest.
 
@@ -283,7 +285,7 @@ class _IncomingData:
             lines = lines.replace(b'\r\n.', b'\r\n')
         first = not self.octets
         self.octets += len(lines)
-        if self.is_too_much():
+        if self.limit and self.octets > self.limit:
             self._message = None
         else:
             text = lines.replace(b'\r\n', b'\n')
@@ -300,6 +302,8 @@ class _IncomingData:
 # ---------------------------------------------------------------------------
 # The channel: one client
 # ---------------------------------------------------------------------------
+
+_MOST_HELD = 500  # replies that leave together; a bound, so that a backlog is noticed
 
 _send_lock = threading.RLock()  # some programs push from a thread of their own
 
@@ -329,6 +333,15 @@ class _OfDataKind:
 
     def __get__(self, channel, owner=None):
         return self.text if channel is not None and channel._decode_data else self.octets
+
+
+class _SignatureOfInit:
+    """For inspect: the arguments of a class are those of __init__(), not of __new__()."""
+
+    def __get__(self, instance, owner):
+        import inspect
+        signature = inspect.signature(owner.__init__)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 class SMTPChannel(asynchat.async_chat):
@@ -369,45 +382,71 @@ class SMTPChannel(asynchat.async_chat):
     error_limit = 100  # as Postfix's smtpd_hard_error_limit (20), but kinder to test suites
     unsent_reply_limit = 65536  # one read's worth
 
-    # State has its defaults here: a subclass may never have called __init__.
-
-    # What lives with the connection
-    smtp_server = None
-    conn = None
-    peer = None
-    fqdn = ''
-    data_size_limit = DATA_SIZE_DEFAULT
     enable_SMTPUTF8 = False
-    extended_smtp = False  # EHLO, not HELO
-    seen_greeting = ''  # what the client called itself
-    terminator = _END_OF_LINE
-    _decode_data = False
-    _last_sign = 0.0  # of life, on the monotonic clock
-    _error_count = 0  # since the last message
 
-    # What dies at RSET or at the end of data
-    smtp_state = COMMAND
-    mailfrom = None
-    rcpttos = ()
-    mail_options = ()
-    rcpt_options = ()
-    require_SMTPUTF8 = False  # asked for in MAIL
-    received_lines = ()  # pieces of the present line, or of data
-    received_data = ''  # the last message, until the next command
-    num_bytes = 0  # octets in received_lines, and those dropped
-    _incoming_data = None  # the message under way, where no hook is overridden
+    # Slots are fast, and leave room in the instance's dict: with more than 29
+    # attributes CPython no longer shares its keys, and each session takes 1.3 KB more.
+    __slots__ = (
+        '_decode_data',
+        '_decoder',
+        '_last_sign',  # of life, on the monotonic clock
+        '_error_count',  # since the last message
+        '_unread',  # what was received and not yet looked at ...
+        '_unread_from',  # ... from here on
+        '_incoming_data',  # the message under way, where no hook is overridden
+        '_is_hooked',  # a hook of asynchat is overridden; None: not known yet
+        '_data_has_begun',  # for subclasses that override a hook
+        '_collecting',  # in collect_incoming_data()
+        '_replies_held',  # more commands wait: their replies go out together
+        '_failure_answered',  # 451 was sent: no reason to close
+        '_is_hung_up',  # the client sends no more
+        '_stalled_by',  # why nothing is read or executed: see readable()
+        '_hub',  # that watches this channel, instead of the socket map
+        '_looks_after_itself',  # the server, which ends idle sessions, is closed
+    )
 
-    # Input and output under way
-    _unread = b''  # what was received and not yet looked at ...
-    _unread_from = 0  # ... from here on
-    _data_has_begun = False  # for subclasses that override a hook
-    _collecting = False  # in collect_incoming_data()
-    _replies_held = False  # more commands wait: their replies go out together
-    _failure_answered = False  # 451 was sent: no reason to close
-    _is_hung_up = False  # the client sends no more
-    _stalled_by = frozenset()  # why nothing is read or executed: see readable()
-    _hub = None  # that watches this channel, instead of the socket map
-    _looks_after_itself = False  # the server, which ends idle sessions, is closed
+    __signature__ = _SignatureOfInit()
+
+    def __new__(cls, *args, **kwargs):
+        # State is born here, not in __init__, which a subclass may never call.
+        channel = super().__new__(cls)
+        channel._decode_data = False
+        channel._decoder = None
+        channel._last_sign = 0.0
+        channel._error_count = 0
+        channel._unread = b''
+        channel._unread_from = 0
+        channel._incoming_data = None
+        channel._is_hooked = None
+        channel._data_has_begun = False
+        channel._collecting = False
+        channel._replies_held = False
+        channel._failure_answered = False
+        channel._is_hung_up = False
+        channel._stalled_by = frozenset()
+        channel._hub = None
+        channel._looks_after_itself = False
+        # The connection
+        channel.smtp_server = None
+        channel.conn = None
+        channel.peer = None
+        channel.fqdn = ''
+        channel.data_size_limit = DATA_SIZE_DEFAULT
+        channel.command_size_limits = cls.command_size_limits.copy()
+        channel.extended_smtp = False  # EHLO, not HELO
+        channel.seen_greeting = ''  # what the client called itself
+        # The transaction
+        channel.smtp_state = cls.COMMAND
+        channel.terminator = _END_OF_LINE
+        channel.mailfrom = None
+        channel.rcpttos = []
+        channel.mail_options = []
+        channel.rcpt_options = []
+        channel.require_SMTPUTF8 = False  # asked for in MAIL
+        channel.received_lines = []  # pieces of the present line, or of data
+        channel.received_data = ''  # the last message, until the next command
+        channel.num_bytes = 0  # octets in received_lines, and those dropped
+        return channel
 
     def __init__(self, server, conn, addr, data_size_limit=DATA_SIZE_DEFAULT,
                  map=None, enable_SMTPUTF8=False, decode_data=False):
@@ -418,9 +457,6 @@ class SMTPChannel(asynchat.async_chat):
         if enable_SMTPUTF8:
             self.enable_SMTPUTF8 = enable_SMTPUTF8
         self._decode_data = decode_data
-        self.command_size_limits = self.command_size_limits.copy()
-        self.received_lines = []
-        self.rcpttos = []
         self.fqdn = server._own_name() if isinstance(server, SMTPServer) else _getfqdn()
         self._last_sign = time.monotonic()
         with contextlib.suppress(OSError, AttributeError):  # AF_UNIX; a stub
@@ -454,9 +490,11 @@ class SMTPChannel(asynchat.async_chat):
 
     def set_terminator(self, term):
         """asynchat's set_terminator(); text is taken too, as Python 2's programs give it."""
-        if isinstance(term, str):
-            term = term.encode('ascii')
-        asynchat.async_chat.set_terminator(self, term)
+        if type(term) is bytes:
+            self.terminator = term
+        else:
+            asynchat.async_chat.set_terminator(
+                self, term.encode('ascii') if isinstance(term, str) else term)
 
     def readable(self):
         # Not read from
@@ -488,7 +526,8 @@ class SMTPChannel(asynchat.async_chat):
         if not data:
             return
         self._last_sign = time.monotonic()
-        self.ac_in_buffer = self.ac_in_buffer + data if self._unread else data
+        self._unread = self.ac_in_buffer + data if self._unread else data
+        self._unread_from = 0
         self._process_input()
         if (self._incoming_data is not None and _QUICK_ACK
                 and len(data) < self.ac_in_buffer_size):
@@ -509,51 +548,51 @@ class SMTPChannel(asynchat.async_chat):
 
     def _process_input(self):
         """Execute what the input holds, until it is used up or must wait."""
-        hooks = (type(self).collect_incoming_data, type(self).found_terminator,
-                 type(self).get_terminator, type(self).set_terminator)
-        take_next = self._take_as_asynchat
-        if hooks == _INPUT_HOOKS and not _is_debugging() or self._incoming_data is not None:
-            take_next = self._take_in_place
+        if self._is_hooked is None:
+            self._is_hooked = self._look_for_hooks()
         try:
-            while self._unread and not self._stalled_by and take_next():
-                if self._error_count and self._has_too_many_errors():
-                    self.push('421 Error: too many errors')
-                    self.close_when_done()
+            if self._is_hooked or not isinstance(DEBUGSTREAM, Devnull):
+                self._process_as_asynchat()
+            else:
+                self._process_in_place()
         except asyncore.ExitNow:
             raise
         except Exception:
             self._answer_failure()
             raise
         finally:
-            self._send_replies()
+            if self._replies_held or self.producer_fifo:
+                self._send_replies()
             if self._is_hung_up and not self._has_work():
                 self.close()
 
-    def _take_in_place(self):
-        """Take one command, or data, from the input; false if there is not enough for it."""
-        if self.terminator == _END_OF_LINE and self.smtp_state == self.COMMAND:
-            return self._take_command()
-        if self.terminator == _END_OF_DATA and self.smtp_state == self.DATA:
-            return self._take_data()
-        return self._take_as_asynchat()
+    def _look_for_hooks(self):
+        """Whether somebody but us would see the hooks of asynchat called."""
+        # Not by __dict__: whoever looks at it makes attributes slow (up to Python 3.12).
+        return any(getattr(getattr(self, name), '__func__', None) is not getattr(SMTPChannel, name)
+                   for name in _INPUT_HOOKS)
 
-    def _take_command(self):
-        unread, start = self._unread, self._unread_from
-        end = unread.find(_END_OF_LINE, start)
-        if end < 0:
-            self._drop_over_long_line()
-            return False
-        if end + 2 < len(unread):
-            self._unread_from = end + 2
-        else:
-            self.ac_in_buffer = b''
-        self._hold_replies()
-        octets = end - start
-        if self.num_bytes:  # the line's beginning was dropped
-            octets += self.num_bytes
+    def _process_in_place(self):
+        while self._unread and not self._stalled_by:
+            if self.smtp_state != self.COMMAND or self.terminator != _END_OF_LINE:
+                if not self._take_data():
+                    return
+                continue
+            unread, start = self._unread, self._unread_from
+            end = unread.find(_END_OF_LINE, start)
+            if end < 0:
+                self._drop_over_long_line()
+                return
+            if end + 2 < len(unread):
+                self._unread_from = end + 2
+                self._replies_held = len(self.producer_fifo) < _MOST_HELD
+            else:
+                self._unread = b''
+                self._unread_from = 0
+                self._replies_held = False
+            octets = end - start + self.num_bytes
             self.num_bytes = 0
-        self._execute(unread[start:end], octets)
-        return True
+            self._execute(unread[start:end], octets)
 
     def _drop_over_long_line(self):
         line = self.ac_in_buffer
@@ -563,18 +602,28 @@ class SMTPChannel(asynchat.async_chat):
             self.ac_in_buffer = line[-1:] if keep else b''
 
     def _take_data(self):
-        if self._incoming_data is None:
-            self._incoming_data = _IncomingData(self.data_size_limit)
+        """Take data from the input; false if there is not enough of it."""
+        if self.smtp_state != self.DATA or self.terminator != _END_OF_DATA:
+            return self._take_as_asynchat()  # a subclass has a state or a terminator of its own
+        incoming_data = self._incoming_data
+        if incoming_data is None:
+            incoming_data = self._incoming_data = _IncomingData(self.data_size_limit)
         unread = self.ac_in_buffer
-        taken = self._incoming_data.feed(unread)
-        self.num_bytes = self._incoming_data.octets
+        taken = incoming_data.feed(unread)
+        self.num_bytes = incoming_data.octets
         if taken is None:
             self.ac_in_buffer = b''
-            return True
-        self.ac_in_buffer = unread[taken:]
-        incoming_data, self._incoming_data = self._incoming_data, None
-        self._end_data(incoming_data)
+        else:
+            self.ac_in_buffer = unread[taken:]
+            self._incoming_data = None
+            self._end_data(incoming_data)
         return True
+
+    def _process_as_asynchat(self):
+        while self._unread and not self._stalled_by:
+            # Data that began in place goes on so: -d or a program may set DEBUGSTREAM at any time.
+            if not (self._take_data() if self._incoming_data else self._take_as_asynchat()):
+                return
 
     def _take_as_asynchat(self):
         """Call the hooks for the next piece as asynchat's handle_read() does."""
@@ -613,10 +662,10 @@ class SMTPChannel(asynchat.async_chat):
     def _terminate(self):
         self._data_has_begun = False
         if self._decode_data:
-            cut_off = self._decoder.decode(b'', True)
+            cut_off = self._decode(b'', True)
             if cut_off:
                 self.received_lines.append(cut_off)
-        self._hold_replies()
+        self._replies_held = bool(self._unread) and len(self.producer_fifo) < _MOST_HELD
         self.found_terminator()
 
     def collect_incoming_data(self, data):
@@ -630,11 +679,13 @@ class SMTPChannel(asynchat.async_chat):
         if limit and self.num_bytes > limit:
             return
         self.num_bytes += octets
-        self.received_lines.append(self._decoder.decode(data) if self._decode_data else data)
+        self.received_lines.append(self._decode(data) if self._decode_data else data)
 
-    @functools.cached_property
-    def _decoder(self):
-        return codecs.getincrementaldecoder('utf-8')('surrogateescape')
+    def _decode(self, octets, final=False):
+        """Decode what may end within a character, whose rest is to follow."""
+        if self._decoder is None:
+            self._decoder = codecs.getincrementaldecoder('utf-8')('surrogateescape')
+        return self._decoder.decode(octets, final)
 
     def found_terminator(self):
         """Execute the command, or end the data, that was collected (asynchat's hook)."""
@@ -642,7 +693,7 @@ class SMTPChannel(asynchat.async_chat):
         octets = self.num_bytes
         self.received_lines = []
         self.num_bytes = 0
-        if _is_debugging():
+        if not isinstance(DEBUGSTREAM, Devnull):
             _debug('Data: %r', self._emptystring.join(pieces))
         if self._decode_data:
             pieces = [piece.encode('utf-8', 'surrogateescape') for piece in pieces]
@@ -671,29 +722,49 @@ class SMTPChannel(asynchat.async_chat):
         """
         if isinstance(msg, str):
             msg = msg.encode('utf-8' if self.require_SMTPUTF8 else 'ascii', 'replace')
-        if msg[:1] == b'5' and msg[3:4] != b'-':
-            self._error_count += 1
         asynchat.async_chat.push(self, msg + _END_OF_LINE)
+        if msg[:1] == b'5' and msg[3:4] != b'-':
+            self._count_error()
+
+    def _count_error(self):
+        self._error_count += 1
+        if (self.error_limit is not None and self._error_count >= self.error_limit
+                and 'closing' not in self._stalled_by):
+            self.push('421 Error: too many errors')
+            self.close_when_done()
 
     def initiate_send(self):
+        """Send what waits, or as much of it as the connection takes now."""
         if self._replies_held:
             return
         with _send_lock:
             waiting = self.producer_fifo
             if len(waiting) > 1:
                 _join_leading_bytes(waiting)
-            before = None
-            while waiting and self.connected and len(waiting) != before:
-                before = len(waiting)
-                asynchat.async_chat.initiate_send(self)
-            self._stall('backlog', bool(waiting) and self._has_backlog())
-        if waiting:
-            self._watch()
+            while waiting and self.connected:
+                piece = waiting[0]
+                if type(piece) is not bytes:
+                    if not self._send_of_producer():
+                        break
+                    continue
+                try:
+                    sent = self.send(piece)
+                except OSError:
+                    self.handle_error()
+                    break
+                if sent < len(piece):
+                    waiting[0] = piece[sent:]
+                    break
+                waiting.popleft()
+            if waiting or self._stalled_by:
+                self._stall('backlog', self._has_backlog())
+                self._watch()
 
-    def _hold_replies(self):
-        """Let the replies to pipelined commands leave together."""
-        # Up to a bound, so that a backlog is noticed.
-        self._replies_held = bool(self._unread) and len(self.producer_fifo) < 500
+    def _send_of_producer(self):
+        """Let asynchat send what is no bytes; true if it is done with it."""
+        before = len(self.producer_fifo)
+        asynchat.async_chat.initiate_send(self)
+        return len(self.producer_fifo) < before
 
     def _send_replies(self):
         self._replies_held = False
@@ -765,10 +836,6 @@ class SMTPChannel(asynchat.async_chat):
             self.push('451 Internal confusion')
         self._failure_answered = True
 
-    def _has_too_many_errors(self):
-        return (self.error_limit is not None and self._error_count >= self.error_limit
-                and 'closing' not in self._stalled_by)
-
     def _end_if_idle(self, now):
         if self.idle_timeout_seconds is None or 'handler' in self._stalled_by:
             return
@@ -806,20 +873,22 @@ class SMTPChannel(asynchat.async_chat):
 
     def _execute(self, line, octets):
         """Run one command line; `octets` is its length before anything was dropped."""
-        if octets > self.command_size_limit and octets > self.max_command_size_limit:
+        limit = self.command_size_limit
+        if octets > limit and octets > self.max_command_size_limit:
             self.push('500 Error: line too long')
             return
-        verb, argument = _parse_command(line)
+        verb, method_name, argument = _parse_command(line)
         if verb is None:
             self.push('500 Error: bad syntax')
             return
         if self.received_data:
             self.received_data = ''  # it may be large
-        limits = self.command_size_limits if self.extended_smtp else {}
-        if octets > limits.get(verb, self.command_size_limit):
+        if self.extended_smtp:
+            limit = self.command_size_limits.get(verb, limit)
+        if octets > limit:
             self.push('500 Error: line too long')
             return
-        method = getattr(self, 'smtp_' + verb, None) if verb.isascii() else None
+        method = getattr(self, method_name, None)
         if method is None:
             self.push('500 Error: command "%s" not recognized' % _printable(verb))
             return
@@ -1009,7 +1078,7 @@ class SMTPChannel(asynchat.async_chat):
             self.push('503 Error: nested MAIL command')
             return
         options = parameters.upper().split()
-        refusal = self._refusal_of_mail_parameters(self._getparams(options))
+        refusal = self._refusal_of_mail_parameters(self._getparams(options)) if options else None
         if refusal:
             self.push(refusal)
             return
@@ -1032,18 +1101,14 @@ class SMTPChannel(asynchat.async_chat):
         if not address or parameters and not self.extended_smtp:
             self.push(self._rcpt_syntax())
             return
-        parameters = self._getparams(parameters.upper().split())
-        if parameters is None:
-            self.push(self._rcpt_syntax())
-            return
         if parameters:
-            self.push('555 RCPT TO parameters not recognized or not implemented')
+            is_wrong = self._getparams(parameters.upper().split()) is None
+            self.push(self._rcpt_syntax() if is_wrong
+                      else '555 RCPT TO parameters not recognized or not implemented')
             return
         if self.recipient_limit is not None and len(self.rcpttos) >= self.recipient_limit:
             self.push('452 Error: too many recipients')  # RFC 5321, 4.5.3.1.10
             return
-        if not self.rcpttos:
-            self.rcpttos = []
         self.rcpttos.append(address)
         _debug('recips: %s', self.rcpttos)
         self.push('250 OK')
@@ -1130,8 +1195,7 @@ class SMTPChannel(asynchat.async_chat):
     __addr = _renamed('__addr', 'addr')
 
 
-_INPUT_HOOKS = (SMTPChannel.collect_incoming_data, SMTPChannel.found_terminator,
-                SMTPChannel.get_terminator, SMTPChannel.set_terminator)
+_INPUT_HOOKS = ('collect_incoming_data', 'found_terminator', 'get_terminator', 'set_terminator')
 
 _COMMANDS = {name[5:]: method for name, method in vars(SMTPChannel).items()
              if name.startswith('smtp_') and callable(method)}
@@ -1363,7 +1427,7 @@ class _Hub(asyncore.dispatcher):
         self._events[descriptor] = wanted
 
     def readable(self):
-        self._smtp_server._end_idle_sessions()
+        self._smtp_server._end_idle_sessions(time.monotonic())
         return True
 
     def writable(self):
@@ -1376,8 +1440,8 @@ class _Hub(asyncore.dispatcher):
                 asyncore.read(channel)
             if events & selectors.EVENT_WRITE and channel._hub is self:
                 asyncore.write(channel)
-            if channel._hub is self:
-                self.watch(channel)
+                if channel._hub is self:
+                    self.watch(channel)
 
     def close(self):
         for channel in list(self._channels.values()):
@@ -1508,9 +1572,10 @@ class SMTPServer(asyncore.dispatcher):
     # ------------------------------------------------------------------
 
     def readable(self):
-        self._loop_thread = threading.current_thread()
-        self._end_idle_sessions()
-        return time.monotonic() >= self._accepts_again_at
+        self._loop_thread = threading.get_ident()
+        now = time.monotonic()
+        self._end_idle_sessions(now)
+        return now >= self._accepts_again_at
 
     def writable(self):
         return False
@@ -1590,9 +1655,8 @@ class SMTPServer(asyncore.dispatcher):
             tasks.close_when_idle()
 
     def _is_watched_by_another_thread(self):
-        thread = self._loop_thread
-        return (thread is not None and thread is not threading.current_thread()
-                and thread.is_alive())
+        return (self._loop_thread != threading.get_ident()
+                and any(thread.ident == self._loop_thread for thread in threading.enumerate()))
 
     # ------------------------------------------------------------------
     # For the channels
@@ -1617,8 +1681,7 @@ class SMTPServer(asyncore.dispatcher):
             self._hub = _Hub(self)
         return True
 
-    def _end_idle_sessions(self):
-        now = time.monotonic()
+    def _end_idle_sessions(self, now):
         if now < self._next_look_for_idle:
             return
         self._next_look_for_idle = now + 1
