@@ -529,11 +529,6 @@ class SMTPChannel(asynchat.async_chat):
         self._unread = self.ac_in_buffer + data if self._unread else data
         self._unread_from = 0
         self._process_input()
-        if (self._incoming_data is not None and _QUICK_ACK
-                and len(data) < self.ac_in_buffer_size):
-            # The rest of the message may wait, by Nagle's rule, for our ACK.
-            with contextlib.suppress(OSError, AttributeError):
-                self.socket.setsockopt(*_QUICK_ACK)
 
     def _go_on(self):
         """Process what was received before something came in between."""
@@ -551,7 +546,7 @@ class SMTPChannel(asynchat.async_chat):
         if self._is_hooked is None:
             self._is_hooked = self._look_for_hooks()
         try:
-            if self._is_hooked or not isinstance(DEBUGSTREAM, Devnull):
+            if self._is_hooked or self.received_lines or not isinstance(DEBUGSTREAM, Devnull):
                 self._process_as_asynchat()
             else:
                 self._process_in_place()
@@ -613,15 +608,23 @@ class SMTPChannel(asynchat.async_chat):
         self.num_bytes = incoming_data.octets
         if taken is None:
             self.ac_in_buffer = b''
+            if len(unread) < self.ac_in_buffer_size:
+                self._acknowledge_at_once()
         else:
             self.ac_in_buffer = unread[taken:]
             self._incoming_data = None
             self._end_data(incoming_data)
         return True
 
+    def _acknowledge_at_once(self):
+        # The rest of the message may wait, by Nagle's rule, for our ACK.
+        if _QUICK_ACK:
+            with contextlib.suppress(OSError, AttributeError):
+                self.socket.setsockopt(*_QUICK_ACK)
+
     def _process_as_asynchat(self):
         while self._unread and not self._stalled_by:
-            # Data that began in place goes on so: -d or a program may set DEBUGSTREAM at any time.
+            # Data that began in place goes on so: a program may set DEBUGSTREAM at any time.
             if not (self._take_data() if self._incoming_data else self._take_as_asynchat()):
                 return
 

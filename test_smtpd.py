@@ -1456,6 +1456,21 @@ class TestExistingPrograms:
         assert channel.pushed == ['220 mx.example Python SMTP proxy version 0.3'] + [
             line[3:] for line in SESSION if line.startswith('S: ')]
 
+    def test_a_hook_may_be_replaced_on_the_channel_itself(self):
+        class Channel(smtpd.SMTPChannel):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.seen = []
+                self.collect_incoming_data = self.see
+
+            def see(self, data):
+                self.seen.append(data)
+                smtpd.SMTPChannel.collect_incoming_data(self, data)
+
+        channel = make_channel(channel_class=Channel)
+        assert feed(channel, b'NOOP\r\nRSET\r\n') == b'250 OK\r\n250 OK\r\n'
+        assert channel.seen == [b'NOOP', b'RSET']
+
     def test_push_goes_through_the_class_async_chat(self, monkeypatch):
         pushed = []
         monkeypatch.setattr(asynchat.async_chat, 'push', lambda self, data: pushed.append(data))
@@ -1658,6 +1673,22 @@ class TestExistingPrograms:
         assert text.splitlines() == [
             "Data: b'EHLO x'", "Data: b'MAIL FROM:<a@b>'", '===> MAIL FROM:<a@b>', 'sender: a@b',
             "Data: b'RCPT TO:<c@d>'", '===> RCPT TO:<c@d>', "recips: ['c@d']", "Data: b'FOO'"]
+
+    @both_modes
+    def test_debugstream_may_be_replaced_between_any_two_pieces(self, decode_data, monkeypatch):
+        wire = b'EHLO x\r\n' + TRANSACTION + '..a\r\n.\u00e9\r\nb\r\n.\r\nQUIT\r\n'.encode()
+        streams = [smtpd.Devnull(), io.StringIO()]
+        for first in range(1, len(wire)):
+            for start in range(2):
+                channel = make_channel(decode_data=decode_data)
+                for number, piece in enumerate([wire[:first], *in_pieces(wire[first:], 7)]):
+                    monkeypatch.setattr(smtpd, 'DEBUGSTREAM', streams[(start + number) % 2])
+                    feed(channel, piece)
+                ((_, _, _, data, _),) = channel.smtp_server.messages
+                text = '.a\n\u00e9\nb'
+                assert data == (text if decode_data else text.encode())
+                assert channel.conn.sent.endswith(b'354 End data with <CR><LF>.<CR><LF>\r\n'
+                                                  b'250 OK\r\n221 Bye\r\n')
 
     def test_debugstream_needs_no_more_than_write(self, monkeypatch):
         class Stream:
