@@ -1030,26 +1030,25 @@ class SMTPChannel(asynchat.async_chat):
 
     def smtp_HELO(self, arg):
         """RFC 5321, 4.1.1.1."""
+        if self._begin_session('HELO', arg):
+            self.push('250 %s' % self.fqdn)
+
+    def _begin_session(self, verb, arg):
+        """Take the client's name; false, and answered, if HELO or EHLO is out of order."""
         if not arg:
-            self.push('501 Syntax: HELO hostname')
-            return
-        if self.seen_greeting:
+            self.push('501 Syntax: %s hostname' % verb)
+        elif self.seen_greeting:
             self.push('503 Duplicate HELO/EHLO')
-            return
-        self._set_rset_state()
-        self.seen_greeting = arg
-        self.push('250 %s' % self.fqdn)
+        else:
+            self._set_rset_state()
+            self.seen_greeting = arg
+            return True
+        return False
 
     def smtp_EHLO(self, arg):
         """RFC 5321, 4.1.1.1: the extensions, and longer lines for their parameters."""
-        if not arg:
-            self.push('501 Syntax: EHLO hostname')
+        if not self._begin_session('EHLO', arg):
             return
-        if self.seen_greeting:
-            self.push('503 Duplicate HELO/EHLO')
-            return
-        self._set_rset_state()
-        self.seen_greeting = arg
         self.extended_smtp = True
         mail_limit = self.command_size_limit
         self._replies_held = True  # all but the last line leave together

@@ -2502,12 +2502,11 @@ STRICT = [sys.executable, '-W', 'error', '-W', 'ignore:The asyn:DeprecationWarni
 
 
 @contextlib.contextmanager
-def running(command, folders=(), env=(), **kwargs):
+def running(command, **kwargs):
     """A process, ended at the end."""
-    kwargs.setdefault('stdin', subprocess.DEVNULL)
-    process = subprocess.Popen(command, env=environment(*folders, **dict(env)),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
-    with process:
+    with subprocess.Popen(command, **{
+            'env': environment(), 'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE,
+            'stderr': subprocess.PIPE, **kwargs}) as process:
         try:
             yield process
         finally:
@@ -3304,20 +3303,25 @@ def is_ready(process, address):
 
 
 @contextlib.contextmanager
+def running_server(make_command, host='127.0.0.1', **kwargs):
+    """The process of make_command(port), which listens there: yields it and its address."""
+    for _ in range(5):  # another process may have taken the port meanwhile
+        address = host, free_port(host)
+        with running(make_command(address[1]), **kwargs) as process:
+            if is_ready(process, address):
+                yield process, address
+                return
+            error = process.communicate()[1]
+    raise AssertionError(error)
+
+
 def command_line(*options, host='127.0.0.1', remote=None, **kwargs):
     """A running `python -m smtpd -n`: yields the process and its address."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # would be inherited
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    for _ in range(5):  # another process may have taken the port meanwhile
-        port = free_port(host)
-        spec = ('[%s]:%d' if ':' in host else '%s:%d') % (host, port)
-        command = [*SMTPD, '-n', *options, spec] + ([remote] if remote else [])
-        with running(command, **kwargs) as process:
-            if is_ready(process, (host, port)):
-                yield process, (host, port)
-                return
-            error = process.stderr.read()
-    raise AssertionError(error.decode())
+    spec = '[%s]:%d' if ':' in host else '%s:%d'
+    return running_server(lambda port: [*SMTPD, '-n', *options, spec % (host, port)]
+                          + ([remote] if remote else []), host, **kwargs)
 
 
 def run_briefly(command, **kwargs):
@@ -3325,8 +3329,8 @@ def run_briefly(command, **kwargs):
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
 
 
-def run_smtpd(*options, folders=(), **env):
-    return run_briefly([*SMTPD, *options], env=environment(*folders, **env))
+def run_smtpd(*options):
+    return run_briefly([*SMTPD, *options], env=environment())
 
 
 def read_until(file, end):
@@ -3445,8 +3449,8 @@ class TestCommandLine:
                 def __init__(self, *args, **kwargs):
                     super().__init__(*args, decode_data=True, **kwargs)
         '''))
-        with command_line('-c', 'texts.Texts', folders=[tmp_path],
-                          env={'PYTHONIOENCODING': 'ascii'}) as (process, address):
+        env = environment(tmp_path, PYTHONIOENCODING='ascii')
+        with command_line('-c', 'texts.Texts', env=env) as (process, address):
             text = '\r\nx\xe4\r\n'.encode() + b'\xff\r\n'
             assert send_message(address, text).endswith(b'221 Bye\r\n')
             assert b'\nx\\xe4\n\\udcff\n' in read_until(process.stdout, b'END MESSAGE')
@@ -3508,7 +3512,7 @@ class TestCommandLine:
                     print('got', mailfrom, rcpttos, data, self._remoteaddr, flush=True)
         '''))
         with command_line('-d', '-c', 'mail.servers.inbox.Inbox', remote='upstream:2525',
-                          folders=[tmp_path]) as (process, address):
+                          env=environment(tmp_path)) as (process, address):
             assert send_message(address).endswith(b'250 OK\r\n221 Bye\r\n')
             assert read_until(process.stdout, b'\n') == (
                 b"got a@b ['c@d'] b'Subject: x\\n\\ntext' ('upstream', 2525)\n")
@@ -6273,12 +6277,6 @@ def find_tool(name, package):
     return path or missing("%s (Debian's package %s)" % (name, package))
 
 
-def unused_port():
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
-
-
 def waits(seconds=30):
     """For what can only be polled: files and ports of other programs. Ends by failing."""
     for _ in range(int(seconds / 0.02)):
@@ -6289,33 +6287,6 @@ def waits(seconds=30):
 
 def clean_environment():
     return {name: value for name, value in os.environ.items() if not name.startswith('PYTHON')}
-
-
-@contextlib.contextmanager
-def running_proxy(make_command, **kwargs):
-    """Start a server program on an unused port, wait until it listens; yields process and port."""
-    for _ in range(5):  # somebody else may take the port meanwhile
-        port = unused_port()
-        with subprocess.Popen(make_command(port), env=clean_environment(), **kwargs) as process:
-            try:
-                for _ in waits():
-                    if process.poll() is not None:
-                        break
-                    with contextlib.suppress(OSError):
-                        socket.create_connection(('127.0.0.1', port)).close()
-                        yield process, port
-                        return
-            finally:
-                if process.poll() is None:
-                    process.kill()
-    pytest.fail('%s did not start' % make_command(port))
-
-
-def proxy_command_line(*arguments, **kwargs):
-    """python -m smtpd; `{port}` in an argument becomes the port."""
-    home = os.path.dirname(os.path.abspath(smtpd.__file__))  # wins over the standard library's
-    return running_proxy(lambda port: [sys.executable, '-m', 'smtpd'] + [
-        argument.format(port=port) for argument in arguments], cwd=home, **kwargs)
 
 
 class Postfix:
@@ -6438,7 +6409,7 @@ def running_postfix():
         missing('the rights of root, which Postfix needs to start')
     for _ in range(5):
         home = tempfile.mkdtemp(prefix='pysmtpd-postfix-')
-        postfix = Postfix(home, unused_port(), program)
+        postfix = Postfix(home, free_port(), program)
         try:
             if postfix.start():
                 yield postfix
@@ -6557,9 +6528,9 @@ def test_postfix_that_is_stopped_is_451_and_the_retry_arrives():
 def test_command_line_relays_a_hundred_messages_into_a_real_postfix_none_lost_none_doubled(
         postfix):
     sent = []
-    with proxy_command_line('-n', '127.0.0.1:{port}', '127.0.0.1:%d' % postfix.port) as (_, port):
+    with command_line(remote='127.0.0.1:%d' % postfix.port) as (_, address):
         def send(messages):
-            with smtplib.SMTP('127.0.0.1', port, 'client.example', timeout=60) as client:
+            with smtplib.SMTP(*address, 'client.example', timeout=60) as client:
                 for sender, recipients, message in messages:
                     assert client.sendmail(sender, recipients, message) == {}
 
@@ -6587,8 +6558,8 @@ def smtp_sink(*options):
     program = find_tool('smtp-sink', 'postfix')
     user = [] if os.geteuid() else ['-u', 'nobody']
     command = [program, *user, *options]
-    with running_proxy(lambda port: [*command, '127.0.0.1:%d' % port, '100']) as (_, port):
-        yield ('127.0.0.1', port)
+    with running_server(lambda port: [*command, '127.0.0.1:%d' % port, '100']) as (_, address):
+        yield address
 
 
 SINK_TABLE = [
@@ -6677,7 +6648,7 @@ sys.stdout.buffer.write(data['listid'].encode() + b'\\n' + message.as_bytes())
         self.address = '127.0.0.1', port
         with open(self.configuration, 'w') as file:
             file.write(self.CONFIGURATION.format(home=self.home, port=port,
-                                                 web_port=unused_port()))
+                                                 web_port=free_port()))
 
     def create(self, name):
         subprocess.run([os.path.join(self.programs, 'mailman'), '-C', self.configuration,
@@ -6704,7 +6675,7 @@ def mailman(tmp_path_factory):
     if not environment or not os.path.exists(os.path.join(environment, 'bin', 'mailman')):
         missing('Mailman 3 (PYSMTPD_TEST_MAILMAN names no virtual environment that has it)')
     mailman = Mailman(str(tmp_path_factory.mktemp('mailman')), environment)
-    mailman.configure(unused_port())
+    mailman.configure(free_port())
     mailman.create('announce@lists.example')
 
     def command(port):
@@ -6713,8 +6684,8 @@ def mailman(tmp_path_factory):
                 '-r', 'lmtp:0:1']
 
     with open(os.path.join(mailman.home, 'output'), 'wb') as output:
-        with running_proxy(command, stdin=subprocess.DEVNULL, stdout=output,
-                     stderr=subprocess.STDOUT):
+        with running_server(command, env=clean_environment(), stdout=output,
+                            stderr=subprocess.STDOUT):
             yield mailman
 
 
@@ -6825,10 +6796,9 @@ def read_printed(process):
 @pytest.mark.parametrize('name', TOOLS)
 def test_message_of_a_real_client_is_printed_at_once_by_the_debugging_server(name):
     find_tool(name, name)
-    with proxy_command_line('-n', '-c', 'DebuggingServer', '127.0.0.1:{port}',
-                      stdout=subprocess.PIPE) as (process, port):
+    with command_line('-c', 'DebuggingServer') as (process, address):
         for _ in range(2):
-            done = run_tool(name, port, TOOL_MESSAGE)
+            done = run_tool(name, address[1], TOOL_MESSAGE)
             assert done.returncode == 0, done
             printed = read_printed(process)
             # the options that a client sends with MAIL come on a line of their own
@@ -6847,8 +6817,8 @@ def test_real_client_is_told_when_the_upstream_refuses(upstream, name):
 
 
 def test_default_class_of_the_command_line_relays(upstream):
-    with proxy_command_line('-n', '127.0.0.1:{port}', '%s:%d' % upstream.address) as (_, port):
-        with smtplib.SMTP('127.0.0.1', port, 'client.example', timeout=60) as client:
+    with command_line(remote='%s:%d' % upstream.address) as (_, address):
+        with smtplib.SMTP(*address, 'client.example', timeout=60) as client:
             assert client.sendmail('a@example.com', ['b@example.com'], PROXIED) == {}
             upstream.refused = {'b@example.com': '550 5.1.1 No such user'}
             with pytest.raises(smtplib.SMTPDataError) as refusal:
@@ -6863,9 +6833,8 @@ def test_default_class_of_the_command_line_relays(upstream):
 def test_command_ends_at_a_signal_while_the_upstream_hangs(upstream, number, status):
     """Within 40 s, not when the limit of 60 s on the upstream has passed."""
     upstream.faults['.'] = 'hang'
-    with proxy_command_line('-n', '127.0.0.1:{port}', '%s:%d' % upstream.address,
-                      stderr=subprocess.PIPE) as (process, port):
-        with greet(('127.0.0.1', port)) as client:
+    with command_line(remote='%s:%d' % upstream.address) as (process, address):
+        with greet(address) as client:
             start_message(client)
             assert upstream.hangs.wait(20)
             process.send_signal(number)
