@@ -384,48 +384,34 @@ class SMTPChannel(asynchat.async_chat):
 
     enable_SMTPUTF8 = False
 
-    # Slots are fast, and leave room in the instance's dict: with more than 29
+    # In slots, which are fast and leave room in the instance's dict: with more than 29
     # attributes CPython no longer shares its keys, and each session takes 1.3 KB more.
-    __slots__ = (
-        '_decode_data',
-        '_decoder',
-        '_last_sign',  # of life, on the monotonic clock
-        '_error_count',  # since the last message
-        '_unread',  # what was received and not yet looked at ...
-        '_unread_from',  # ... from here on
-        '_incoming_data',  # the message under way, where no hook is overridden
-        '_is_hooked',  # a hook of asynchat is overridden; None: not known yet
-        '_data_has_begun',  # for subclasses that override a hook
-        '_collecting',  # in collect_incoming_data()
-        '_replies_held',  # more commands wait: their replies go out together
-        '_failure_answered',  # 451 was sent: no reason to close
-        '_is_hung_up',  # the client sends no more
-        '_stalled_by',  # why nothing is read or executed: see readable()
-        '_hub',  # that watches this channel, instead of the socket map
-        '_looks_after_itself',  # the server, which ends idle sessions, is closed
-    )
-
+    _PRIVATE_STATE = {
+        '_decode_data': False,
+        '_decoder': None,
+        '_last_sign': 0.0,  # of life, on the monotonic clock
+        '_error_count': 0,  # since the last message
+        '_unread': b'',  # what was received and not yet looked at ...
+        '_unread_from': 0,  # ... from here on
+        '_incoming_data': None,  # the message under way, where no hook is overridden
+        '_is_hooked': None,  # a hook of asynchat is overridden; None: not known yet
+        '_data_has_begun': False,  # for subclasses that override a hook
+        '_collecting': False,  # in collect_incoming_data()
+        '_replies_held': False,  # more commands wait: their replies go out together
+        '_failure_answered': False,  # 451 was sent: no reason to close
+        '_is_hung_up': False,  # the client sends no more
+        '_stalled_by': frozenset(),  # why nothing is read or executed: see readable()
+        '_hub': None,  # that watches this channel, instead of the socket map
+        '_looks_after_itself': False,  # the server, which ends idle sessions, is closed
+    }
+    __slots__ = tuple(_PRIVATE_STATE)
     __signature__ = _SignatureOfInit()
 
     def __new__(cls, *args, **kwargs):
         # State is born here, not in __init__, which a subclass may never call.
         channel = super().__new__(cls)
-        channel._decode_data = False
-        channel._decoder = None
-        channel._last_sign = 0.0
-        channel._error_count = 0
-        channel._unread = b''
-        channel._unread_from = 0
-        channel._incoming_data = None
-        channel._is_hooked = None
-        channel._data_has_begun = False
-        channel._collecting = False
-        channel._replies_held = False
-        channel._failure_answered = False
-        channel._is_hung_up = False
-        channel._stalled_by = frozenset()
-        channel._hub = None
-        channel._looks_after_itself = False
+        for name, value in cls._PRIVATE_STATE.items():
+            setattr(channel, name, value)
         # The connection
         channel.smtp_server = None
         channel.conn = None
@@ -608,19 +594,15 @@ class SMTPChannel(asynchat.async_chat):
         self.num_bytes = incoming_data.octets
         if taken is None:
             self.ac_in_buffer = b''
-            if len(unread) < self.ac_in_buffer_size:
-                self._acknowledge_at_once()
+            if _QUICK_ACK and len(unread) < self.ac_in_buffer_size:
+                # The rest of the message may wait, by Nagle's rule, for our ACK.
+                with contextlib.suppress(OSError, AttributeError):
+                    self.socket.setsockopt(*_QUICK_ACK)
         else:
             self.ac_in_buffer = unread[taken:]
             self._incoming_data = None
             self._end_data(incoming_data)
         return True
-
-    def _acknowledge_at_once(self):
-        # The rest of the message may wait, by Nagle's rule, for our ACK.
-        if _QUICK_ACK:
-            with contextlib.suppress(OSError, AttributeError):
-                self.socket.setsockopt(*_QUICK_ACK)
 
     def _process_as_asynchat(self):
         while self._unread and not self._stalled_by:
@@ -1522,7 +1504,7 @@ class SMTPServer(asyncore.dispatcher):
     _remoteaddr = None
     _name_of_this_host = None
     _next_look_for_idle = 0.0
-    _loop_thread = None  # that asked us last
+    _loop_thread = None  # number of the one that asked us last
     _accepts_again_at = 0.0  # on the monotonic clock
     _background_tasks = None
     _hub = None
@@ -1657,7 +1639,7 @@ class SMTPServer(asyncore.dispatcher):
             tasks.close_when_idle()
 
     def _is_watched_by_another_thread(self):
-        return (self._loop_thread != threading.get_ident()
+        return (self._loop_thread not in (None, threading.get_ident())
                 and any(thread.ident == self._loop_thread for thread in threading.enumerate()))
 
     # ------------------------------------------------------------------
@@ -2154,7 +2136,8 @@ def _main():
             server.channels_in_hub = True  # the socket map is ours
         if options.setuid:
             _become_nobody()
-        asyncore.loop(use_poll=True)
+        # A second: Ctrl-C does not wake Windows' select(), nor a poll() that it just precedes.
+        asyncore.loop(timeout=1, use_poll=True)
     except KeyboardInterrupt:
         pass
     finally:

@@ -1471,6 +1471,31 @@ class TestExistingPrograms:
         assert feed(channel, b'NOOP\r\nRSET\r\n') == b'250 OK\r\n250 OK\r\n'
         assert channel.seen == [b'NOOP', b'RSET']
 
+    def test_a_terminator_of_a_subclass_is_obeyed_where_no_hook_is_overridden(self):
+        class Channel(smtpd.SMTPChannel):
+            def smtp_XBLOCK(self, arg):
+                self.set_terminator(b'\n\n')
+                self.push('250 go on')
+
+        wire = b'XBLOCK\r\nNOOP\n\nRSET x\n\n'
+        for size in (1, 9, 100):
+            channel = make_channel(channel_class=Channel)
+            assert feed(channel, *in_pieces(wire, size)) == (
+                b'250 go on\r\n250 OK\r\n501 Syntax: RSET\r\n')
+
+    def test_a_connection_that_fails_in_send_ends_its_session_alone(self, capsys):
+        class Connection(FakeConnection):
+            def send(self, data, flags=0):
+                if self.sends:
+                    raise OSError(errno.EINVAL, 'no more')
+                return super().send(data, flags)
+
+        connection = Connection()
+        channel = smtpd.SMTPChannel(StubServer(), connection, PEER, map={})
+        feed(channel, b'NOOP\r\nNOOP\r\n')
+        assert connection.closed
+        assert 'no more' in capsys.readouterr().err
+
     def test_push_goes_through_the_class_async_chat(self, monkeypatch):
         pushed = []
         monkeypatch.setattr(asynchat.async_chat, 'push', lambda self, data: pushed.append(data))
@@ -2425,8 +2450,8 @@ class Listener:
             pass
         try:
             return real.accept()
-        except OSError:
-            if is_hoarding:
+        except OSError as error:
+            if is_hoarding and not isinstance(error, BlockingIOError):
                 server.failures.append((time.monotonic(), server.turns))
                 if len(server.failures) == 2:
                     (start, first), (end, last) = server.failures

@@ -13,7 +13,7 @@ import socket as socket
 from collections import defaultdict, deque
 from collections.abc import MutableMapping
 from socket import socket as _Socket
-from typing import Any, Final, NoReturn, Protocol, TypeAlias
+from typing import Any, Final, NoReturn, Protocol, Self, TypeAlias
 
 __all__ = ['SMTPChannel', 'SMTPServer', 'DebuggingServer', 'PureProxy', 'MailmanProxy']
 
@@ -106,6 +106,8 @@ class _AsyncChat(_Dispatcher):  # asynchat.async_chat
     def discard_buffers(self) -> None: ...
 
 class SMTPChannel(_AsyncChat):
+    __signature__: Any  # for inspect
+
     COMMAND: Final[int]
     DATA: Final[int]
 
@@ -117,7 +119,7 @@ class SMTPChannel(_AsyncChat):
     error_limit: int | None
     unsent_reply_limit: int | None
 
-    # "| Any": an object that __init__ has not seen has other defaults, None or ()
+    # "| Any": None in an object that __init__ has not seen
 
     # What lives with the connection
     smtp_server: SMTPServer | Any
@@ -133,11 +135,11 @@ class SMTPChannel(_AsyncChat):
     # What lives with a mail transaction
     smtp_state: int
     mailfrom: str | None
-    rcpttos: list[str] | Any
-    mail_options: list[str] | Any
-    rcpt_options: list[str] | Any
+    rcpttos: list[str]
+    mail_options: list[str]
+    rcpt_options: list[str]
     require_SMTPUTF8: bool
-    received_lines: list[Any] | Any  # of str with decode_data, else of bytes
+    received_lines: list[Any]  # of str with decode_data, else of bytes
     received_data: _Data
     num_bytes: int
 
@@ -161,6 +163,8 @@ class SMTPChannel(_AsyncChat):
     _SMTPChannel__conn: _Socket
     _SMTPChannel__addr: Any
 
+    # Takes all; __init__ says what
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self: ...
     def __init__(
         self,
         server: SMTPServer,
