@@ -558,22 +558,27 @@ class SMTPChannel(asynchat.async_chat):
             if self.smtp_state != self.COMMAND or self.terminator != _END_OF_LINE:
                 if not self._take_data():
                     return
-                continue
-            unread, start = self._unread, self._unread_from
-            end = unread.find(_END_OF_LINE, start)
-            if end < 0:
-                self._drop_over_long_line()
+            elif not self._take_command():
                 return
-            if end + 2 < len(unread):
-                self._unread_from = end + 2
-                self._replies_held = len(self.producer_fifo) < _MOST_HELD
-            else:
-                self._unread = b''
-                self._unread_from = 0
-                self._replies_held = False
-            octets = end - start + self.num_bytes
-            self.num_bytes = 0
-            self._execute(unread[start:end], octets)
+
+    def _take_command(self):
+        """Execute the next command line of the input; false if it is not whole yet."""
+        unread, start = self._unread, self._unread_from
+        end = unread.find(_END_OF_LINE, start)
+        if end < 0:
+            self._drop_over_long_line()
+            return False
+        if end + 2 < len(unread):
+            self._unread_from = end + 2
+            self._replies_held = len(self.producer_fifo) < _MOST_HELD
+        else:
+            self._unread = b''
+            self._unread_from = 0
+            self._replies_held = False
+        octets = end - start + self.num_bytes
+        self.num_bytes = 0
+        self._execute(unread[start:end], octets)
+        return True
 
     def _drop_over_long_line(self):
         line = self.ac_in_buffer
