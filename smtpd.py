@@ -84,7 +84,8 @@ DEBUGSTREAM = Devnull()  # -d and programs replace it at run time
 
 def _debug(form, *values):
     if not isinstance(DEBUGSTREAM, Devnull):
-        print(form % values, file=DEBUGSTREAM)
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            print(form % values, file=DEBUGSTREAM)
 
 
 def _log_info(self, message, type='info'):
@@ -96,11 +97,14 @@ def _log_info(self, message, type='info'):
 
 
 def _log_exception(self):
+    self.log_info('exception in %s\n%s' % (_safe_repr(self), traceback.format_exc()), 'error')
+
+
+def _safe_repr(thing):
     try:
-        whose = repr(self)
+        return repr(thing)
     except Exception:
-        whose = '<%s, whose repr() fails>' % type(self).__name__
-    self.log_info('exception in %s\n%s' % (whose, traceback.format_exc()), 'error')
+        return '<%s, whose repr() fails>' % type(thing).__name__
 
 
 # Taken at import: tests replace smtpd.socket by a mock that lacks them.
@@ -220,7 +224,7 @@ def _reply_lines(status):
     lines = [line for line in re.split(r'[\r\n]+', status) if line]
     texts = [line[4:] if line[:3] == code else line for line in lines]
     return ([code + '-' + text for text in texts[:-1]]
-            + [code + ' ' + texts[-1] if len(lines) > 1 else lines[0]])
+            + [lines[0] if lines == [code] else code + ' ' + texts[-1]])
 
 
 _TAKES_ARGS, _TAKES_KWARGS = 4, 8  # inspect.CO_VARARGS, CO_VARKEYWORDS; inspect takes 2 MB
@@ -272,13 +276,24 @@ class _IncomingData:
         data = self._held_back + data
         dot = data.find(b'\r\n.')
         end = data.find(_END_OF_DATA, dot) if dot >= 0 else -1
-        if end >= 0:
-            self._append(data[:end], dot < end)
-            return end + len(_END_OF_DATA) - held_back
+        if end < 0:
+            self._keep(data, dot)
+            return None
+        self._append(data[:end], dot < end)
+        return end + len(_END_OF_DATA) - held_back
+
+    def add(self, data):
+        """Take data whose end somebody else has found; finish() is to follow."""
+        data = self._held_back + data
+        self._keep(data, data.find(b'\r\n.'))
+
+    def finish(self):
+        self._append(self._held_back, True)
+
+    def _keep(self, data, dot):
         stop = len(data) - asynchat.find_prefix_at_end(data, _END_OF_DATA)
         self._held_back = data[stop:]
         self._append(data[:stop], 0 <= dot < stop)
-        return None
 
     def _append(self, lines, dotted):
         if dotted:
@@ -388,21 +403,22 @@ class SMTPChannel(asynchat.async_chat):
     # attributes CPython no longer shares its keys, and each session takes 1.3 KB more.
     _PRIVATE_STATE = {
         '_decode_data': False,
-        '_decoder': None,
-        '_last_sign': 0.0,  # of life, on the monotonic clock
-        '_error_count': 0,  # since the last message
-        '_unread': b'',  # what was received and not yet looked at ...
-        '_unread_from': 0,  # ... from here on
+        '_piece_decoder': None,
+        '_last_sign_of_life': 0.0,  # on the monotonic clock
+        '_asks_for_turn': False,  # for handle_write(), though there may be nothing to send
+        '_errors_since_message': 0,  # since the last message
+        '_unread_input': b'',  # what was received and not yet looked at ...
+        '_input_start': 0,  # ... from here on
+        '_octets_dropped': 0,  # of the present line, which is too long
         '_incoming_data': None,  # the message under way, where no hook is overridden
-        '_is_hooked': None,  # a hook of asynchat is overridden; None: not known yet
         '_data_has_begun': False,  # for subclasses that override a hook
-        '_collecting': False,  # in collect_incoming_data()
+        '_is_taking_piece': False,  # a failure now leaves half a line, or half a message
         '_replies_held': False,  # more commands wait: their replies go out together
         '_failure_answered': False,  # 451 was sent: no reason to close
         '_is_hung_up': False,  # the client sends no more
         '_stalled_by': frozenset(),  # why nothing is read or executed: see readable()
-        '_hub': None,  # that watches this channel, instead of the socket map
-        '_looks_after_itself': False,  # the server, which ends idle sessions, is closed
+        '_watching_hub': None,  # that watches this channel, instead of the socket map
+        '_watches_own_idleness': False,  # there is no open server that does
     }
     __slots__ = tuple(_PRIVATE_STATE)
     __signature__ = _SignatureOfInit()
@@ -412,6 +428,7 @@ class SMTPChannel(asynchat.async_chat):
         channel = super().__new__(cls)
         for name, value in cls._PRIVATE_STATE.items():
             setattr(channel, name, value)
+        channel._last_sign_of_life = time.monotonic()
         # The connection
         channel.smtp_server = None
         channel.conn = None
@@ -443,8 +460,7 @@ class SMTPChannel(asynchat.async_chat):
         if enable_SMTPUTF8:
             self.enable_SMTPUTF8 = enable_SMTPUTF8
         self._decode_data = decode_data
-        self.fqdn = server._own_name() if isinstance(server, SMTPServer) else _getfqdn()
-        self._last_sign = time.monotonic()
+        self.fqdn = server._own_name() if _is_server(server) else _getfqdn()
         with contextlib.suppress(OSError, AttributeError):  # AF_UNIX; a stub
             conn.setsockopt(*_NO_DELAY)
         asynchat.async_chat.__init__(self, conn, map)
@@ -464,13 +480,13 @@ class SMTPChannel(asynchat.async_chat):
     @property
     def ac_in_buffer(self):
         """What was received and not yet looked at, as in asynchat."""
-        return self._unread[self._unread_from:] if self._unread_from else self._unread
+        return self._unread_input[self._input_start:] if self._input_start else self._unread_input
 
     @ac_in_buffer.setter
     def ac_in_buffer(self, octets):
-        self._unread = octets
-        if self._unread_from:
-            self._unread_from = 0
+        self._unread_input = octets
+        if self._input_start:
+            self._input_start = 0
         if not octets:
             self._replies_held = False
 
@@ -487,19 +503,24 @@ class SMTPChannel(asynchat.async_chat):
         # 1. when either side has begun to close the connection ('closing');
         # 2. while its message is with a thread ('handler'): replies keep their order;
         # 3. while it does not read its replies ('backlog').
-        if self._looks_after_itself:
-            self._end_if_idle(time.monotonic())
+        if self._watches_own_idleness:
+            self._look_for_idleness(time.monotonic())
         return not (self._stalled_by or self._is_hung_up)
 
     def handle_read_event(self):
+        if not self._succeeds(self.handle_read):
+            self._go_on()
+        self._last_sign_of_life = time.monotonic()  # now: a handler may have taken its time
+
+    def _succeeds(self, step):
         try:
-            self.handle_read()
-            return
+            step()
+            return True
         except asyncore.ExitNow:
             raise
         except Exception:
             self.handle_error()
-        self._go_on()
+            return False
 
     def handle_read(self):
         try:
@@ -511,28 +532,19 @@ class SMTPChannel(asynchat.async_chat):
             return
         if not data:
             return
-        self._last_sign = time.monotonic()
-        self._unread = self.ac_in_buffer + data if self._unread else data
-        self._unread_from = 0
+        self._unread_input = self.ac_in_buffer + data if self._unread_input else data
+        self._input_start = 0
         self._process_input()
 
     def _go_on(self):
         """Process what was received before something came in between."""
-        while True:
-            try:
-                self._process_input()
-                return
-            except asyncore.ExitNow:
-                raise
-            except Exception:
-                self.handle_error()
+        while not self._succeeds(self._process_input):
+            pass
 
     def _process_input(self):
         """Execute what the input holds, until it is used up or must wait."""
-        if self._is_hooked is None:
-            self._is_hooked = self._look_for_hooks()
         try:
-            if self._is_hooked or self.received_lines or not isinstance(DEBUGSTREAM, Devnull):
+            if self._has_hook() or self.received_lines or not isinstance(DEBUGSTREAM, Devnull):
                 self._process_as_asynchat()
             else:
                 self._process_in_place()
@@ -544,47 +556,52 @@ class SMTPChannel(asynchat.async_chat):
         finally:
             if self._replies_held or self.producer_fifo:
                 self._send_replies()
-            if self._is_hung_up and not self._has_work():
+            if self._is_hung_up and not self._owes_replies():
                 self.close()
 
-    def _look_for_hooks(self):
-        """Whether somebody but us would see the hooks of asynchat called."""
+    def _has_hook(self):
+        """Whether somebody but us would see the hooks of asynchat called, from now on."""
         # Not by __dict__: whoever looks at it makes attributes slow (up to Python 3.12).
-        return any(getattr(getattr(self, name), '__func__', None) is not getattr(SMTPChannel, name)
-                   for name in _INPUT_HOOKS)
+        for name, own in _INPUT_HOOKS:
+            if getattr(getattr(self, name), '__func__', None) is not own:
+                return True
+        return False
 
     def _process_in_place(self):
-        while self._unread and not self._stalled_by:
+        while self._unread_input and not self._stalled_by:
             if self.smtp_state != self.COMMAND or self.terminator != _END_OF_LINE:
                 if not self._take_data():
                     return
             elif not self._take_command():
                 return
+            if self._unread_input and not self._replies_held and self._has_hook():
+                self._process_as_asynchat()  # a command or handler of the user's has set one
+                return
 
     def _take_command(self):
         """Execute the next command line of the input; false if it is not whole yet."""
-        unread, start = self._unread, self._unread_from
+        unread, start = self._unread_input, self._input_start
         end = unread.find(_END_OF_LINE, start)
         if end < 0:
             self._drop_over_long_line()
             return False
         if end + 2 < len(unread):
-            self._unread_from = end + 2
+            self._input_start = end + 2
             self._replies_held = len(self.producer_fifo) < _MOST_HELD
         else:
-            self._unread = b''
-            self._unread_from = 0
+            self._unread_input = b''
+            self._input_start = 0
             self._replies_held = False
-        octets = end - start + self.num_bytes
-        self.num_bytes = 0
-        self._execute(unread[start:end], octets)
+        octets = end - start + self._octets_dropped
+        self._octets_dropped = 0
+        self._execute_line(unread[start:end], octets)
         return True
 
     def _drop_over_long_line(self):
         line = self.ac_in_buffer
-        if self.num_bytes or len(line) > self.max_command_size_limit + 1:
+        if self._octets_dropped or len(line) > self.max_command_size_limit + 1:
             keep = line.endswith(b'\r')
-            self.num_bytes += len(line) - keep
+            self._octets_dropped += len(line) - keep
             self.ac_in_buffer = line[-1:] if keep else b''
 
     def _take_data(self):
@@ -595,7 +612,9 @@ class SMTPChannel(asynchat.async_chat):
         if incoming_data is None:
             incoming_data = self._incoming_data = _IncomingData(self.data_size_limit)
         unread = self.ac_in_buffer
+        self._is_taking_piece = True
         taken = incoming_data.feed(unread)
+        self._is_taking_piece = False
         self.num_bytes = incoming_data.octets
         if taken is None:
             self.ac_in_buffer = b''
@@ -610,9 +629,15 @@ class SMTPChannel(asynchat.async_chat):
         return True
 
     def _process_as_asynchat(self):
-        while self._unread and not self._stalled_by:
-            # Data that began in place goes on so: a program may set DEBUGSTREAM at any time.
-            if not (self._take_data() if self._incoming_data else self._take_as_asynchat()):
+        while self._unread_input and not self._stalled_by:
+            # What began in place goes on so: a program may set DEBUGSTREAM at any time.
+            if self._incoming_data:
+                is_taken = self._take_data()
+            elif self._octets_dropped:
+                is_taken = self._take_command()
+            else:
+                is_taken = self._take_as_asynchat()
+            if not is_taken:
                 return
 
     def _take_as_asynchat(self):
@@ -624,7 +649,7 @@ class SMTPChannel(asynchat.async_chat):
             # The CRLF of the DATA command and a dot: an empty message.
             if unread.startswith(b'.\r\n'):
                 self.ac_in_buffer = unread[3:]
-                self._terminate()
+                self._call_found_terminator()
                 return True
             if b'.\r\n'.startswith(unread):
                 return False
@@ -642,20 +667,20 @@ class SMTPChannel(asynchat.async_chat):
         self.ac_in_buffer = rest
         if piece:
             self._data_has_begun = in_data
-            self._collecting = True
+            self._is_taking_piece = True
             self.collect_incoming_data(piece)
-            self._collecting = False
+            self._is_taking_piece = False
         if found:
-            self._terminate()
+            self._call_found_terminator()
         return bool(piece or found)
 
-    def _terminate(self):
+    def _call_found_terminator(self):
         self._data_has_begun = False
         if self._decode_data:
-            cut_off = self._decode(b'', True)
+            cut_off = self._decode_piece(b'', True)
             if cut_off:
                 self.received_lines.append(cut_off)
-        self._replies_held = bool(self._unread) and len(self.producer_fifo) < _MOST_HELD
+        self._replies_held = bool(self._unread_input) and len(self.producer_fifo) < _MOST_HELD
         self.found_terminator()
 
     def collect_incoming_data(self, data):
@@ -669,33 +694,30 @@ class SMTPChannel(asynchat.async_chat):
         if limit and self.num_bytes > limit:
             return
         self.num_bytes += octets
-        self.received_lines.append(self._decode(data) if self._decode_data else data)
+        self.received_lines.append(self._decode_piece(data) if self._decode_data else data)
 
-    def _decode(self, octets, final=False):
+    def _decode_piece(self, octets, final=False):
         """Decode what may end within a character, whose rest is to follow."""
-        if self._decoder is None:
-            self._decoder = codecs.getincrementaldecoder('utf-8')('surrogateescape')
-        return self._decoder.decode(octets, final)
+        if self._piece_decoder is None:
+            self._piece_decoder = codecs.getincrementaldecoder('utf-8')('surrogateescape')
+        return self._piece_decoder.decode(octets, final)
 
     def found_terminator(self):
         """Execute the command, or end the data, that was collected (asynchat's hook)."""
-        pieces = self.received_lines
+        pieces = collections.deque(self.received_lines)
         octets = self.num_bytes
         self.received_lines = []
         self.num_bytes = 0
         if not isinstance(DEBUGSTREAM, Devnull):
             _debug('Data: %r', self._emptystring.join(pieces))
-        if self._decode_data:
-            pieces = [piece.encode('utf-8', 'surrogateescape') for piece in pieces]
         if self.smtp_state == self.COMMAND:
-            self._execute(b''.join(pieces), octets)
+            self._execute_line(b''.join(map(_as_octets, pieces)), octets)
         elif self.smtp_state == self.DATA:
             incoming_data = _IncomingData(self.data_size_limit)
-            for piece in pieces:
-                incoming_data.feed(piece)
-            incoming_data.feed(_END_OF_DATA)
+            while pieces:  # there may be many: let go of each
+                incoming_data.add(_as_octets(pieces.popleft()))
+            incoming_data.finish()
             incoming_data.octets = max(incoming_data.octets, octets)
-            del pieces
             self._end_data(incoming_data)
         else:
             self.push('451 Internal confusion')
@@ -717,8 +739,8 @@ class SMTPChannel(asynchat.async_chat):
             self._count_error()
 
     def _count_error(self):
-        self._error_count += 1
-        if (self.error_limit is not None and self._error_count >= self.error_limit
+        self._errors_since_message += 1
+        if (self.error_limit is not None and self._errors_since_message >= self.error_limit
                 and 'closing' not in self._stalled_by):
             self.push('421 Error: too many errors')
             self.close_when_done()
@@ -747,8 +769,10 @@ class SMTPChannel(asynchat.async_chat):
                     break
                 waiting.popleft()
             if waiting or self._stalled_by:
-                self._stall('backlog', self._has_backlog())
-                self._watch()
+                self._stall_input('backlog', self._has_backlog())
+                # What was received may have waited for this, and no event would tell.
+                self._asks_for_turn = bool(self._unread_input) and not self._stalled_by
+                self._tell_hub()
 
     def _send_of_producer(self):
         """Let asynchat send what is no bytes; true if it is done with it."""
@@ -766,33 +790,42 @@ class SMTPChannel(asynchat.async_chat):
         return limit is not None and limit < sum(
             len(piece) for piece in self.producer_fifo if isinstance(piece, bytes))
 
-    def _stall(self, reason, stalls=True):
+    def _stall_input(self, reason, stalls=True):
         """Leave the input alone for this reason, or no longer for it."""
-        if stalls != (reason in self._stalled_by):
-            self._stalled_by ^= {reason}
+        with _send_lock:
+            if stalls != (reason in self._stalled_by):
+                self._stalled_by ^= {reason}
+
+    def writable(self):
+        return bool(self.producer_fifo or self._asks_for_turn or not self.connected)
 
     def handle_write(self):
-        self.initiate_send()
-        self._last_sign = time.monotonic()
-        if self._unread or self._is_hung_up:
+        self._asks_for_turn = False
+        if self.producer_fifo:
+            self.initiate_send()
+            self._last_sign_of_life = time.monotonic()
+        elif self._is_idle(time.monotonic()):
+            self._end_idle_session()
+        if self._unread_input or self._is_hung_up:
             self._go_on()
 
     def close_when_done(self):
         """Close when all replies are sent; what the client sent meanwhile is not executed."""
-        self._stall('closing')
+        self._stall_input('closing')
         asynchat.async_chat.close_when_done(self)
-        self._watch()
+        self._tell_hub()
 
     def handle_close(self):
         """The client sends no more, or is gone: close when what it sent is answered."""
-        if self._has_work() and not self._is_hung_up:
+        if self._owes_replies() and not self._is_hung_up:
             self._is_hung_up = True
-            self._watch()
+            self._tell_hub()
         else:
             self.close()
 
-    def _has_work(self):
-        return self.connected and bool(self.producer_fifo or 'handler' in self._stalled_by)
+    def _owes_replies(self):
+        return self.connected and bool(
+            self.producer_fifo or self._asks_for_turn or 'handler' in self._stalled_by)
 
     def close(self):
         self.ac_in_buffer = b''
@@ -816,8 +849,8 @@ class SMTPChannel(asynchat.async_chat):
             self.handle_close()
 
     def _answer_failure(self):
-        if self._collecting:  # what follows would be taken for commands
-            self._collecting = False
+        if self._is_taking_piece:  # what follows would be taken for commands
+            self._is_taking_piece = False
             self.push('451 Internal confusion')
             self.close_when_done()
         else:
@@ -826,42 +859,51 @@ class SMTPChannel(asynchat.async_chat):
             self.push('451 Internal confusion')
         self._failure_answered = True
 
-    def _end_if_idle(self, now):
-        if self.idle_timeout_seconds is None or 'handler' in self._stalled_by:
+    def _is_idle(self, now):
+        return (self.idle_timeout_seconds is not None and 'handler' not in self._stalled_by
+                and now - self._last_sign_of_life >= self.idle_timeout_seconds)
+
+    def _look_for_idleness(self, now):
+        # The loop is asking for descriptors: nothing here may raise, or close one.  So ask
+        # for handle_write(): in a turn of the loop it comes behind what the client has sent.
+        if not self._is_idle(now):
             return
-        if now - self._last_sign < self.idle_timeout_seconds:
-            return
-        # Not close(): the loop, which asks us for more, has our descriptor in its hands.
-        if 'closing' in self._stalled_by:  # does not even take the 421
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError, LookupError, AttributeError):
+            if self._asks_for_turn:  # and got none: the client does not even read
                 self.socket.shutdown(_SHUT_BOTH)
-            return
-        self._last_sign = now
+            self._asks_for_turn = True
+            self._tell_hub()
+
+    def _end_idle_session(self):
+        self._last_sign_of_life = time.monotonic()
         self.push('421 Error: timeout exceeded')
         self.close_when_done()
+        self.initiate_send()
 
     def add_channel(self, map=None):
         server = self.smtp_server
-        if isinstance(server, SMTPServer) and server._takes_into_hub(self, map):
-            server._hub.add(self)
+        if _is_server(server) and server._takes_into_hub(self, map):
+            server._hub_of_channels.add(self)
         else:
+            self._watches_own_idleness = (
+                getattr(type(server), 'readable', None) is not SMTPServer.readable)
             asynchat.async_chat.add_channel(self, map)
 
     def del_channel(self, map=None):
-        if self._hub is not None:
-            self._hub.discard(self)
+        if self._watching_hub is not None:
+            self._watching_hub.discard(self)
         asynchat.async_chat.del_channel(self, map)
 
-    def _watch(self):
+    def _tell_hub(self):
         """Readable or writable may have changed outside of the loop's own questions."""
-        if self._hub is not None:
-            self._hub.watch(self)
+        if self._watching_hub is not None:
+            self._watching_hub.watch(self)
 
     # ------------------------------------------------------------------
     # From a line to a command, from data to the handler
     # ------------------------------------------------------------------
 
-    def _execute(self, line, octets):
+    def _execute_line(self, line, octets):
         """Run one command line; `octets` is its length before anything was dropped."""
         limit = self.command_size_limit
         if octets > limit and octets > self.max_command_size_limit:
@@ -882,7 +924,7 @@ class SMTPChannel(asynchat.async_chat):
         if method is None:
             self.push('500 Error: command "%s" not recognized' % _printable(verb))
             return
-        if self._replies_held and _COMMANDS.get(verb) is not getattr(method, '__func__', None):
+        if self._replies_held and _COMMANDS.get(verb) is not getattr(method, '__func__', method):
             self._send_replies()  # a command of the user's may want its reply out at once: TLS
         method(argument)
 
@@ -902,9 +944,9 @@ class SMTPChannel(asynchat.async_chat):
         self.received_data = message
         self._send_replies()  # the handler may take its time
         server = self.smtp_server
-        if isinstance(server, SMTPServer) and server.process_message_threads:
-            self._stall('handler')
-            self._watch()
+        if _is_server(server) and server.process_message_threads:
+            self._stall_input('handler')
+            self._tell_hub()
             server._run_in_thread(self._handler_call(message), self._handler_has_ended)
         else:
             self._end_message(self._handler_call(message)())
@@ -920,8 +962,8 @@ class SMTPChannel(asynchat.async_chat):
 
     def _handler_has_ended(self, outcome):
         """In the loop's thread again: reply, and go on with what waits."""
-        self._stall('handler', False)
-        self._last_sign = time.monotonic()
+        self._stall_input('handler', False)
+        self._last_sign_of_life = time.monotonic()
         try:
             self._end_message(outcome())
         except asyncore.ExitNow:
@@ -930,22 +972,24 @@ class SMTPChannel(asynchat.async_chat):
             self._answer_failure()
             self.handle_error()
         self._go_on()
-        self._watch()
+        self._tell_hub()
 
     def _end_message(self, status):
         """Reply to data with what the handler returned."""
         takes_utf8 = self.require_SMTPUTF8
         self._set_post_data_state()
-        self._error_count = 0
+        self._errors_since_message = 0
         if not status:
             self.push('250 OK')
             return
         lines = _reply_lines(status)
         if not lines:
-            self.log_info('process_message() returned %r, which is no reply' % (status,), 'error')
+            self.log_info('process_message() returned %s, which is no reply' % _safe_repr(status),
+                          'error')
             lines = ['250 OK']
         for line in lines:
-            self.push(line.encode() if takes_utf8 and isinstance(line, str) else line)
+            self.push(line.encode('utf-8', 'replace')
+                      if takes_utf8 and isinstance(line, str) else line)
 
     def _set_post_data_state(self):
         """Forget the transaction, but for the message (RFC 5321, 4.1.1.4)."""
@@ -957,6 +1001,7 @@ class SMTPChannel(asynchat.async_chat):
         self.require_SMTPUTF8 = False
         self.received_lines = []
         self.num_bytes = 0
+        self._incoming_data = None
         self._data_has_begun = False
         self.set_terminator(_END_OF_LINE)
 
@@ -996,20 +1041,21 @@ class SMTPChannel(asynchat.async_chat):
         size = parameters.pop('SIZE', '0')  # RFC 1870
         if size is True or not (size.isascii() and size.isdigit()):
             return self._mail_syntax()
-        if self.data_size_limit and int(size) > self.data_size_limit:
+        # RFC 1870, 4: 20 digits at most; int() raises ValueError where there are thousands.
+        if self.data_size_limit and (len(size) > 20 or int(size) > self.data_size_limit):
             return '552 Error: message size exceeds fixed maximum message size'
         if parameters:
             return '555 MAIL FROM parameters not recognized or not implemented'
         return None
 
-    def _extended(self, syntax):
+    def _with_mail_parameters(self, syntax):
         return syntax + (' [SP <mail-parameters>]' if self.extended_smtp else '')
 
     def _mail_syntax(self):
-        return self._extended('501 Syntax: MAIL FROM: <address>')
+        return self._with_mail_parameters('501 Syntax: MAIL FROM: <address>')
 
     def _rcpt_syntax(self):
-        return self._extended('501 Syntax: RCPT TO: <address>')
+        return self._with_mail_parameters('501 Syntax: RCPT TO: <address>')
 
     # ------------------------------------------------------------------
     # Commands, in the order of a session
@@ -1137,7 +1183,7 @@ class SMTPChannel(asynchat.async_chat):
         syntax = _COMMAND_SYNTAX.get(arg.upper() if arg else '')
         if syntax:
             if arg.upper() in ('MAIL', 'RCPT'):
-                syntax = self._extended(syntax)
+                syntax = self._with_mail_parameters(syntax)
             self.push('250 Syntax: ' + syntax)
         else:
             code = '501' if arg else '250'
@@ -1184,7 +1230,8 @@ class SMTPChannel(asynchat.async_chat):
     __addr = _renamed('__addr', 'addr')
 
 
-_INPUT_HOOKS = ('collect_incoming_data', 'found_terminator', 'get_terminator', 'set_terminator')
+_INPUT_HOOKS = [(name, getattr(SMTPChannel, name)) for name in (
+    'collect_incoming_data', 'found_terminator', 'get_terminator', 'set_terminator')]
 
 _COMMANDS = {name[5:]: method for name, method in vars(SMTPChannel).items()
              if name.startswith('smtp_') and callable(method)}
@@ -1200,6 +1247,10 @@ _COMMAND_SYNTAX = {
     'QUIT': 'QUIT',
     'VRFY': 'VRFY <address>',
 }
+
+
+def _is_server(thing):
+    return issubclass(type(thing), SMTPServer)  # not by isinstance(), which Mock(spec=...) fools
 
 
 def _check_modes(enable_SMTPUTF8, decode_data):
@@ -1340,8 +1391,8 @@ class _BackgroundTasks(asyncore.dispatcher):
         finally:
             if self._ended:
                 self._wake_loop()
-        self._start_queued()
-        self._leave_if_idle()
+            self._start_queued()
+            self._leave_if_idle()
 
     def handle_error(self):
         _log_exception(self)
@@ -1382,13 +1433,13 @@ class _Hub(asyncore.dispatcher):
     def add(self, channel):
         self._forget(channel._fileno)  # somebody closed its socket behind our back
         self._channels[channel._fileno] = channel
-        channel._hub = self
+        channel._watching_hub = self
         self._fileno = self._selector.fileno()
         self.add_channel()
         self.watch(channel)
 
     def discard(self, channel):
-        channel._hub = None
+        channel._watching_hub = None
         if self._channels.get(channel._fileno) is channel:
             self._forget(channel._fileno)
         if not self._channels:
@@ -1416,20 +1467,25 @@ class _Hub(asyncore.dispatcher):
         self._events[descriptor] = wanted
 
     def readable(self):
-        self._smtp_server._end_idle_sessions(time.monotonic())
+        self._smtp_server._look_for_idle_sessions(time.monotonic())
         return True
 
     def writable(self):
         return False
 
+    log_info = _log_info
+
+    def handle_error(self):
+        _log_exception(self)
+
     def handle_read(self):
         for key, events in self._selector.select(0):
             channel = key.data
-            if events & selectors.EVENT_READ and channel._hub is self:
+            if events & selectors.EVENT_READ and channel._watching_hub is self:
                 asyncore.read(channel)
-            if events & selectors.EVENT_WRITE and channel._hub is self:
+            if events & selectors.EVENT_WRITE and channel._watching_hub is self:
                 asyncore.write(channel)
-                if channel._hub is self:
+                if channel._watching_hub is self:
                     self.watch(channel)
 
     def close(self):
@@ -1512,7 +1568,8 @@ class SMTPServer(asyncore.dispatcher):
     _loop_thread = None  # number of the one that asked us last
     _accepts_again_at = 0.0  # on the monotonic clock
     _background_tasks = None
-    _hub = None
+    _hub_of_channels = None
+    _closing_listener = None  # has the socket until the loop's own thread closes it
 
     def __init__(self, localaddr, remoteaddr, data_size_limit=DATA_SIZE_DEFAULT,
                  map=None, enable_SMTPUTF8=False, decode_data=False):
@@ -1563,7 +1620,7 @@ class SMTPServer(asyncore.dispatcher):
     def readable(self):
         self._loop_thread = threading.get_ident()
         now = time.monotonic()
-        self._end_idle_sessions(now)
+        self._look_for_idle_sessions(now)
         return now >= self._accepts_again_at
 
     def writable(self):
@@ -1588,10 +1645,11 @@ class SMTPServer(asyncore.dispatcher):
         # The connection waits in the backlog, and select() would not wait for it.
         self.log_info('no resources to accept a connection: waiting a second', 'error')
         self._accepts_again_at = time.monotonic() + 1
-        with contextlib.suppress(RuntimeError):  # no thread either: the loop's next turn will do
-            self._tasks().start(functools.partial(time.sleep, 1), _ignore)
+        # No thread or no descriptor to be had either: the loop's next turn will do.
+        with contextlib.suppress(RuntimeError, OSError):
+            self._tasks_in_background().start(functools.partial(time.sleep, 1), _ignore)
 
-    def _tasks(self):
+    def _tasks_in_background(self):
         if self._background_tasks is None:
             self._background_tasks = _BackgroundTasks(self._map)
         return self._background_tasks
@@ -1606,8 +1664,10 @@ class SMTPServer(asyncore.dispatcher):
             except asyncore.ExitNow:
                 raise
             except Exception:
-                self._abandon(pair[0])
+                self._abandon_connection(pair[0])
                 self.handle_error()
+            if not self.accepting:  # closed meanwhile
+                return
 
     def handle_accepted(self, conn, addr):
         _debug('Incoming connection from %r', addr)
@@ -1615,11 +1675,13 @@ class SMTPServer(asyncore.dispatcher):
                      self.enable_SMTPUTF8, self._decode_data)
         self.channel_class(*arguments[:_positional_arguments(self.channel_class)])
 
-    def _abandon(self, connection):
+    def _abandon_connection(self, connection):
         """Close a connection whose channel could not be made."""
-        channel = self._map.get(connection.fileno())
-        if channel is not None and channel.socket is connection:
-            channel.close()
+        descriptor = connection.fileno()
+        for channels in self._map, self._hub_channels():
+            channel = channels.get(descriptor)
+            if channel is not None and channel.socket is connection:
+                channel.close()
         connection.close()
 
     log_info = _log_info
@@ -1631,14 +1693,17 @@ class SMTPServer(asyncore.dispatcher):
     def close(self):
         """Stop listening; may be called from any thread.  Channels live on."""
         self.accepting = False
-        if self._fileno is not None and self._is_watched_by_another_thread():
-            _ClosingListener(self)
-            self._fileno = None
+        if self._is_watched_by_another_thread():
+            if self._closing_listener is None and self._fileno is not None:
+                self._closing_listener = _ClosingListener(self)
+                self._fileno = None
         else:
+            if self._closing_listener is not None:
+                self._closing_listener.close()
             asyncore.dispatcher.close(self)
         for each in list(self._map.values()):
             if isinstance(each, SMTPChannel) and each.smtp_server is self:
-                each._looks_after_itself = True
+                each._watches_own_idleness = True
         tasks, self._background_tasks = self._background_tasks, None
         if tasks is not None:
             tasks.close_when_idle()
@@ -1657,7 +1722,7 @@ class SMTPServer(asyncore.dispatcher):
         return self._name_of_this_host
 
     def _run_in_thread(self, call, take_outcome):
-        self._tasks().start_at_most(self.process_message_threads, call, take_outcome)
+        self._tasks_in_background().start_at_most(self.process_message_threads, call, take_outcome)
 
     def _has_hub_for(self, channel_class):
         return self.channels_in_hub and _Hub.is_possible and _leaves_events_alone(channel_class)
@@ -1666,22 +1731,25 @@ class SMTPServer(asyncore.dispatcher):
         if (not self._has_hub_for(type(channel))
                 or (channel._map if map is None else map) is not self._map):
             return False
-        if self._hub is None:
-            self._hub = _Hub(self)
+        if self._hub_of_channels is None:
+            self._hub_of_channels = _Hub(self)
         return True
 
-    def _end_idle_sessions(self, now):
+    def _hub_channels(self):
+        return {} if self._hub_of_channels is None else self._hub_of_channels._channels
+
+    def _look_for_idle_sessions(self, now):
         if now < self._next_look_for_idle:
             return
         self._next_look_for_idle = now + 1
-        watched = self._hub._channels.values() if self._hub is not None else ()
-        for each in [*self._map.values(), *watched]:
-            if isinstance(each, SMTPChannel) and each.smtp_server is self:
-                each._end_if_idle(now)
+        for each in [*self._map.values(), *self._hub_channels().values()]:
+            if (isinstance(each, SMTPChannel) and each.smtp_server is self
+                    and not each._watches_own_idleness):
+                each._look_for_idleness(now)
 
 
 def _leaves_events_alone(channel_class):
-    return all(getattr(channel_class, name) is getattr(SMTPChannel, name)
+    return all(getattr(channel_class, name, None) is getattr(SMTPChannel, name)
                for name in ('readable', 'writable', 'handle_read_event',
                             'handle_write_event', 'handle_expt_event'))
 

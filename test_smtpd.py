@@ -43,6 +43,7 @@ import textwrap
 import threading
 import time
 import tracemalloc
+import types
 import typing
 import unittest.mock
 import warnings
@@ -1154,9 +1155,19 @@ RETURNS = {  # sentence: what the handler returns, what the client gets
     'a reply of many lines stays one': ('550-no\r\n550 really', b'550-no\r\n550 really\r\n'),
     'another code inside is no second reply': ('250 OK\r\n354 go', b'250-OK\r\n250 354 go\r\n'),
     'text that is not ASCII': ('550 caf\xe9', b'550 caf?\r\n'),
+    'a first line without a last one is the last': ('550-no', b'550 no\r\n'),
+    'the same in bytes': (b'550-no', b'550 no\r\n'),
 }
+
+
+class WithoutRepr:
+    def __repr__(self):
+        raise ValueError
+
+
 JUNK = {
     'an int': 250, 'True': True, 'an object': object(), 'a list': ['250 OK'],
+    'an object without a repr': WithoutRepr(),
     'text without a code': 'thanks', 'bytes without a code': b'thanks',
     'a code of two digits': '25 OK', 'an impossible code': '999 x'}
 
@@ -1182,6 +1193,11 @@ class TestHandlers:
         channel = make_channel(StubServer('550 caf\xe9'), enable_SMTPUTF8=True)
         feed(channel, TO_DATA.replace(b'<a@b>', b'<a@b> SMTPUTF8'))
         assert feed(channel, b'x\r\n.\r\n') == '550 caf\xe9\r\n'.encode()
+
+    def test_text_that_no_utf_8_can_have_is_no_failure(self):
+        channel = make_channel(StubServer('550 caf\udce9'), enable_SMTPUTF8=True)
+        feed(channel, TO_DATA.replace(b'<a@b>', b'<a@b> SMTPUTF8'))
+        assert feed(channel, b'x\r\n.\r\n') == b'550 caf?\r\n'
 
     @three_ways
     @both_modes
@@ -1317,6 +1333,13 @@ class TestHandlers:
         feed(channel, TO_DATA)
         assert feed(channel, b'x\r\n.\r\n') == b'451 Internal confusion\r\n'
         assert len(calls) == 1 and 'TypeError' in capsys.readouterr().err
+
+
+class ShortOfMemory(io.BytesIO):
+    def write(self, octets):
+        if len(self.getvalue()) + len(octets) > 100:
+            raise MemoryError
+        return super().write(octets)
 
 
 class TestSession:
@@ -1563,6 +1586,90 @@ class TestExistingPrograms:
                        if not (decode_data and line == 'S: 250-8BITMIME')], way)
         assert [message[1:4] for message in channel.smtp_server.messages] == 2 * [
             ('sender@example', ['one@example'], in_mode(b'Subject: x\n\ntext', decode_data))]
+
+    def test_debugging_may_begin_in_the_middle_of_a_line_that_is_too_long(self, monkeypatch):
+        channel = make_channel()
+        feed(channel, b'NOOP' + b'x' * 3000)
+        monkeypatch.setattr(smtpd, 'DEBUGSTREAM', io.StringIO())
+        assert feed(channel, b'\r\nNOOP\r\n') == b'500 Error: line too long\r\n250 OK\r\n'
+
+    def test_a_mock_of_a_server_is_served(self):
+        server = unittest.mock.Mock(spec=smtpd.SMTPServer)
+        server.process_message.return_value = None
+        channel = make_channel(server)
+        assert list(channel._map.values()) == [channel]
+        assert feed(channel, TO_DATA + b'text\r\n.\r\n').endswith(READY + b'250 OK\r\n')
+        [call] = server.process_message.call_args_list
+        assert call[0][1:] == ('a@b', ['c@d'], b'text')
+
+    @three_ways
+    def test_a_hook_may_be_set_in_the_middle_of_a_session(self, way):
+        class Channel(smtpd.SMTPChannel):
+            def smtp_AUTH(self, arg):
+                self.found_terminator = self.take_response
+                self.push('334 ')
+
+            def take_response(self):
+                self.response = self._emptystring.join(self.received_lines)
+                self.received_lines = []
+                del self.found_terminator
+                self.push('235 Authentication successful')
+
+        channel = make_channel(channel_class=Channel)
+        hold(channel, ('C: NOOP', 'S: 250 OK', 'C: AUTH PLAIN', 'S: 334 ',
+                       'C: c2VjcmV0', 'S: 235 Authentication successful',
+                       'C: NOOP', 'S: 250 OK'), way)
+        assert channel.response == b'c2VjcmV0'
+
+    def test_a_hook_that_is_patched_in_the_class_is_called(self, monkeypatch):
+        real, calls = smtpd.SMTPChannel.found_terminator, []
+
+        def found_terminator(self):
+            calls.append(list(self.received_lines))
+            real(self)
+
+        channel = make_channel()
+        assert feed(channel, b'NOOP\r\n') == b'250 OK\r\n'
+        monkeypatch.setattr(smtpd.SMTPChannel, 'found_terminator', found_terminator)
+        assert feed(channel, b'NOOP\r\n') == b'250 OK\r\n'
+        assert calls == [[b'NOOP']]
+
+    @pytest.mark.parametrize('chunk, message', [
+        (b'one\r\ntwo\r\n.\r\nthree\r\n', b'one\ntwo\n\nthree\n'),
+        (b'one\r\n.', b'one\n'), (b'one\r', b'one\r'), (b'..one\r\n.\r\n', b'.one\n\n')], ids=repr)
+    @three_ways
+    def test_data_may_have_a_terminator_of_its_own(self, chunk, message, way):
+        """As BDAT (RFC 3030) has; nothing in it ends the data."""
+        class Channel(smtpd.SMTPChannel):
+            def smtp_BDAT(self, arg):
+                self.smtp_state = self.DATA
+                self.set_terminator(int(arg))
+
+        channel = make_channel(channel_class=Channel)
+        feed(channel, TO_DATA[:-len(b'DATA\r\n')])
+        assert way(channel, [b'BDAT %d\r\n' % len(chunk), chunk, b'NOOP\r\n']) == 2 * ['S: 250 OK']
+        assert [each[3] for each in channel.smtp_server.messages] == [message]
+
+    @pytest.mark.parametrize('is_method', [True, False], ids=['a method', 'an attribute'])
+    def test_the_reply_of_a_command_is_on_the_wire_when_the_command_returns(self, is_method):
+        """Even if more commands wait: TLS code goes on with the bare socket."""
+        sent = []
+
+        def start_tls(channel, arg):
+            channel.push('220 go')
+            sent.append(channel.conn.sent)
+
+        channel_class = variant(smtpd.SMTPChannel, **{'smtp_XTLS': start_tls} if is_method else {})
+        channel = make_channel(channel_class=channel_class)
+        if not is_method:
+            channel.smtp_XTLS = functools.partial(start_tls, channel)
+        feed(channel, b'NOOP\r\nXTLS\r\nNOOP\r\n')
+        assert [each[-16:] for each in sent] == [b'250 OK\r\n220 go\r\n']
+
+    def test_a_size_of_thousands_of_digits_is_too_large(self):
+        channel = make_channel(channel_class=variant(smtpd.SMTPChannel, command_size_limit=10_000))
+        feed(channel, b'EHLO x\r\n')
+        assert feed(channel, b'MAIL FROM:<a@b> SIZE=' + b'9' * 5000 + b'\r\n').startswith(b'552 ')
 
     def test_two_channels_without_init_share_nothing(self):
         one, other = (without_init(StubServer(), FakeConnection(), PEER, {}) for _ in range(2))
@@ -1979,12 +2086,14 @@ def count_lines(client, turn):
 
 
 class Exploding(smtpd.SMTPChannel):
-    explosions = 1
+    """The second one fails."""
+
+    made = 0
 
     def __init__(self, server, *args, **kwargs):
         super().__init__(server, *args, **kwargs)
-        if Exploding.explosions:
-            Exploding.explosions -= 1
+        Exploding.made += 1
+        if Exploding.made == 2:
             raise RuntimeError('in __init__')
 
 
@@ -2080,6 +2189,33 @@ class TestSocket:
             assert client.rest() == b'250 OK\r\n' * 30_000 + b'221 Bye\r\n'
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """Its `seconds` are what the monotonic clock is ahead of the real one."""
+    clock = types.SimpleNamespace(seconds=0)
+    monotonic = time.monotonic
+    monkeypatch.setattr(time, 'monotonic', lambda: monotonic() + clock.seconds)
+    return clock
+
+
+class PlainListener(asyncore.dispatcher):
+    """A server that has nothing of ours but the channel."""
+
+    def __init__(self, localaddr, remoteaddr, map):
+        super().__init__(map=map)
+        self.create_socket(socket.AF_INET, socket.SOCK_STREAM)
+        self.bind(localaddr)
+        self.listen(5)
+
+    def handle_accepted(self, conn, addr):
+        smtpd.SMTPChannel(self, conn, addr, map=self._map)
+
+
+class ReadableListener(RecordingServer):
+    def readable(self):
+        return True
+
+
 class TestEndOfSession:
     @in_map_and_hub
     @pytest.mark.parametrize('threads', [0, 2], ids='{} threads'.format)
@@ -2158,22 +2294,110 @@ class TestEndOfSession:
             assert server.messages == []
 
     @in_map_and_hub
+    def test_a_client_is_not_idle_while_a_handler_takes_its_time(self, hub, clock):
+        """What it sent meanwhile waits in the kernel, and is answered."""
+        class Server(variant(channels_in_hub=hub)):
+            def process_message(self, *args, **kwargs):
+                other.send(b'NOOP\r\n')
+                clock.seconds += 1000
+
+        with turning(Server) as (server, turn), RawClient(server) as other, \
+                RawClient(server) as client:
+            assert turn(until=lambda: has_input(other)) and other.reply() == BANNER
+            client.send(ONE_MESSAGE)
+            assert turn(until=lambda: has_input(other)) and other.reply() == b'250 OK\r\n'
+            turn(at_most=5)
+            client.send(b'QUIT\r\n')
+            turn(at_most=5)
+            assert client.rest() == BANNER + ANSWERED + b'221 Bye\r\n'
+
+    @in_map_and_hub
+    @pytest.mark.parametrize('channel', [
+        {}, {'handle_close': lambda self: self.close()}], ids=['plain', 'own handle_close'])
+    @pytest.mark.parametrize('sent', [b'', b'HELP\r\n' * 700], ids=['at rest', 'replies wait'])
+    def test_an_idle_client_that_is_gone_does_not_end_the_loop(self, sent, channel, hub, clock):
+        class Server(variant(channels_in_hub=hub, channel=channel)):
+            def process_message(self, *args, **kwargs):
+                reset(gone)
+                clock.seconds += 1000
+
+        with turning(Server) as (server, turn):
+            gone = small_buffers(server, 4000)
+            gone.send(sent)
+            turn(at_most=5)
+            if sent:
+                shut(gone)
+                turn(at_most=5)
+            with RawClient(server) as client:
+                client.send(ONE_MESSAGE + b'QUIT\r\n')
+                turn(at_most=10)
+                assert client.rest() == BANNER + ANSWERED + b'221 Bye\r\n'
+            turn(at_most=5)
+            assert len(server._map) == 1
+
+    @in_map_and_hub
+    def test_an_idle_client_that_does_not_even_read_is_shut_off(self, hub, clock):
+        with turning(variant(channels_in_hub=hub)) as (server, turn), \
+                small_buffers(server) as client:
+            client.send(b'HELP\r\n' * 2000)
+            turn(at_most=10)
+            assert len(server._map) == 2
+            for _ in range(5):
+                clock.seconds += 301
+                turn(at_most=5)
+            assert len(server._map) == 1
+
+    @in_map_and_hub
+    def test_a_channel_that_fails_to_say_421_does_not_end_the_loop(self, hub, clock, capsys):
+        def push(self, msg):
+            if msg.startswith('421'):
+                raise ZeroDivisionError
+            smtpd.SMTPChannel.push(self, msg)
+
+        server_class = variant(channels_in_hub=hub, channel={'push': push})
+        with turning(server_class) as (server, turn), RawClient(server) as client:
+            assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
+            clock.seconds += 301
+            assert turn(until=lambda: has_input(client)) and client.rest() == b''
+            assert len(server._map) == 1
+        assert 'ZeroDivisionError' in capsys.readouterr().err
+
+    def test_a_channel_with_an_init_of_its_own_is_not_idle_from_the_start(self, clock):
+        class Channel(OwnInit):
+            def __init__(self, server, conn, addr, data_size_limit, map, *args):
+                super().__init__(server, conn, addr, map)
+                self.push('220 own')
+
+        clock.seconds += 1000
+        with turning(variant(channel_class=Channel)) as (server, turn), \
+                RawClient(server) as client:
+            assert turn(until=lambda: has_input(client)) and client.reply() == b'220 own\r\n'
+            clock.seconds += 290
+            assert not turn(until=lambda: has_input(client), at_most=5)
+            clock.seconds += 20
+            assert turn(until=lambda: has_input(client)) and client.rest() == TIMED_OUT
+
+    @pytest.mark.parametrize('listener', [PlainListener, ReadableListener])
+    def test_idle_sessions_end_where_the_server_does_not_look_at_them(self, listener, clock):
+        with turning(listener) as (server, turn), RawClient(server) as client:
+            assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
+            clock.seconds += 310
+            assert turn(until=lambda: has_input(client)) and client.rest() == TIMED_OUT
+
+    @in_map_and_hub
     @pytest.mark.parametrize('limit, seconds, is_closed', [
         (300, 290, False), (300, 310, True), (None, 1e6, False), (70, 60, False), (70, 80, True)])
-    def test_the_limit_of_idle_time(self, limit, seconds, is_closed, hub, monkeypatch):
-        ahead = [0]
-        monotonic = time.monotonic
-        monkeypatch.setattr(time, 'monotonic', lambda: monotonic() + ahead[0])
+    def test_the_limit_of_idle_time(self, limit, seconds, is_closed, hub, clock):
         server_class = variant(channels_in_hub=hub, channel={'idle_timeout_seconds': limit})
         with turning(server_class) as (server, turn), RawClient(server) as client:
             assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
             turn(at_most=3)
-            ahead[0] = seconds
+            clock.seconds = seconds
             assert turn(until=lambda: has_input(client), at_most=10) is is_closed
             if not is_closed:
                 client.send(b'NOOP\r\n')
                 assert turn(until=lambda: has_input(client)) and client.reply() == b'250 OK\r\n'
-                ahead[0] += seconds  # counted anew after each sign of life
+                clock.seconds += seconds  # counted anew after each sign of life
                 assert not turn(until=lambda: has_input(client), at_most=10)
 
     @in_map_and_hub
@@ -2306,12 +2530,13 @@ class TestServerStaysUp:
     @in_map_and_hub
     def test_a_channel_that_fails_in_init_closes_its_connection_alone(
             self, hub, capsys, monkeypatch):
-        monkeypatch.setattr(Exploding, 'explosions', 1)
-        with serving(variant(channels_in_hub=hub, channel_class=Exploding)) as server:
-            with RawClient(server) as unlucky:
+        monkeypatch.setattr(Exploding, 'made', 0)
+        with looping(variant(channels_in_hub=hub, channel_class=Exploding)) as (server, thread):
+            with greeted(server) as other, RawClient(server) as unlucky:
                 assert unlucky.rest() in (b'', BANNER)
-            assert is_served(server)
-            assert len(server._map) <= 2
+                assert other.say(b'NOOP') == b'250 OK\r\n'
+            server.close()
+            thread.join(10)  # nothing of it is left in the map
         assert 'RuntimeError: in __init__' in capsys.readouterr().err
 
     @pytest.mark.parametrize('name', [
@@ -2370,6 +2595,81 @@ class TestServerStaysUp:
             server.close()
             thread.join(10)
             assert not thread.is_alive()
+
+    def test_close_twice_from_another_thread_while_the_loop_is_busy(self):
+        class Server(RecordingServer):
+            go = threading.Event()
+
+            def process_message(self, *args, **kwargs):
+                super().process_message(*args, **kwargs)
+                self.go.wait(20)
+
+        Server.go.clear()
+        with looping(Server) as (server, thread):
+            with greeted(server) as client:
+                client.send(ONE_MESSAGE)
+                assert server.arrived.wait(20)
+                server.close()
+                server.close()
+                server.go.set()
+                assert read_replies(client, 5) == ANSWERED
+                assert client.say(b'QUIT') == b'221 Bye\r\n'
+            thread.join(10)
+
+    def test_close_in_the_loop_after_close_from_another_thread(self):
+        class Server(RecordingServer):
+            go = threading.Event()
+
+            def process_message(self, *args, **kwargs):
+                super().process_message(*args, **kwargs)
+                self.go.wait(20)
+                self.close()
+
+        Server.go.clear()
+        with looping(Server) as (server, thread):
+            with greeted(server) as client:
+                client.send(ONE_MESSAGE + b'QUIT\r\n')
+                assert server.arrived.wait(20)
+                server.close()
+                server.go.set()
+                assert client.rest() == ANSWERED + b'221 Bye\r\n'
+            thread.join(10)
+
+    @in_map_and_hub
+    def test_a_server_may_close_when_it_has_one_client(self, hub, capsys):
+        class OneClient(variant(channels_in_hub=hub)):
+            def handle_accepted(self, conn, addr):
+                super().handle_accepted(conn, addr)
+                self.close()
+
+        with turning(OneClient) as (server, turn), RawClient(server) as client:
+            client.send(ONE_MESSAGE + b'QUIT\r\n')
+            turn(until=lambda: not server._map)
+            assert client.rest() == BANNER + ANSWERED + b'221 Bye\r\n'
+        assert capsys.readouterr() == ('', '')
+
+    @in_map_and_hub
+    def test_the_channel_class_may_be_a_function(self, hub):
+        server_class = variant(channels_in_hub=hub)
+        server_class.channel_class = staticmethod(lambda *args: smtpd.SMTPChannel(*args))
+        with serving(server_class) as server:
+            assert is_served(server)
+
+    @in_map_and_hub
+    def test_commands_that_waited_for_the_client_go_on_though_another_push_made_room(self, hub):
+        with turning(variant(channels_in_hub=hub)) as (server, turn), \
+                small_buffers(server) as client:
+            client.send(b'HELP\r\n' * 4000)
+            turn(at_most=10)
+            [channel] = [each for each in gc.get_objects() if isinstance(each, smtpd.SMTPChannel)
+                         and each.smtp_server is server]
+            lines = pushed = 0
+            while channel.producer_fifo:
+                lines += client.socket.recv(1 << 20).count(b'\n')
+                channel.push('250 from elsewhere')
+                pushed += 1
+            shut(client)
+            assert lines + count_lines(client, turn) == 1 + 4000 + pushed
 
     @in_map_and_hub
     @pytest.mark.parametrize('threads', [0, 2], ids='{} threads'.format)
@@ -2501,8 +2801,14 @@ def peak():
     with open('/proc/self/status') as status:
         return [int(line.split()[1]) for line in status if line.startswith('VmHWM')][0] * 1024
 
+class Hooked(smtpd.SMTPChannel):
+    def collect_incoming_data(self, data):
+        super().collect_incoming_data(data)
+
 class Server(smtpd.SMTPServer):
     channels_in_hub = %(hub)r
+    if %(hooked)r:
+        channel_class = Hooked
 
     def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
         return '250 %%d %%d' %% (peak() - start, len(data))
@@ -2593,13 +2899,15 @@ class TestServerStaysUpInAProcess:
     @pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='needs Linux /proc')
     @pytest.mark.parametrize('line', [b'.', b'x' * 76, b'x' * 1_000_000],
                              ids=['lines of one dot', 'lines of 76 octets', 'lines of 1 MB'])
-    @in_map_and_hub
+    @pytest.mark.parametrize('hub, hooked', [(False, False), (True, False), (False, True)],
+                             ids=['in the map', 'in the hub', 'with a hook'])
     @both_modes
-    def test_memory_of_a_large_message(self, decode_data, hub, line):
+    def test_memory_of_a_large_message(self, decode_data, hub, hooked, line):
         per_block = max(1, 60_000 // len(line))
         repeats = 30_000_000 // (per_block * (len(line) + 2))
         size = repeats * per_block * (len(line) + 2)
-        with script(MEMORY_SCRIPT, hub=hub, decode_data=decode_data) as (process, address):
+        with script(MEMORY_SCRIPT, hub=hub, hooked=hooked, decode_data=decode_data) as (
+                process, address):
             with RawClient(address, timeout=60) as client:
                 client.send(ONE_MESSAGE[:-9])
                 block = (line.replace(b'.', b'..') + b'\r\n') * per_block
@@ -3743,13 +4051,38 @@ def test_a_producer_in_the_queue_is_asked_in_its_turn():
     assert channel.conn.sent == b'250-first\r\n250 last\r\n250 OK\r\n'
 
 
-def test_an_idle_client_that_does_not_even_read_the_421_is_shut_off(monkeypatch):
-    shut = []
-    channel = make_channel()
-    channel.conn.shutdown = shut.append
-    for now in (1000.0, 2000.0, 3000.0):
-        channel._end_if_idle(channel._last_sign + now)
-    assert channel.conn.sent == b'421 Error: timeout exceeded\r\n' and shut
+@pytest.mark.parametrize('hooked', [False, True], ids=['in place', 'through a hook'])
+def test_memory_that_ends_in_mid_message_ends_the_session_so_that_no_data_is_a_command(
+        hooked, monkeypatch, capsys):
+    class Channel(smtpd.SMTPChannel):
+        if hooked:
+            def collect_incoming_data(self, data):
+                if b'y' in data:
+                    raise MemoryError
+                super().collect_incoming_data(data)
+
+    monkeypatch.setattr(smtpd, 'io', types.SimpleNamespace(BytesIO=ShortOfMemory))
+    channel = make_channel(channel_class=Channel)
+    feed(channel, TO_DATA)
+    answer = feed(channel, b'first\r\n', b'y' * 120, b'\r\n' + TO_DATA + b'forged\r\n.\r\n')
+    assert answer == b'451 Internal confusion\r\n'
+    assert not channel.connected and channel.smtp_server.messages == []
+
+
+def test_a_server_of_parts_waits_without_any_resources(monkeypatch, capsys):
+    """There is no descriptor for the pair of sockets that would wake it, either."""
+    def no_descriptor(*args):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with turning() as (server, turn), RawClient(server) as client:
+        tasks, server._background_tasks = server._background_tasks, None
+        real, server.socket = server.socket, Listener(server.socket, errno.EMFILE)
+        with monkeypatch.context() as patch:
+            patch.setattr(smtpd, '_socketpair', no_descriptor)
+            turn(at_most=5)
+        assert server.socket.attempts == 1
+        server.socket, server._background_tasks = real, tasks
+        assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
 
 
 def test_without_a_thread_to_be_had_the_client_is_told_to_try_again(monkeypatch, capsys):
@@ -3912,15 +4245,15 @@ def test_a_descriptor_that_somebody_closed_and_got_again_belongs_to_the_new_chan
     end, client = socket.socketpair()
     with end, client:
         old = smtpd.SMTPChannel(server, end, PEER, map=sockets)
-        hub = old._hub
+        hub = old._watching_hub
         hub.discard(old)
         old.socket = FakeConnection(end.fileno())
         new = smtpd.SMTPChannel(server, end, PEER, map=sockets)
-        old._hub = hub
+        old._watching_hub = hub
         old.close()
         client.sendall(b'QUIT\r\n')
         asyncore.loop(timeout=5, map=sockets, count=1)
-        assert not new.connected and new._hub is None
+        assert not new.connected and new._watching_hub is None
     asyncore.close_all(sockets)
 
 
