@@ -1800,6 +1800,11 @@ def _host_of(peer):
 # The proxies
 # ---------------------------------------------------------------------------
 
+# What only proxies need: who receives has no use for the email package.  They import it
+# before root becomes nobody, who may not be able to read the files.
+_MODULES_OF_PROXIES = ('smtplib', 'encodings.idna', 'email.generator', 'email.message',
+                       'email.mime.multipart', 'email.mime.text', 'email.utils')
+
 _NULL_PATH = '<>'
 _NOT_AVAILABLE = b'Upstream not available'
 _TRACE_HEADER = re.compile(rb'^(?:received|x-peer)[ \t]*:', re.IGNORECASE | re.MULTILINE)
@@ -1845,9 +1850,11 @@ class PureProxy(SMTPServer):
         if self.enable_SMTPUTF8:
             self.close()
             raise ValueError('%s does not support SMTPUTF8.' % self.__class__.__name__)
+        for name in _MODULES_OF_PROXIES:
+            importlib.import_module(name)
 
     def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
-        octets = _as_octets(data)
+        octets = _lf_lines(_as_octets(data))
         headers_end = _end_of_headers(octets)
         if len(_TRACE_HEADER.findall(octets, 0, headers_end)) >= self.hop_limit:
             return '554 Error: too many hops'
@@ -1870,12 +1877,15 @@ class PureProxy(SMTPServer):
         if all(recipient in refused for recipient in rcpttos):
             return _reply_for_all(refused)
         if mailfrom != _NULL_PATH:
-            self._notify(mailfrom, refused, headers)
+            try:
+                self._notify(mailfrom, refused, headers)
+            except Exception:  # the message is delivered: 451 would double it
+                _log_exception(self)
         return None
 
     def _deliver(self, mailfrom, rcpttos, data):
         """Send a message upstream; return {recipient: (code, text)} of those refused."""
-        import smtplib  # not above: who only receives has no use for the email package
+        import smtplib
         octets = _as_octets(data)
         return self._hand_over(smtplib.SMTP, self._remoteaddr,
                                lambda upstream: _transact(upstream, mailfrom, rcpttos, octets),
@@ -1887,11 +1897,12 @@ class PureProxy(SMTPServer):
         try:
             client = client_class(*address, local_hostname=self._own_name(),
                                   timeout=self.upstream_timeout_seconds)
+            client.sock.setsockopt(*_NO_DELAY)
             client.command_encoding = 'utf-8'  # paths go verbatim
             client.ehlo_or_helo_if_needed()
             result = dialogue(client)
             with contextlib.suppress(OSError):  # delivered is delivered
-                client.docmd('QUIT')
+                client.putcmd('QUIT')  # its answer may take long (Postfix does not wait either)
             return result
         except OSError as error:  # SMTPException is one
             self.log_info('%s:%s: %s' % (*address, error), 'error')
@@ -1938,7 +1949,7 @@ class MailmanProxy(PureProxy):
         refused = super()._deliver(mailfrom, others, data) if others else {}
         if others and len(refused) == len(set(others)) and _reply_for_all(refused)[:1] == b'4':
             return dict.fromkeys(rcpttos, refused[others[0]])
-        for each in lists:
+        for each in dict.fromkeys(lists):
             refused.update(self._hand_over(
                 smtplib.LMTP, self.mailman_lmtp_address,
                 lambda mailman, each=each: _transact(mailman, mailfrom, [each], octets), [each]))
@@ -1947,6 +1958,10 @@ class MailmanProxy(PureProxy):
 
 def _as_octets(data):
     return data.encode('utf-8', 'surrogateescape') if isinstance(data, str) else data
+
+
+def _lf_lines(octets):
+    return octets.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
 
 
 def _end_of_headers(octets):
@@ -1962,18 +1977,25 @@ def _transact(client, mailfrom, rcpttos, octets):
     if not octets.isascii() and client.has_extn('8bitmime'):
         options = ' BODY=8BITMIME'
     reply = client.docmd('MAIL', 'FROM:%s%s' % (_in_brackets(mailfrom), options))
-    if reply[0] != 250:
+    if not _is_success(reply):
         return dict.fromkeys(rcpttos, reply)
     refused = {}
-    for recipient in rcpttos:
+    accepted = []
+    for recipient in dict.fromkeys(rcpttos):
         reply = client.docmd('RCPT', 'TO:' + _in_brackets(recipient))
-        if reply[0] not in (250, 251):
+        if _is_success(reply):
+            accepted.append(recipient)
+        else:
             refused[recipient] = reply
-    if len(refused) < len(set(rcpttos)):
+    if accepted:
         reply = _send_data(client, octets)
-        if reply[0] != 250:
-            refused.update((recipient, reply) for recipient in rcpttos if recipient not in refused)
+        if not _is_success(reply):
+            refused.update(dict.fromkeys(accepted, reply))
     return refused
+
+
+def _is_success(reply):
+    return 200 <= reply[0] < 300  # RFC 5321, 4.3.2: by the first digit
 
 
 def _send_data(client, octets):
@@ -1983,13 +2005,14 @@ def _send_data(client, octets):
     reply = client.docmd('DATA')
     if reply[0] != 354:
         return reply if reply[0] >= 400 else (451, _NOT_AVAILABLE)
-    octets = octets.replace(b'\r\n', b'\n').replace(b'\r', b'\n').replace(b'\n', b'\r\n')
-    octets = octets.replace(b'\r\n.', b'\r\n..')
+    octets = _lf_lines(octets).replace(b'\n', b'\r\n').replace(b'\r\n.', b'\r\n..')
     if octets[:1] == b'.':
         octets = b'.' + octets
-    for start in range(0, len(octets), 65536):  # the time limit holds for each piece
+    last = len(octets) // 65536 * 65536
+    for start in range(0, last, 65536):  # the time limit holds for each piece
         client.send(octets[start:start + 65536])
-    client.send(b'.\r\n' if octets.endswith(_END_OF_LINE) else _END_OF_DATA)
+    end = b'.\r\n' if octets.endswith(_END_OF_LINE) else _END_OF_DATA
+    client.send(octets[last:] + end)
     return client.getreply()
 
 
@@ -2015,10 +2038,19 @@ def _in_brackets(path):
 
 def _reply_for_all(refused):
     """One reply for all refused recipients: a "try again" if there is one, else the last."""
-    replies = [reply if 400 <= reply[0] < 600 else (451, _NOT_AVAILABLE)
-               for reply in refused.values()]
+    replies = [_refusal(reply) for reply in refused.values()]
     code, text = next((reply for reply in replies if reply[0] < 500), replies[-1])
     return b'%d %s' % (code, _as_octets(text))
+
+
+def _refusal(reply):
+    """The reply, or a "try again" if it is none that may stand for a refusal."""
+    return reply if 400 <= reply[0] < 600 else (451, _NOT_AVAILABLE)
+
+
+def _one_line(code, text):
+    text = _as_octets(text).decode('ascii', 'replace')
+    return '%d %s' % (code, _printable(text.replace('\n', ' ')))
 
 
 def _enhanced_status(reply):
@@ -2040,8 +2072,7 @@ def _delivery_status_notification(reporter, mailfrom, refused, headers):
             part[name] = value
         return part
 
-    replies = {recipient: '%d %s' % (code, _printable(_as_octets(text).decode('ascii', 'replace')))
-               for recipient, (code, text) in refused.items()}
+    replies = {recipient: _one_line(*_refusal(reply)) for recipient, reply in refused.items()}
     report = email.mime.multipart.MIMEMultipart('report', report_type='delivery-status')
     report['From'] = 'Mail Delivery System <MAILER-DAEMON@%s>' % reporter
     report['To'] = mailfrom
@@ -2060,7 +2091,8 @@ def _delivery_status_notification(reporter, mailfrom, refused, headers):
         for recipient, reply in replies.items()])
     report.attach(status)
     report.attach(email.mime.text.MIMEText(
-        headers.decode('utf-8', 'replace'), 'rfc822-headers', 'utf-8'))
+        headers.decode('utf-8', 'replace'), 'rfc822-headers',
+        'us-ascii' if headers.isascii() else 'utf-8'))
     return report.as_bytes()
 
 
@@ -2136,9 +2168,9 @@ def parseargs():
         elif name in ('-u', '--smtputf8'):
             options.enable_SMTPUTF8 = True
         else:
-            if not (value.isascii() and value.isdigit()):
+            options.size_limit = _natural_number(value)
+            if options.size_limit is None:
                 usage(1, 'Invalid size: ' + value)
-            options.size_limit = int(value)
     if len(arguments) > 2:
         usage(1, 'Invalid arguments: ' + COMMASPACE.join(arguments))
     local, remote = (arguments + ['localhost:8025', 'localhost:25'][len(arguments):])
@@ -2153,9 +2185,14 @@ def _parse_address(text, which):
         usage(1, 'Bad %s spec: %s' % (which, text))
     if host[:1] == '[' and host[-1:] == ']':
         host = host[1:-1]
-    if not (port.isascii() and port.isdigit() and int(port) < 65536):
+    number = _natural_number(port)
+    if number is None or number > 65535:
         usage(1, 'Bad %s port: %s' % (which, text))
-    return host, int(port)
+    return host, number
+
+
+def _natural_number(text):
+    return int(text) if re.fullmatch('[0-9]{1,20}', text) else None
 
 
 def _find_class(name):
@@ -2166,7 +2203,7 @@ def _find_class(name):
     except (ImportError, TypeError) as error:  # TypeError: a name that begins with a dot
         usage(1, 'Cannot import %s: %s' % (module_name, error))
     found = getattr(module, class_name, None)
-    if not isinstance(found, type):
+    if not isinstance(found, type) or issubclass(found, asynchat.async_chat):
         usage(1, 'Unknown class: ' + name)
     return found
 
@@ -2192,8 +2229,9 @@ def _make_server(options):
         server = server_class((options.localhost, options.localport),
                               (options.remotehost, options.remoteport),
                               limit, enable_SMTPUTF8=options.enable_SMTPUTF8)
-    except OSError as error:
-        usage(1, '%s:%s: %s' % (options.localhost, options.localport, error.strerror or error))
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
+        usage(1, '%s:%s: %s' % (options.localhost, options.localport,
+                                getattr(error, 'strerror', None) or error))
     except ValueError as error:
         usage(1, error)
     except TypeError as error:  # other arguments: no server's class
@@ -2217,6 +2255,8 @@ def _main():
         asyncore.close_all(ignore_all=True)
         try:
             sys.stdout.flush()
+        except (AttributeError, ValueError):  # there is none, or it is closed
+            pass
         except OSError:  # nobody reads it: keep the interpreter from trying again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

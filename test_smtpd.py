@@ -3710,6 +3710,7 @@ WRONG_ARGUMENTS = {
     'an unknown letter': (['-x'], 'option -x not recognized'),
     'a size that is no number': (['-s', 'x'], 'Invalid size: x'),
     'a negative size': (['-s', '-1'], 'Invalid size: -1'),
+    'a size of thousands of digits': (['-s', '9' * 5000], 'Invalid size: ' + '9' * 5000),
     'a size without a value': (['-s'], 'option -s requires argument'),
     'a local address without a colon': (['localhost'], 'Bad local spec: localhost'),
     'an empty local address': ([''], 'Bad local spec: '),
@@ -3723,18 +3724,21 @@ WRONG_ARGUMENTS = {
     'an unknown module': (['-c', 'no_such_module.Class', '127.0.0.1:0'], 'no_such_module'),
     'an unknown package': (['-c', 'no.such.module.Class', '127.0.0.1:0'], 'no'),
     'a class that is no server': (['-c', 'smtpd.Devnull', '127.0.0.1:0'], 'Devnull'),
+    'a class that is a channel': (['-c', 'SMTPChannel', '127.0.0.1:0'], 'SMTPChannel'),
     'a class that is none': (['-c', 'os.path.join', '127.0.0.1:0'], ''),
     'an empty class': (['-c', '', '127.0.0.1:0'], ''),
     'a class of dots': (['-c', '..', '127.0.0.1:0'], ''),
     'a local port out of range': (['127.0.0.1:65536'], '65536'),
     'a local port far out of range': (['127.0.0.1:99999999999999999999'], ''),
+    'a local port of thousands of digits':
+        (['127.0.0.1:' + '9' * 5000], 'Bad local port: 127.0.0.1:' + '9' * 5000),
     'a negative local port': (['127.0.0.1:-1'], ''),
     'a remote port out of range': (['127.0.0.1:0', '127.0.0.1:65536'], '65536'),
     'SMTPUTF8 with a class that refuses it':
         (['-u', '-c', 'PureProxy', '127.0.0.1:0'], 'SMTPUTF8'),
     'an unknown host': (['no.such.host.invalid:0'], 'no.such.host.invalid'),
     'an address that is not ours': (['192.0.2.1:0'], '192.0.2.1'),
-    'a host that is no name': (['a..b:0'], ''),
+    'a host that is no name': (['a..b:0'], 'a..b'),
 }
 
 
@@ -3786,6 +3790,21 @@ class TestCommandLine:
             assert process.wait(20) == 0
             assert process.stderr.read() == b''
             process.stdout = None
+
+    def test_stdout_that_never_was(self):
+        with command_line('-c', 'DebuggingServer', preexec_fn=lambda: os.close(1)) as (
+                process, address):
+            assert send_message(address).endswith(b'250 OK\r\n221 Bye\r\n')
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
+            assert process.stderr.read() == b''
+
+    def test_stderr_that_went_away(self):
+        with command_line('-d', '-c', 'DebuggingServer') as (process, address):
+            process.stderr.close()
+            for _ in range(3):
+                assert send_message(address).endswith(b'250 OK\r\n221 Bye\r\n')
+            process.stderr = None
 
     def test_stdout_that_cannot_encode(self, tmp_path):
         (tmp_path / 'texts.py').write_text(textwrap.dedent('''
@@ -3908,6 +3927,17 @@ class TestCommandLine:
             assert fields['Uid'].split() == 4 * [str(nobody.pw_uid)]
             assert fields['Gid'].split() == 4 * [str(nobody.pw_gid)]
             assert set(fields['Groups'].split()) <= {str(nobody.pw_gid)}
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason='only root can become nobody')
+    def test_a_proxy_that_became_nobody_has_all_that_it_needs(self, upstream):
+        """Nobody may not be allowed to read the modules that it did not import before."""
+        upstream.refused = {'bad@example.com': '550 5.1.1 No such user'}
+        command = ['127.0.0.1:%d' % free_port(), 'localhost:%d' % upstream.port]
+        with running([*SMTPD, *command]) as process:
+            address = '127.0.0.1', int(command[0].rpartition(':')[2])
+            assert is_ready(process, address)
+            assert send_partly_refused(address) == b'250 OK\r\n'
+            assert len(upstream.wait_for(2)) == 2  # the message, and the notification
 
     def test_who_is_not_root_has_to_say_nosetuid(self):
         command = [*STRICT, '-c', AS_NOBODY] if os.geteuid() == 0 else SMTPD
@@ -5529,8 +5559,11 @@ def test_proxy_relays_a_message_with_default_arguments_and_inserts_x_peer(upstre
     (b'A: b\r\nC: d\r\n', b'A: b\r\nC: d\r\nX-Peer: 127.0.0.1\r\n'),
     (b'A: b\r\n\r\nend\r\n\r\n\r\n', b'A: b\r\nX-Peer: 127.0.0.1\r\n\r\nend\r\n\r\n\r\n'),
     (b'..dots\r\n\r\nc\r\n', b'..dots\r\nX-Peer: 127.0.0.1\r\n\r\nc\r\n'),
+    (b'A: b\r\n\r\r\nc\r\n\r\nd\r\n', b'A: b\r\nX-Peer: 127.0.0.1\r\n\r\nc\r\n\r\nd\r\n'),
+    (b'A: b\r\rc\r\n\r\nd\r\n', b'A: b\r\nX-Peer: 127.0.0.1\r\n\r\nc\r\n\r\nd\r\n'),
 ], ids=['before the first empty line', 'an empty line comes first',
-        'no empty line: at the end', 'empty lines at the end stay', 'a dot comes first'])
+        'no empty line: at the end', 'empty lines at the end stay', 'a dot comes first',
+        'a CR makes no line that is not empty', 'CRs end lines'])
 def test_x_peer_stands_before_the_first_empty_line(wire, decode_data, message, expected):
     with proxy_to(wire, decode_data=decode_data) as proxy:
         assert post(proxy, message) == b'250 OK\r\n'
@@ -5712,6 +5745,21 @@ def test_answer_that_is_no_answer_is_no_delivery_and_no_refusal_for_good(verb, r
         assert post(proxy).startswith(b'451 ')
 
 
+@pytest.mark.parametrize('verb, reply', [
+    ('MAIL', b'251 Fine'), ('RCPT', b'252 Will try'), ('RCPT', b'259 Fine'), ('END', b'251 Fine')])
+def test_success_is_told_by_the_first_digit(verb, reply):
+    """RFC 5321, 4.3.2; a refusal would make the client send it again."""
+    with WireUpstream(**{verb: reply}) as wire, proxy_to(wire) as proxy:
+        assert post(proxy) == b'250 OK\r\n'
+    assert len(wire.bodies) == 1
+
+
+def test_recipient_given_twice_gets_one_copy_and_one_answer(upstream):
+    with proxy_to(upstream) as proxy:
+        assert post(proxy, recipients=(OTHERS[0], OTHERS[1], OTHERS[0])) == b'250 OK\r\n'
+    assert [recipients for _, recipients, _ in upstream.messages] == [list(OTHER_NAMES)]
+
+
 def test_upstream_that_cannot_be_reached_is_451():
     with socket.socket() as unused:
         unused.bind(('127.0.0.1', 0))
@@ -5832,6 +5880,12 @@ def test_fault_in_quit_after_delivery_is_no_refusal(upstream, decode_data, fault
     assert len(upstream.messages) == 1
 
 
+def test_upstream_that_hangs_in_quit_does_not_keep_the_client_waiting(upstream):
+    upstream.faults['QUIT'] = 'hang'
+    with proxy_to(upstream) as proxy:  # which would wait for a minute
+        assert post(proxy) == b'250 OK\r\n'
+
+
 # ---------------------------------------------------------------------------------------------
 # PureProxy: some recipients refused
 
@@ -5922,6 +5976,30 @@ def test_notification_stands_any_message_and_any_reply(decode_data, reply):
     assert block['Status'].startswith('5.')
     assert 'Bcc' not in block
     assert not re.search(rb'(?<!\r)\n|\r(?!\n)', wire.bodies[1])
+
+
+def test_notification_is_plain_where_the_message_is(upstream):
+    upstream.refused = {'bad@example.com': '550-5.1.1 No\r\n550 5.1.1 user'}
+    with proxy_to(upstream) as proxy:
+        assert send_partly_refused(proxy) == b'250 OK\r\n'
+        report = upstream.wait_for(2)[1][2]
+    assert b'\r\nSubject: hello\r\nX-Peer: 127.0.0.1\r\n' in report
+    assert b'\r\nDiagnostic-Code: smtp; 550 5.1.1 No 5.1.1 user\r\n' in report
+
+
+def test_notification_that_fails_leaves_the_delivery_a_success(upstream, capfd):
+    """With 451 the client would send it again."""
+    class Proxy(smtpd.PureProxy):
+        def _deliver(self, mailfrom, rcpttos, data):
+            if mailfrom == '<>':
+                raise smtplib.SMTPServerDisconnected
+            return super()._deliver(mailfrom, rcpttos, data)
+
+    upstream.refused = {'bad@example.com': '550 5.1.1 No such user'}
+    with proxy_to(upstream, Proxy) as proxy:
+        assert send_partly_refused(proxy) == b'250 OK\r\n'
+    assert len(upstream.messages) == 1
+    assert 'SMTPServerDisconnected' in capfd.readouterr().err
 
 
 @pytest.mark.parametrize('sender', [b'<"a b, <c"@example.com>', '<l\xf6we@example.com>'.encode(),
@@ -6521,6 +6599,12 @@ def test_list_addresses_go_to_mailman_one_transaction_each_the_others_upstream(
     assert len(fake_mailman.messages) == 2
     assert upstream.messages == [('sender@example.com', list(OTHER_NAMES), expected)]
     assert {sender for sender, _, _ in fake_mailman.messages} == {'sender@example.com'}
+
+
+def test_list_given_twice_gets_one_post(upstream, fake_mailman):
+    with mailman_proxy_to(upstream, fake_mailman.address) as proxy:
+        assert post(proxy, recipients=(LISTS[0], OTHERS[0], LISTS[0])) == b'250 OK\r\n'
+    assert [recipients for _, recipients, _ in fake_mailman.messages] == [['a@lists.example']]
 
 
 def test_mail_for_lists_alone_needs_no_upstream(fake_mailman):
