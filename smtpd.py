@@ -232,6 +232,7 @@ _TAKES_ARGS, _TAKES_KWARGS = 4, 8  # inspect.CO_VARARGS, CO_VARKEYWORDS; inspect
 
 def _accepted_keywords(handler, offered):
     """Those of the keywords that a handler takes; handlers of Python 2 and 3.4 take none."""
+    handler = getattr(handler, '__func__', handler)  # faster to ask than a bound method
     while handler is not None:  # a decorator and what it wraps must both take them
         code = getattr(handler, '__code__', None)
         if code is not None and not code.co_flags & _TAKES_KWARGS:
@@ -252,6 +253,20 @@ def _positional_arguments(channel_class):
 # ---------------------------------------------------------------------------
 # The data of a message
 # ---------------------------------------------------------------------------
+
+# Python looks for one octet many times as fast as for two or three.
+
+def _find_dotted_line(octets):
+    return octets.find(b'\r\n.') if b'\r' in octets else -1
+
+
+def _lf_for_crlf(octets):
+    without_cr = octets.replace(b'\r', b'')
+    taken_out = len(octets) - len(without_cr)
+    if not taken_out or taken_out == octets.count(b'\r\n'):  # as nearly always
+        return without_cr
+    return octets.replace(b'\r\n', b'\n')
+
 
 class _IncomingData:
     """Data as it comes over the wire, made into the message piece by piece.
@@ -274,7 +289,7 @@ class _IncomingData:
         """Take data; return how much of it belongs here if the end was in it, else None."""
         held_back = len(self._held_back)
         data = self._held_back + data
-        dot = data.find(b'\r\n.')
+        dot = _find_dotted_line(data)
         end = data.find(_END_OF_DATA, dot) if dot >= 0 else -1
         if end < 0:
             self._keep(data, dot)
@@ -285,7 +300,7 @@ class _IncomingData:
     def add(self, data):
         """Take data whose end somebody else has found; finish() is to follow."""
         data = self._held_back + data
-        self._keep(data, data.find(b'\r\n.'))
+        self._keep(data, _find_dotted_line(data))
 
     def finish(self):
         self._append(self._held_back, True)
@@ -303,7 +318,7 @@ class _IncomingData:
         if self.limit and self.octets > self.limit:
             self._message = None
         else:
-            text = lines.replace(b'\r\n', b'\n')
+            text = _lf_for_crlf(lines)
             self._message.write(text[1:] if first else text)
 
     def is_too_much(self):
@@ -508,19 +523,14 @@ class SMTPChannel(asynchat.async_chat):
         return not (self._stalled_by or self._is_hung_up)
 
     def handle_read_event(self):
-        if not self._succeeds(self.handle_read):
-            self._go_on()
-        self._last_sign_of_life = time.monotonic()  # now: a handler may have taken its time
-
-    def _succeeds(self, step):
         try:
-            step()
-            return True
+            self.handle_read()
+            return
         except asyncore.ExitNow:
             raise
         except Exception:
             self.handle_error()
-            return False
+        self._go_on()
 
     def handle_read(self):
         try:
@@ -538,8 +548,14 @@ class SMTPChannel(asynchat.async_chat):
 
     def _go_on(self):
         """Process what was received before something came in between."""
-        while not self._succeeds(self._process_input):
-            pass
+        while True:
+            try:
+                self._process_input()
+                return
+            except asyncore.ExitNow:
+                raise
+            except Exception:
+                self.handle_error()
 
     def _process_input(self):
         """Execute what the input holds, until it is used up or must wait."""
@@ -554,6 +570,7 @@ class SMTPChannel(asynchat.async_chat):
             self._answer_failure()
             raise
         finally:
+            self._last_sign_of_life = time.monotonic()  # now: a handler may have taken its time
             if self._replies_held or self.producer_fifo:
                 self._send_replies()
             if self._is_hung_up and not self._owes_replies():
@@ -562,10 +579,12 @@ class SMTPChannel(asynchat.async_chat):
     def _has_hook(self):
         """Whether somebody but us would see the hooks of asynchat called, from now on."""
         # Not by __dict__: whoever looks at it makes attributes slow (up to Python 3.12).
-        for name, own in _INPUT_HOOKS:
-            if getattr(getattr(self, name), '__func__', None) is not own:
-                return True
-        return False
+        try:
+            return (self.found_terminator.__func__ is not _FOUND_TERMINATOR
+                    or self.collect_incoming_data.__func__ is not _COLLECT_INCOMING_DATA
+                    or self.get_terminator.__func__ is not _GET_TERMINATOR)
+        except AttributeError:  # no method, but a function of the instance
+            return True
 
     def _process_in_place(self):
         while self._unread_input and not self._stalled_by:
@@ -963,7 +982,6 @@ class SMTPChannel(asynchat.async_chat):
     def _handler_has_ended(self, outcome):
         """In the loop's thread again: reply, and go on with what waits."""
         self._stall_input('handler', False)
-        self._last_sign_of_life = time.monotonic()
         try:
             self._end_message(outcome())
         except asyncore.ExitNow:
@@ -1230,8 +1248,10 @@ class SMTPChannel(asynchat.async_chat):
     __addr = _renamed('__addr', 'addr')
 
 
-_INPUT_HOOKS = [(name, getattr(SMTPChannel, name)) for name in (
-    'collect_incoming_data', 'found_terminator', 'get_terminator', 'set_terminator')]
+# The hooks as they are before anybody overrides or patches them.
+_FOUND_TERMINATOR = SMTPChannel.found_terminator
+_COLLECT_INCOMING_DATA = SMTPChannel.collect_incoming_data
+_GET_TERMINATOR = SMTPChannel.get_terminator
 
 _COMMANDS = {name[5:]: method for name, method in vars(SMTPChannel).items()
              if name.startswith('smtp_') and callable(method)}
