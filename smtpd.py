@@ -393,7 +393,7 @@ class SMTPChannel(asynchat.async_chat):
     received_lines, smtp_state (COMMAND or DATA), seen_greeting, mailfrom,
     rcpttos, received_data, mail_options, rcpt_options.
 
-    Class attributes that may be overridden (None turns a limit off):
+    Class attributes that may be overridden (None turns all but the first off):
 
     command_size_limit      octets of a command line without its CRLF (512)
     idle_timeout_seconds    without a sign of the client (300), then 421
@@ -1547,10 +1547,10 @@ class SMTPServer(asyncore.dispatcher):
                enable_SMTPUTF8=False, decode_data=False)
 
     `localaddr` is the (host, port) to listen on; host '' or None stands for
-    all interfaces.  `remoteaddr` is the (host, port) of an upstream relay, for
-    subclasses that have one, as _remoteaddr.  `data_size_limit` is the most
-    octets that a message may have, counted as in RFC 1870; None or 0: no
-    limit.  `map` is the socket map, asyncore's own if there is none.
+    all interfaces (IPv4).  `remoteaddr` is the (host, port) of an upstream
+    relay, for subclasses that have one, as _remoteaddr.  `data_size_limit` is
+    the most octets that a message may have, counted as in RFC 1870; None or 0:
+    no limit.  `map` is the socket map, asyncore's own if there is none.
     `enable_SMTPUTF8` offers RFC 6531.  With `decode_data` handlers get text,
     decoded from UTF-8 (what is not UTF-8 as surrogate escapes), else bytes.
     ValueError if both are true; OSError if the address cannot be had.
@@ -2141,7 +2141,7 @@ Version: %(version)s
 
 Listens on localhost:8025, and relays to localhost:25, unless told otherwise.
 An IPv6 address stands in brackets: [::1]:8025.  Without a host (:8025) it
-listens on all interfaces.
+listens on all interfaces (IPv4).
 """
 
 

@@ -7725,6 +7725,9 @@ def test_the_recipe_for_people_prints_decoded_text(start, tmp_path):
     assert 'Subject: Café' in lines
     post_message(program.address, message=b'Content-Type: image/png\r\n\r\n')
     program.lines_to('(no text)')
+    post_message(program.address,
+                 message=b'Content-Type: text/plain; charset=nobodys\r\n\r\nHello.\r\n')
+    program.lines_to('Hello.')
 
 
 @executes('recipe-refuse', 'recipe-refuse-command')
