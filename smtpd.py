@@ -419,9 +419,9 @@ class SMTPChannel(asynchat.async_chat):
     _PRIVATE_STATE = {
         '_decode_data': False,
         '_piece_decoder': None,
-        '_last_sign_of_life': 0.0,  # on the monotonic clock
+        '_last_sign_of_life': 0.0,  # on the monotonic clock; __new__() starts it
         '_asks_for_turn': False,  # for handle_write(), though there may be nothing to send
-        '_errors_since_message': 0,  # since the last message
+        '_errors_since_message': 0,  # 5yz replies
         '_unread_input': b'',  # what was received and not yet looked at ...
         '_input_start': 0,  # ... from here on
         '_octets_dropped': 0,  # of the present line, which is too long
@@ -593,8 +593,9 @@ class SMTPChannel(asynchat.async_chat):
                     return
             elif not self._take_command():
                 return
+            # Only a command of the user's, whose replies are not held, can have set a hook.
             if self._unread_input and not self._replies_held and self._has_hook():
-                self._process_as_asynchat()  # a command or handler of the user's has set one
+                self._process_as_asynchat()
                 return
 
     def _take_command(self):
