@@ -3660,12 +3660,12 @@ def running_server(make_command, host='127.0.0.1', **kwargs):
     raise AssertionError(error)
 
 
-def command_line(*options, host='127.0.0.1', remote=None, **kwargs):
+def command_line(*options, host='127.0.0.1', remote=None, through=(), **kwargs):
     """A running `python -m smtpd -n`: yields the process and its address."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # would be inherited
         signal.signal(signal.SIGINT, signal.default_int_handler)
     spec = '[%s]:%d' if ':' in host else '%s:%d'
-    return running_server(lambda port: [*SMTPD, '-n', *options, spec % (host, port)]
+    return running_server(lambda port: [*through, *SMTPD, '-n', *options, spec % (host, port)]
                           + ([remote] if remote else []), host, **kwargs)
 
 
@@ -3792,8 +3792,8 @@ class TestCommandLine:
             process.stdout = None
 
     def test_stdout_that_never_was(self):
-        with command_line('-c', 'DebuggingServer', preexec_fn=lambda: os.close(1)) as (
-                process, address):
+        without_stdout = ['sh', '-c', 'exec "$@" >&-', 'sh']
+        with command_line('-c', 'DebuggingServer', through=without_stdout) as (process, address):
             assert send_message(address).endswith(b'250 OK\r\n221 Bye\r\n')
             process.send_signal(signal.SIGINT)
             assert process.wait(20) == 0

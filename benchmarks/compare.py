@@ -97,6 +97,7 @@ ROWS = [
     ('the same, body and final dot in two writes', 'split', 'ms', '130 x old, 64 x C'),
 ]
 RATES = ('rate', 'speed')  # more is better
+NOTHING = '\N{EN DASH}'  # a hyphen alone would be a list in reStructuredText
 
 
 class Failure(Exception):
@@ -405,7 +406,7 @@ class Table:
         value = self.median(work, server, figure)
         failure = self.bench.failures.get((work, server))
         remark = self.bench.remarks.get((work, server))
-        text = '-' if value is None else number_text(value)
+        text = NOTHING if value is None else number_text(value)
         if failure and value is None:
             text = failure.args[0]
         if failure:
@@ -417,12 +418,12 @@ class Table:
     def ratio(self, work, ours, other, figure):
         mine, theirs = self.median(work, ours, figure), self.median(work, other, figure)
         if not mine or not theirs:
-            return '-'
+            return NOTHING
         return number_text(mine / theirs if figure in RATES else theirs / mine)
 
     def busy(self, work, server):
         value = self.median(work, server, 'busy')
-        return '-' if value is None else '%.0f' % value
+        return NOTHING if value is None else '%.0f' % value
 
     def row(self, label, work, figure, aim):
         ours = 'ours'
@@ -434,7 +435,7 @@ class Table:
         cells += [self.ratio(work, ours, 'old', figure),
                   self.ratio(work, ours, 'smtp-sink', figure),
                   self.busy(work, ours) + ' / ' + self.busy(work, 'smtp-sink')]
-        return cells + [aim or '-'] if self.aims else cells
+        return cells + [aim or NOTHING] if self.aims else cells
 
     def text(self, works):
         heads = ['work', 'ours', *(server for server in SERVERS[2:] if server in self.bench.found),
