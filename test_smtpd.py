@@ -2716,60 +2716,57 @@ class TestServerStaysUp:
 
 
 EMFILE_SCRIPT = '''
-import asyncore, os, resource, sys, threading, time
+import asyncore, contextlib, os, resource, time
 import smtpd
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
 
 class Server(smtpd.SMTPServer):
     channels_in_hub = %(hub)r
     turns = 0
-    failures = []
 
     def readable(self):
         self.turns += 1
         return super().readable()
 
-    def handle_accepted(self, conn, addr):
-        super().handle_accepted(conn, addr)
-
 server = Server(('127.0.0.1', 0), None)
 real = server.socket
-hoard = []
-is_hoarding = False
+failures = []
 
 class Listener:
     def __getattr__(self, name):
         return getattr(real, name)
     def accept(self):
-        # Here, since accept() in one thread has a descriptor for an instant that
-        # another thread, which takes all, would miss.
-        while hoard and not is_hoarding:
-            os.close(hoard.pop())
-        try:
-            while is_hoarding:
-                hoard.append(os.dup(0))
-        except OSError:
-            pass
         try:
             return real.accept()
-        except OSError as error:
-            if is_hoarding and not isinstance(error, BlockingIOError):
-                server.failures.append((time.monotonic(), server.turns))
-                if len(server.failures) == 2:
-                    (start, first), (end, last) = server.failures
-                    print(end - start, last - first, flush=True)
+        except BlockingIOError:
+            raise
+        except OSError:
+            failures.append((time.monotonic(), server.turns))
+            if len(failures) == 2:
+                (start, first), (end, last) = failures
+                print(end - start, last - first, flush=True)
             raise
 server.socket = Listener()
 
-def obey():
-    global is_hoarding
-    for line in sys.stdin:
-        is_hoarding = line == 'hoard\\n'
+class Orders(asyncore.file_dispatcher):
+    # In the loop itself: another thread's order could come while accept() is under way.
+    hoard = []
+
+    def writable(self):
+        return False
+
+    def handle_read(self):
+        if self.recv(100) == b'hoard\\n':
+            with contextlib.suppress(OSError):
+                while True:
+                    self.hoard.append(os.dup(0))
+        else:
+            while self.hoard:
+                os.close(self.hoard.pop())
         print('done', flush=True)
-    os._exit(0)
 
 print(real.getsockname()[1], flush=True)
-threading.Thread(target=obey, daemon=True).start()
+Orders(0)
 asyncore.loop()
 '''
 
@@ -2863,13 +2860,13 @@ class TestServerStaysUpInAProcess:
         def tell(line):
             process.stdin.write(line + b'\n')
             process.stdin.flush()
-            assert process.stdout.readline() == b'done\n'
+            assert read_until(process.stdout, b'\n') == b'done\n'
 
         with script(EMFILE_SCRIPT, hub=hub) as (process, address), RawClient(address) as first:
             assert first.reply().startswith(b'220 ')
             tell(b'hoard')
             with RawClient(address) as waiting:
-                seconds, turns = process.stdout.readline().split()  # between two attempts
+                seconds, turns = read_until(process.stdout, b'\n').split()  # of two attempts
                 assert float(seconds) > 0.5 and int(turns) < 50
                 assert first.say(b'NOOP') == b'250 OK\r\n'
                 tell(b'free')
@@ -8042,7 +8039,7 @@ class TestRecipeHAProxy:
                     answers.append(client.say(b'NOOP'))
                 except ConnectionError:
                     answers.append(b'')
-            assert sorted(answers) == [b''] * 3 + [b'250 OK\r\n'] * 3
+            assert set(answers) == {b'', b'250 OK\r\n'}  # each process had some
         post_message(proxy.address)
 
     def test_no_message_is_lost_when_a_process_is_killed_in_mid_load(self, proxy, tmp_path):
