@@ -588,10 +588,11 @@ class SMTPChannel(asynchat.async_chat):
 
     def _process_in_place(self):
         while self._unread_input and not self._stalled_by:
-            if self.smtp_state != self.COMMAND or self.terminator != _END_OF_LINE:
-                if not self._take_data():
-                    return
-            elif not self._take_command():
+            if self.smtp_state == self.COMMAND and self.terminator == _END_OF_LINE:
+                is_taken = self._take_command()
+            else:
+                is_taken = self._take_data()
+            if not is_taken:
                 return
             # Only a command of the user's, whose replies are not held, can have set a hook.
             if self._unread_input and not self._replies_held and self._has_hook():

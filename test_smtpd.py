@@ -1603,10 +1603,12 @@ class TestExistingPrograms:
         assert call[0][1:] == ('a@b', ['c@d'], b'text')
 
     @three_ways
-    def test_a_hook_may_be_set_in_the_middle_of_a_session(self, way):
+    @pytest.mark.parametrize('is_method', [True, False], ids=['a method', 'a function'])
+    def test_a_hook_may_be_set_in_the_middle_of_a_session(self, is_method, way):
         class Channel(smtpd.SMTPChannel):
             def smtp_AUTH(self, arg):
-                self.found_terminator = self.take_response
+                self.found_terminator = (self.take_response if is_method
+                                         else lambda: self.take_response())
                 self.push('334 ')
 
             def take_response(self):
@@ -2075,6 +2077,12 @@ def small_buffers(server, size=20_000):
     return client
 
 
+def channels_of(server):
+    """Wherever they are watched."""
+    return [each for each in gc.get_objects()
+            if isinstance(each, smtpd.SMTPChannel) and each.smtp_server is server]
+
+
 def count_lines(client, turn):
     """Read all while the loop turns; how many lines it was."""
     lines, chunk = 0, b'-'
@@ -2337,11 +2345,12 @@ class TestEndOfSession:
 
     @in_map_and_hub
     def test_an_idle_client_that_does_not_even_read_is_shut_off(self, hub, clock):
-        with turning(variant(channels_in_hub=hub)) as (server, turn), \
-                small_buffers(server) as client:
-            client.send(b'HELP\r\n' * 2000)
+        with turning(variant(channels_in_hub=hub)) as (server, turn), small_buffers(server):
+            turn(at_most=5)
+            [channel] = channels_of(server)
+            channel.push('250 ' + 50_000_000 * 'x')
             turn(at_most=10)
-            assert len(server._map) == 2
+            assert channel.producer_fifo and len(server._map) == 2
             for _ in range(5):
                 clock.seconds += 301
                 turn(at_most=5)
@@ -2439,8 +2448,7 @@ class TestServerStaysUp:
                     blocked += 1
                 turn(at_most=2)
             assert sent < 50_000_000
-            [channel] = [each for each in gc.get_objects() if isinstance(each, smtpd.SMTPChannel)
-                         and each.smtp_server is server]
+            [channel] = channels_of(server)
             assert sum(map(len, channel.producer_fifo)) < 200_000
             shut(client)
             assert count_lines(client, turn) == 1 + sent // 6  # none is lost
@@ -2648,6 +2656,18 @@ class TestServerStaysUp:
             assert client.rest() == BANNER + ANSWERED + b'221 Bye\r\n'
         assert capsys.readouterr() == ('', '')
 
+    def test_a_channel_whose_handle_error_fails_leaves_the_others_in_the_hub_alone(self, capsys):
+        def fail(self, *args):
+            raise ZeroDivisionError
+
+        channel = {'smtp_FAIL': fail, 'handle_error': fail}
+        with serving(variant(channels_in_hub=True, channel=channel)) as server:
+            with greeted(server) as failing, greeted(server) as other:
+                assert failing.say(b'FAIL') == b'451 Internal confusion\r\n'
+                assert other.say(b'NOOP') == b'250 OK\r\n'
+        out, err = capsys.readouterr()
+        assert out == '' and 'ZeroDivisionError' in err
+
     @in_map_and_hub
     def test_the_channel_class_may_be_a_function(self, hub):
         server_class = variant(channels_in_hub=hub)
@@ -2661,8 +2681,7 @@ class TestServerStaysUp:
                 small_buffers(server) as client:
             client.send(b'HELP\r\n' * 4000)
             turn(at_most=10)
-            [channel] = [each for each in gc.get_objects() if isinstance(each, smtpd.SMTPChannel)
-                         and each.smtp_server is server]
+            [channel] = channels_of(server)
             lines = pushed = 0
             while channel.producer_fifo:
                 lines += client.socket.recv(1 << 20).count(b'\n')
