@@ -334,6 +334,7 @@ class _IncomingData:
 # ---------------------------------------------------------------------------
 
 _MOST_HELD = 500  # replies that leave together; a bound, so that a backlog is noticed
+_ENOUGH_FOR_A_SEND = 65536  # octets; what send() leaves of a piece is copied
 
 _send_lock = threading.RLock()  # some programs push from a thread of their own
 
@@ -1281,9 +1282,11 @@ def _check_modes(enable_SMTPUTF8, decode_data):
 
 
 def _join_leading_bytes(queue):
-    """Make one piece of the bytes at the queue's beginning, so that one send() takes them."""
+    """Make one piece of small ones at the queue's beginning, so that one send() takes them."""
     pieces = []
-    while queue and isinstance(queue[0], bytes):
+    octets = 0
+    while queue and isinstance(queue[0], bytes) and octets < _ENOUGH_FOR_A_SEND:
+        octets += len(queue[0])
         pieces.append(queue.popleft())
     if pieces:
         queue.appendleft(b''.join(pieces))
