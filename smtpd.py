@@ -1986,7 +1986,7 @@ def _as_octets(data):
 
 
 def _lf_lines(octets):
-    return octets.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
+    return _lf_for_crlf(octets).replace(b'\r', b'\n')
 
 
 def _end_of_headers(octets):

@@ -2105,6 +2105,18 @@ class Exploding(smtpd.SMTPChannel):
             raise RuntimeError('in __init__')
 
 
+class BusyServer(RecordingServer):
+    """Its handler keeps the loop busy until it is told to go on."""
+
+    def __init__(self, *args, **kwargs):
+        self.go = threading.Event()
+        super().__init__(*args, **kwargs)
+
+    def process_message(self, *args, **kwargs):
+        super().process_message(*args, **kwargs)
+        self.go.wait(20)
+
+
 class Listener:
     """A listening socket whose accept() raises."""
 
@@ -2467,15 +2479,8 @@ class TestServerStaysUp:
 
     @in_map_and_hub
     def test_a_burst_of_connects_while_a_handler_is_busy(self, hub):
-        class Server(variant(channels_in_hub=hub)):
-            go = threading.Event()
-            go.clear()
-
-            def process_message(self, *args, **kwargs):
-                super().process_message(*args, **kwargs)
-                self.go.wait(20)
-
-        with serving(Server) as server, contextlib.ExitStack() as stack:
+        with serving(variant(BusyServer, channels_in_hub=hub)) as server, \
+                contextlib.ExitStack() as stack:
             busy = stack.enter_context(greeted(server))
             busy.send(ONE_MESSAGE)
             assert server.arrived.wait(20)
@@ -2605,15 +2610,7 @@ class TestServerStaysUp:
             assert not thread.is_alive()
 
     def test_close_twice_from_another_thread_while_the_loop_is_busy(self):
-        class Server(RecordingServer):
-            go = threading.Event()
-
-            def process_message(self, *args, **kwargs):
-                super().process_message(*args, **kwargs)
-                self.go.wait(20)
-
-        Server.go.clear()
-        with looping(Server) as (server, thread):
+        with looping(BusyServer) as (server, thread):
             with greeted(server) as client:
                 client.send(ONE_MESSAGE)
                 assert server.arrived.wait(20)
@@ -2625,15 +2622,11 @@ class TestServerStaysUp:
             thread.join(10)
 
     def test_close_in_the_loop_after_close_from_another_thread(self):
-        class Server(RecordingServer):
-            go = threading.Event()
-
+        class Server(BusyServer):
             def process_message(self, *args, **kwargs):
                 super().process_message(*args, **kwargs)
-                self.go.wait(20)
                 self.close()
 
-        Server.go.clear()
         with looping(Server) as (server, thread):
             with greeted(server) as client:
                 client.send(ONE_MESSAGE + b'QUIT\r\n')
