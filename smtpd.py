@@ -595,7 +595,7 @@ class SMTPChannel(asynchat.async_chat):
                 is_taken = self._take_data()
             if not is_taken:
                 return
-            # Only a command of the user's, whose replies are not held, can have set a hook.
+            # Only the user's commands and handlers, whose replies are not held, set hooks.
             if self._unread_input and not self._replies_held and self._has_hook():
                 self._process_as_asynchat()
                 return
@@ -891,9 +891,9 @@ class SMTPChannel(asynchat.async_chat):
         if not self._is_idle(now):
             return
         with contextlib.suppress(OSError, ValueError, LookupError, AttributeError):
-            if self._asks_for_turn:  # and got none: the client does not even read
+            self._asks_for_turn = not self._asks_for_turn
+            if not self._asks_for_turn:  # it did, and got none: the client does not even read
                 self.socket.shutdown(_SHUT_BOTH)
-            self._asks_for_turn = True
             self._tell_hub()
 
     def _end_idle_session(self):

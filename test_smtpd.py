@@ -2368,6 +2368,15 @@ class TestEndOfSession:
                 turn(at_most=5)
             assert len(server._map) == 1
 
+    def test_an_idle_client_of_a_channel_with_its_own_writable_is_shut_off(self, clock):
+        channel = {'writable': lambda self: bool(self.producer_fifo)}
+        with turning(variant(channel=channel)) as (server, turn), RawClient(server) as client:
+            assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
+            for _ in range(3):
+                clock.seconds += 301
+                turn(at_most=5)
+            assert len(server._map) == 1 and client.rest() == b''
+
     @in_map_and_hub
     def test_a_channel_that_fails_to_say_421_does_not_end_the_loop(self, hub, clock, capsys):
         def push(self, msg):
