@@ -1,0 +1,625 @@
+"""What more than one file of the tests uses; it chooses the smtpd.py that they test.
+
+PYSMTPD_TEST_MODULE_DIR names the directory of the smtpd.py to be tested, if not
+the one above this; PYSMTPD_TEST_REQUIRE_ALL=1 makes failures of skips.
+"""
+import asyncio
+import asyncore
+import contextlib
+import errno
+import importlib.util
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+MODULE_DIR = os.environ.get('PYSMTPD_TEST_MODULE_DIR') or HERE
+# First: up to Python 3.11 the standard library's smtpd comes before an installed one.
+sys.path.insert(0, MODULE_DIR)
+
+import smtpd
+
+# The same examples in each run, on however slow a machine.
+settings.register_profile('repeatable', derandomize=True, deadline=None, database=None,
+                          suppress_health_check=list(HealthCheck))
+settings.load_profile('repeatable')
+
+PEER = ('127.0.0.1', 54321)
+FQDN = 'mx.example'
+
+
+# ---------------------------------------------------------------------------------------------
+# A channel fed bytes, without a socket
+
+class FakeConnection:
+    """A connected socket without a network: recv() pops what feed() queued, send() is recorded."""
+
+    family = socket.AF_INET
+    sends_at_most = None  # octets that one send() takes, None for all
+
+    def __init__(self, descriptor=7):
+        self.incoming = []
+        self.sends = []
+        self.closed = False
+        self.descriptor = descriptor
+
+    @property
+    def sent(self):
+        return b''.join(self.sends)
+
+    def recv(self, size, flags=0):
+        if not self.incoming:
+            raise BlockingIOError(errno.EAGAIN, 'nothing there')
+        data = self.incoming.pop(0)
+        if isinstance(data, Exception):
+            raise data
+        if len(data) > size:
+            self.incoming.insert(0, data[size:])
+        return data[:size]
+
+    def send(self, data, flags=0):
+        data = bytes(data)[:self.sends_at_most]
+        self.sends.append(data)
+        return len(data)
+
+    def fileno(self):
+        return self.descriptor
+
+    def getpeername(self):
+        return PEER
+
+    def setblocking(self, flag):
+        pass
+
+    def setsockopt(self, *args):
+        pass
+
+    def getsockopt(self, *args):
+        return 0
+
+    def close(self):
+        self.closed = True
+
+
+class StubServer:
+    """The least that a channel needs of a server; keeps what it is given."""
+
+    def __init__(self, reply=None):
+        self.messages = []
+        self.reply = reply
+
+    def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
+        self.messages.append((peer, mailfrom, list(rcpttos), data, kwargs))
+        if isinstance(self.reply, Exception):
+            raise self.reply
+        return self.reply
+
+
+def make_channel(server=None, channel_class=None, **kwargs):
+    """A channel on a FakeConnection, its banner already taken away."""
+    channel = (channel_class or smtpd.SMTPChannel)(
+        server or StubServer(), FakeConnection(), PEER, map={}, **kwargs)
+    channel.conn.sends.clear()
+    return channel
+
+
+def feed(channel, *pieces):
+    """Give the pieces to the channel as a loop would, one read event each; return what it sent."""
+    start = len(channel.conn.sent)
+    for piece in pieces:
+        channel.conn.incoming.append(piece)
+        while channel.conn.incoming and channel.connected and channel.readable():
+            channel.handle_read_event()
+            while channel.producer_fifo and channel.connected:
+                channel.handle_write_event()
+    return channel.conn.sent[start:]
+
+
+# ---------------------------------------------------------------------------------------------
+# A server in a thread, and a client of raw octets
+
+class RecordingServer(smtpd.SMTPServer):
+    """Keeps the messages; `arrived` is set at each."""
+
+    def __init__(self, localaddr=('127.0.0.1', 0), remoteaddr=None, **kwargs):
+        self.messages = []
+        self.arrived = threading.Event()
+        self.reply = None
+        super().__init__(localaddr, remoteaddr, **kwargs)
+
+    def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
+        self.messages.append((peer, mailfrom, list(rcpttos), data, kwargs))
+        self.arrived.set()
+        if isinstance(self.reply, Exception):
+            raise self.reply
+        return self.reply
+
+
+@contextlib.contextmanager
+def serving(server_class=RecordingServer, localaddr=('127.0.0.1', 0), remoteaddr=None,
+            use_poll=False, timeout=0.5, **kwargs):
+    """Run a server with a socket map of its own in a thread; close it and its channels."""
+    sockets = {}
+    server = server_class(localaddr, remoteaddr, map=sockets, **kwargs)
+    server.port_number = server.socket.getsockname()[1]
+    stopping = threading.Event()
+
+    def loop():
+        while not stopping.is_set():
+            asyncore.loop(timeout=timeout, use_poll=use_poll, map=sockets, count=1)
+        asyncore.close_all(sockets)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        yield server
+    finally:
+        stopping.set()
+        with contextlib.suppress(OSError):  # wakes the loop
+            socket.create_connection(server.socket.getsockname()[:2], timeout=5).close()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+class RawClient:
+    """A client of raw octets: says what it is told, reads whole replies."""
+
+    def __init__(self, server_or_address, timeout=20):
+        address = getattr(server_or_address, 'socket', None)
+        address = address.getsockname()[:2] if address else server_or_address
+        self.socket = socket.create_connection(address, timeout=timeout)
+        self.file = self.socket.makefile('rb')
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def close(self):
+        self.file.close()
+        self.socket.close()
+
+    def send(self, octets):
+        self.socket.sendall(octets)
+
+    def reply(self):
+        """One whole reply, multi-line ones joined; b'' at the end of the stream."""
+        lines = []
+        while True:
+            line = self.file.readline()
+            lines.append(line)
+            if line[3:4] != b'-':
+                return b''.join(lines)
+
+    def say(self, line):
+        self.send(line + b'\r\n')
+        return self.reply()
+
+    def rest(self):
+        """All until the server closes."""
+        return self.file.read()
+
+
+def variant(base=RecordingServer, channel=None, **attributes):
+    """A class with other attributes; `channel` are those of a server's channels."""
+    if channel is not None:
+        attributes['channel_class'] = variant(base.channel_class, **channel)
+    return type(base.__name__, (base,), attributes)
+
+
+# ---------------------------------------------------------------------------------------------
+# Programs as processes
+
+def environment(*folders, **changes):
+    """The environment of a process that imports the module under test, as a user's would be."""
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(
+        [os.path.dirname(os.path.realpath(smtpd.__file__)), *map(str, folders)]), **changes)
+    env.pop('PYTHONUNBUFFERED', None)  # hides buffering faults
+    return env
+
+
+# On Python 3.10 and 3.11 the standard library warns of its own asyncore and asynchat.
+STRICT = [sys.executable, '-W', 'error', '-W', 'ignore:The asyn:DeprecationWarning']
+
+
+@contextlib.contextmanager
+def running(command, **kwargs):
+    """A process, ended at the end."""
+    with subprocess.Popen(command, **{
+            'env': environment(), 'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE,
+            'stderr': subprocess.PIPE, **kwargs}) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+
+SMTPD = STRICT + ['-m', 'smtpd']
+
+
+def free_port(host='127.0.0.1'):
+    family = socket.AF_INET6 if ':' in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as probe:
+        return probe.getsockname()[1]
+
+
+def is_ready(process, address):
+    """Wait until something accepts there; false if the process ended first."""
+    for _ in range(400):
+        try:
+            socket.create_connection(address, timeout=5).close()
+            return True
+        except OSError:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.05)
+                return False
+    raise AssertionError('not ready')
+
+
+@contextlib.contextmanager
+def running_server(make_command, host='127.0.0.1', **kwargs):
+    """The process of make_command(port), which listens there: yields it and its address."""
+    for _ in range(5):  # another process may have taken the port meanwhile
+        address = host, free_port(host)
+        with running(make_command(address[1]), **kwargs) as process:
+            if is_ready(process, address):
+                yield process, address
+                return
+            error = process.communicate()[1]
+    raise AssertionError(error)
+
+
+def command_line(*options, host='127.0.0.1', remote=None, through=(), **kwargs):
+    """A running `python -m smtpd -n`: yields the process and its address."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # would be inherited
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    spec = '[%s]:%d' if ':' in host else '%s:%d'
+    return running_server(lambda port: [*through, *SMTPD, '-n', *options, spec % (host, port)]
+                          + ([remote] if remote else []), host, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------
+# What a machine may lack
+
+def missing(what):
+    """Skip, or fail where nothing may be left out, for want of something on this machine."""
+    if os.environ.get('PYSMTPD_TEST_REQUIRE_ALL') == '1':
+        pytest.fail('missing: ' + what)
+    pytest.skip('missing: ' + what)
+
+
+# ---------------------------------------------------------------------------------------------
+# Upstreams that misbehave on purpose: aiosmtpd, and one of bare sockets for the exact octets
+
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # aiosmtpd's own, from Python 3.15 on
+    import aiosmtpd.lmtp
+    import aiosmtpd.smtp
+
+SENDER = b'<sender@example.com>'
+RECIPIENT = b'<rcpt@example.com>'
+PROXIED = b'Subject: hello\r\n\r\nText.\r\n'
+BOTH_MODES = pytest.mark.parametrize('decode_data', [False, True], ids=['bytes', 'decoded'])
+
+
+class Misbehaving:
+    """Mixed into aiosmtpd's protocols: before each command, looks whether a fault is due."""
+
+    upstream = None
+    greeted = False
+
+    def connection_made(self, transport):
+        self.upstream.transports.append(transport)
+        fault = self.upstream.faults.get('CONNECT')
+        if fault is None:
+            self.greeted = True
+            super().connection_made(transport)
+        elif fault == 'break off':
+            transport.abort()
+        else:
+            self.upstream.hangs.set()
+
+    def connection_lost(self, error):
+        if self.greeted:
+            super().connection_lost(error)
+
+    def data_received(self, data):
+        if self.greeted:
+            super().data_received(data)
+
+    async def fault_at(self, point):
+        """The reply that the test asked for at this point, if any."""
+        fault = self.upstream.faults.get(point)
+        if fault == 'break off':
+            self.transport.abort()
+            await asyncio.Event().wait()  # till the lost connection cancels this
+        elif fault == 'hang':
+            self.upstream.hangs.set()
+            await self.upstream.released.wait()
+            fault = None
+        return fault
+
+    async def obey_or(self, point, command, arg):
+        fault = await self.fault_at(point)
+        if fault is not None:
+            await self.push(fault)
+        else:
+            await command(arg)
+
+    async def smtp_EHLO(self, arg):
+        await self.obey_or('EHLO', super().smtp_EHLO, arg)
+
+    async def smtp_HELO(self, arg):
+        await self.obey_or('HELO', super().smtp_HELO, arg)
+
+    async def smtp_MAIL(self, arg):
+        await self.obey_or('MAIL', super().smtp_MAIL, arg)
+
+    async def smtp_RCPT(self, arg):
+        await self.obey_or('RCPT', super().smtp_RCPT, arg)
+
+    async def smtp_DATA(self, arg):
+        await self.obey_or('DATA', super().smtp_DATA, arg)
+
+    async def smtp_QUIT(self, arg):
+        await self.obey_or('QUIT', super().smtp_QUIT, arg)
+
+
+class MisbehavingSMTP(Misbehaving, aiosmtpd.smtp.SMTP):
+    pass
+
+
+class MisbehavingLMTP(Misbehaving, aiosmtpd.lmtp.LMTP):
+    async def smtp_LHLO(self, arg):
+        await self.obey_or('LHLO', super().smtp_LHLO, arg)
+
+
+class Upstream:
+    """An aiosmtpd server in a thread.
+
+    `faults` maps a point of the session (CONNECT, EHLO, MAIL, RCPT, DATA, ".", QUIT) to
+    'break off', 'hang' or a reply; `refused` maps a recipient to the reply it gets.
+    """
+
+    def __init__(self, protocol=MisbehavingSMTP, host='127.0.0.1'):
+        self.protocol = protocol
+        self.host = host
+        self.faults = {}
+        self.refused = {}
+        self.asked_for = []
+        self.transports = []
+        self.messages = []
+        self.arrived = threading.Condition()
+        self.hangs = threading.Event()
+        self.ready = threading.Event()
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.serve()), daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        assert self.ready.wait(20)
+        return self
+
+    def __exit__(self, *exc):
+        self.loop.call_soon_threadsafe(self.closing.set)
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+
+    @property
+    def address(self):
+        return self.host, self.port
+
+    def release(self):
+        """Let a session go on that hangs, and all that come later."""
+        self.loop.call_soon_threadsafe(self.released.set)
+
+    async def serve(self):
+        self.loop = asyncio.get_running_loop()
+        self.closing, self.released = asyncio.Event(), asyncio.Event()
+        server = await self.loop.create_server(self.make_protocol, self.host, 0)
+        self.port = server.sockets[0].getsockname()[1]
+        self.ready.set()
+        await self.closing.wait()
+        server.close()
+        for transport in self.transports:
+            transport.abort()
+        await asyncio.sleep(0)  # abort() closes at the loop's next turn
+
+    def make_protocol(self):
+        session = self.protocol(self, data_size_limit=None, hostname='upstream.example',
+                                loop=self.loop)
+        session.upstream = self
+        return session
+
+    async def handle_RCPT(self, server, session, envelope, address, options):
+        self.asked_for.append(address)
+        if address in self.refused:
+            return self.refused[address]
+        envelope.rcpt_tos.append(address)
+        return '250 OK'
+
+    async def handle_DATA(self, server, session, envelope):
+        fault = await server.fault_at('.')
+        if fault is not None:
+            return fault
+        with self.arrived:
+            self.messages.append((envelope.mail_from, envelope.rcpt_tos, envelope.content))
+            self.arrived.notify_all()
+        return '250 2.0.0 Kept'
+
+    def wait_for(self, count):
+        """The messages, once there are so many."""
+        with self.arrived:
+            assert self.arrived.wait_for(lambda: len(self.messages) >= count, 20), self.messages
+            return list(self.messages)
+
+
+class WireUpstream:
+    """An upstream of bare sockets: keeps the octets as they come, answers from a table."""
+
+    REPLIES = {b'CONNECT': b'220 upstream.example', b'DATA': b'354 Go on', b'QUIT': b'221 Bye'}
+
+    def __init__(self, **replies):
+        self.replies = dict(self.REPLIES)
+        self.replies.update((verb.encode(), reply) for verb, reply in replies.items())
+        self.commands = []
+        self.bodies = []
+        self.ends = threading.Event()
+        self.sockets = []
+        self.listener = socket.create_server(('127.0.0.1', 0), backlog=100)
+        self.address = self.listener.getsockname()[:2]
+        self.threads = [threading.Thread(target=self.accept, daemon=True)]
+
+    def __enter__(self):
+        self.threads[0].start()
+        return self
+
+    def __exit__(self, *exc):
+        self.ends.set()
+        self.listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
+        self.threads[0].join(20)
+        for connection in self.sockets:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join(20)
+            assert not thread.is_alive()
+        self.listener.close()
+
+    def accept(self):
+        while True:
+            try:
+                connection = self.listener.accept()[0]
+            except OSError:
+                return
+            self.sockets.append(connection)
+            self.threads.append(
+                threading.Thread(target=self.session, args=(connection,), daemon=True))
+            self.threads[-1].start()
+
+    def session(self, connection):
+        with connection, connection.makefile('rb') as file, contextlib.suppress(OSError):
+            self.answer(connection, b'CONNECT')
+            for line in file:
+                self.commands.append(line)
+                verb = line.split()[0].upper()
+                self.answer(connection, verb)
+                if verb == b'DATA' and self.replies[verb].startswith(b'354'):
+                    lines = []
+                    for each in file:
+                        if each == b'.\r\n':
+                            self.bodies.append(b''.join(lines))
+                            self.answer(connection, b'END')
+                            break
+                        lines.append(each)
+                elif verb == b'QUIT':
+                    return
+
+    def answer(self, connection, verb):
+        reply = self.replies.get(verb, b'250 OK')
+        if reply is not None:
+            connection.sendall(reply + b'\r\n')
+            return
+        while not self.ends.wait(0.02):  # a reply that never ends
+            connection.sendall(b'250-and\r\n')
+
+    def verbs(self, verb):
+        return [line for line in self.commands if line.upper().startswith(verb)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Messages through a proxy
+
+def proxy_to(upstream, proxy_class=smtpd.PureProxy, **kwargs):
+    return serving(proxy_class, remoteaddr=upstream.address, **kwargs)
+
+
+def greet(server):
+    """A client that has read the banner and said HELO."""
+    client = RawClient(server)
+    assert client.reply().startswith(b'220 ')
+    assert client.say(b'HELO client.example').startswith(b'250 ')
+    return client
+
+
+def stuffed(octets):
+    """The message as a client sends it: dots doubled, the end marked."""
+    assert octets.endswith(b'\r\n')
+    return (b'\r\n' + octets).replace(b'\r\n.', b'\r\n..')[2:] + b'.\r\n'
+
+
+def start_message(client, octets=PROXIED, sender=SENDER, recipients=(RECIPIENT,)):
+    """Send a whole message, do not wait for the reply."""
+    assert client.say(b'MAIL FROM:' + sender) == b'250 OK\r\n'
+    for recipient in recipients:
+        assert client.say(b'RCPT TO:' + recipient) == b'250 OK\r\n'
+    assert client.say(b'DATA').startswith(b'354 ')
+    client.send(stuffed(octets))
+
+
+def relay_message(client, *args, **kwargs):
+    start_message(client, *args, **kwargs)
+    return client.reply()
+
+
+def post(server, *args, **kwargs):
+    """One session, one message: the reply to it. The session must go on afterwards."""
+    with greet(server) as client:
+        reply = relay_message(client, *args, **kwargs)
+        assert client.say(b'NOOP') == b'250 OK\r\n'
+        assert client.say(b'QUIT') == b'221 Bye\r\n'
+        assert client.rest() == b''
+    return reply
+
+
+def with_x_peer(octets, peer=b'127.0.0.1'):
+    """What the proxy makes of a message that has an empty line."""
+    head, empty_line, body = octets.partition(b'\r\n\r\n')
+    assert empty_line
+    return head + b'\r\nX-Peer: ' + peer + empty_line + body
+
+
+def idle_proxy(proxy_class=smtpd.PureProxy, remoteaddr=('127.0.0.1', 9), **kwargs):
+    """A server that no loop serves, for calls of its methods."""
+    return contextlib.closing(proxy_class(('127.0.0.1', 0), remoteaddr, map={}, **kwargs))
+
+
+def mailman_proxy_to(upstream, mailman_address, **kwargs):
+    proxy_class = type('OurMailman', (smtpd.MailmanProxy,),
+                       {'mailman_lmtp_address': mailman_address})
+    return serving(proxy_class, remoteaddr=upstream.address, **kwargs)
+
+
+OTHERS = (b'<c@example.com>', b'<d@example.com>')
+OTHER_NAMES = ('c@example.com', 'd@example.com')
+
+
+def find_tool(name, package):
+    path = shutil.which(name, path=os.environ.get('PATH', '') + ':/usr/sbin:/sbin')
+    return path or missing("%s (Debian's package %s)" % (name, package))
+
+
+def waits(seconds=30):
+    """For what can only be polled: files and ports of other programs. Ends by failing."""
+    for _ in range(int(seconds / 0.02)):
+        yield
+        select.select([], [], [], 0.02)
+    pytest.fail('waited %s seconds in vain' % seconds)
+
+
+def clean_environment():
+    return {name: value for name, value in os.environ.items() if not name.startswith('PYTHON')}
+
+
+def need_module(name, package=None):
+    return importlib.util.find_spec(name) or missing('the package %s' % (package or name))

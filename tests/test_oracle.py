@@ -1,0 +1,869 @@
+"""Judge from outside: the old module, fed the same dialogues.
+
+Breakpoint: 3.12. From there on it has none.
+"""
+import asyncore
+import contextlib
+import importlib.util
+import io
+import itertools
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import typing
+import warnings
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import smtpd
+from tests.support import HERE, PEER, FakeConnection, StubServer
+
+has_old_module = pytest.mark.skipif(
+    sys.version_info >= (3, 12), reason='this Python has no smtpd of its own')
+
+
+class Step(typing.NamedTuple):
+    """A command line; the data that follow it where it is answered with 354."""
+
+    line: bytes
+    data: bytes = b''
+
+
+class Outcome(typing.NamedTuple):
+    """What one step did, as a client and a handler see it."""
+
+    sent: bytes
+    messages: list  # (peer, mailfrom, rcpttos, data, kwargs)
+    raised: typing.Optional[str]  # what left the channel's handle_read()
+    closed: bool
+    session: tuple  # seen_greeting, mailfrom, rcpttos, smtp_state
+
+
+def load_old_module():
+    path = os.path.join(sysconfig.get_path('stdlib'), 'smtpd.py')
+    spec = importlib.util.spec_from_file_location('standard_library_smtpd', path)
+    module = importlib.util.module_from_spec(spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def old_module():
+    module = load_old_module()
+    assert not os.path.samefile(module.__file__, smtpd.__file__)
+    return module
+
+
+class Handler(StubServer):
+    """Answers the messages of a session with the replies, over and over."""
+
+    def __init__(self, replies):
+        super().__init__()
+        self.replies = itertools.cycle(replies or [None])
+
+    def process_message(self, *args, **kwargs):
+        self.reply = next(self.replies)
+        return super().process_message(*args, **kwargs)
+
+
+class Session:
+    """A channel of either module, driven as a loop drives it."""
+
+    def __init__(self, module, replies=(), hooks_overridden=False, **options):
+        class Channel(module.SMTPChannel):
+            def handle_error(channel):
+                self.raised = sys.exc_info()[0].__name__
+                super().handle_error()
+
+            def log_info(channel, message, type='info'):
+                pass
+
+            if hooks_overridden:
+                def found_terminator(channel):
+                    super().found_terminator()
+
+        self.raised = None
+        self.server = Handler(replies)
+        # Shared by all sessions of the old module; each of these begins afresh.
+        module.SMTPChannel.command_size_limits.clear()
+        self.channel = Channel(self.server, FakeConnection(), PEER, map={}, **options)
+        self.channel.conn.sends.clear()
+
+    def take(self, *segments):
+        """Feed the segments, one read event each; return the Outcome."""
+        channel = self.channel
+        sent, messages = len(channel.conn.sent), len(self.server.messages)
+        for segment in segments:
+            channel.conn.incoming.append(segment)
+            while channel.conn.incoming and channel.connected:
+                asyncore.read(channel)
+                while channel.connected and channel.writable():
+                    asyncore.write(channel)
+        return Outcome(
+            channel.conn.sent[sent:], self.server.messages[messages:], self.raised,
+            not channel.connected,
+            (channel.seen_greeting, channel.mailfrom, list(channel.rcpttos), channel.smtp_state))
+
+    def whole(self):
+        """The Outcome of all that was fed."""
+        return self.take()._replace(sent=self.channel.conn.sent, messages=self.server.messages)
+
+    def take_step(self, step):
+        outcome = self.take(step.line + b'\r\n')
+        if outcome.sent.startswith(b'354') and step.data:
+            end = self.take(step.data)
+            outcome = end._replace(sent=outcome.sent + end.sent)
+        return outcome
+
+
+class Case(typing.NamedTuple):
+    """A step at which the two differ, and all that is known about it."""
+
+    step: Step
+    earlier: list  # the steps before it and what both did: [(step, outcome)]
+    old: Outcome
+    ours: Outcome
+    options: dict  # of the channels
+    old_module: typing.Any
+
+    @property
+    def text(self):
+        return self.step.line.decode('utf-8', 'surrogateescape')
+
+    @property
+    def verb(self):
+        return self.text.partition(' ')[0]
+
+    @property
+    def path(self):
+        """What stands behind "MAIL FROM:", "RCPT TO:" or "VRFY"; None for other commands."""
+        keyword = {'MAIL': 'FROM:', 'RCPT': 'TO:', 'VRFY': ''}.get(self.verb.upper())
+        argument = self.text.partition(' ')[2].strip()
+        if keyword is None or argument[:len(keyword)].upper() != keyword:
+            return None
+        return argument[len(keyword):].strip()
+
+    @property
+    def address_of_old(self):
+        """What the old module makes of the path; None if it makes nothing of it."""
+        return self.parsed_by_old()[0] or None
+
+    def parsed_by_old(self):
+        try:
+            return Session(self.old_module).channel._getaddr(self.path)
+        except Exception:
+            return '', self.path
+
+    def old_took_it_verbatim(self):
+        """It took what stands before a blank: the address, perhaps in brackets, with a route."""
+        address, rest = self.parsed_by_old()
+        taken = self.path[:len(self.path) - len(rest)]
+        is_apart = not rest or rest[:1].isspace() or taken[-1:].isspace()
+        return is_apart and is_verbatim(address, taken)
+
+    @property
+    def address_of_ours(self):
+        """What we have just accepted in MAIL or RCPT."""
+        _, mailfrom, rcpttos, _ = self.ours.session
+        return mailfrom if self.verb.upper() == 'MAIL' else rcpttos[-1]
+
+    def we_only_say(self, pattern):
+        """Our answer is this one line, and nothing else happens."""
+        before = self.earlier[-1][1].session if self.earlier else ('', None, [], 0)
+        return (re.fullmatch(pattern + rb'\r\n', self.ours.sent)
+                and self.ours == Outcome(self.ours.sent, [], None, False, before))
+
+    def we_refuse_the_path(self):
+        return self.path is not None and self.we_only_say(
+            rb'501 Syntax: ((MAIL FROM|RCPT TO): <address>( \[SP <mail-parameters>\])?'
+            rb'|VRFY <address>)')
+
+    def we_refuse_the_parameters(self):
+        return self.we_only_say(
+            rb'501 Syntax: MAIL FROM: <address> \[SP <mail-parameters>\]')
+
+    def old_died_of(self, *exceptions):
+        return self.old.raised in exceptions and self.old.closed and not self.old.messages
+
+
+def is_utf8(octets):
+    try:
+        octets.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def is_verbatim(address, path):
+    """The path is the address as it is, perhaps in brackets, with a source route before it."""
+    route = r'@[^\s@,:<>]+(?:,@[^\s@,:<>]+)*:'
+    return path.strip() == address == '<>' or re.fullmatch(
+        r'(?:<(?:{route})?{address}>|{address})\s*'.format(
+            route=route, address=re.escape(address)), path)
+
+
+def rfc1870_size(data):
+    """Octets with CRLF, without the doubled dots, the final dot left out."""
+    lines = data[:-len(b'.\r\n')].split(b'\r\n')
+    return sum(len(line) - line.startswith(b'.') for line in lines) + 2 * (len(lines) - 1)
+
+
+def command_not_utf8(case):
+    return (not is_utf8(case.step.line) and case.old_died_of('UnicodeDecodeError')
+            and case.we_only_say(rb'500 Error: bad syntax'))
+
+
+def control_character(case):
+    return (re.search('[\0-\x08\x0a-\x1f\x7f-\x9f]', case.text)
+            and case.we_only_say(rb'500 Error: bad syntax'))
+
+
+def echo(case):
+    unknown = b'500 Error: command "%s" not recognized'
+    verb = case.verb.upper()
+    masked = re.sub('[^ -~]', '?', case.verb).encode()
+    return (re.search('[^ -~]', verb)
+            and (case.old_died_of('UnicodeEncodeError')
+                 or case.old.sent == unknown % verb.encode('utf-8', 'replace') + b'\r\n')
+            and case.we_only_say(b'(?i)' + re.escape(unknown % masked)))
+
+
+def verb_looks_like_another(case):
+    return (not case.verb.isascii() and case.verb.upper().isascii()
+            and case.we_only_say(rb'500 Error: command "[ -~]*" not recognized'))
+
+
+def malformed_path(case):
+    return (case.we_refuse_the_path() and case.address_of_old is None
+            and case.old_died_of('HeaderParseError', 'IndexError', 'AttributeError'))
+
+
+def address_changed(case):
+    return (case.we_refuse_the_path() and case.address_of_old is not None
+            and not case.old_took_it_verbatim())
+
+
+def refused_for_its_path_first(case):
+    """Text behind a bare local part: both refuse it, for different reasons in a transaction."""
+    return (case.old.sent == b'503 Error: nested MAIL command\r\n' and case.we_refuse_the_path()
+            and case.address_of_old and '@' not in case.address_of_old
+            and first_difference(case.old_module, [GREETING, case.step]) is None)
+
+
+def dots_or_hyphens(case):
+    if not (case.we_refuse_the_path() and case.address_of_old and case.old_took_it_verbatim()):
+        return False
+    local_part, at, domain = case.address_of_old.rpartition('@')
+    if not at:
+        local_part, domain = domain, ''
+    return (re.search(r'^\.|\.\.', local_part)
+            or any(label and not label.strip('-') for label in domain.split('.')))
+
+
+def quotes_lost(case):
+    if re.match(r'""(\s|$)|<"">', case.path or ''):
+        return case.old.sent.startswith(b'501 Syntax: ')  # nothing was left
+    if not case.path or case.ours.sent != b'250 OK\r\n':
+        return False
+    ours, old = case.address_of_ours, case.address_of_old or ''
+    return (ours.startswith('"') and case.path.lstrip('<').startswith(ours)
+            and old == re.sub(r'"|\\(?=.)', '', ours))
+
+
+def size_without_value(case):
+    return (re.search(r'\sSIZE(\s|$)', case.text.upper()) and case.old_died_of('AttributeError')
+            and case.we_refuse_the_parameters())
+
+
+def size_in_foreign_digits(case):
+    return (re.search(r'\sSIZE=[0-9]*[^\x00-\x7f]+', case.text.upper())
+            and (case.old_died_of('ValueError') or case.old.sent[:3] in (b'250', b'552', b'555'))
+            and case.we_refuse_the_parameters())
+
+
+def stuck_after_too_much(case):
+    reply = rb'354 [ -~]+\r\n552 Error: Too much mail data\r\n'
+    return (re.fullmatch(reply, case.ours.sent) and case.ours.sent == case.old.sent
+            and rfc1870_size(case.step.data) > case.options['data_size_limit']
+            and (case.old.session[3], case.ours.session[3])
+            == (smtpd.SMTPChannel.DATA, smtpd.SMTPChannel.COMMAND))
+
+
+def size_counted_otherwise(case):
+    limit = case.options.get('data_size_limit')
+    if not limit or not case.step.data or not case.ours.sent.startswith(b'354'):
+        return False
+    refusal = b'552 Error: Too much mail data\r\n'
+    too_much = rfc1870_size(case.step.data) > limit
+    return (case.ours.sent.endswith(refusal) == too_much
+            and case.old.sent.endswith(refusal) != too_much)
+
+
+def empty_message(case):
+    return (case.step.data == b'.\r\n' and case.old.sent.count(b'\r\n') == 1
+            and case.old.session[3] == smtpd.SMTPChannel.DATA
+            and case.ours.sent.count(b'\r\n') == 2
+            and [message[3] for message in case.ours.messages]
+            == ['' if case.options.get('decode_data') else b''])
+
+
+def data_not_utf8(case):
+    if not (case.options.get('decode_data') and not is_utf8(case.step.data)
+            and case.old_died_of('UnicodeDecodeError') and len(case.ours.messages) == 1):
+        return False
+    message = case.ours.messages[0][3].encode('utf-8', 'surrogateescape')
+    unstuffed = (b'\r\n' + case.step.data).replace(b'\r\n.', b'\r\n')[2:-len(b'\r\n\r\n')]
+    return message == unstuffed.replace(b'\r\n', b'\n') and not case.ours.closed
+
+
+def options_left_behind(case):
+    def without_keywords(outcome):
+        return outcome._replace(messages=[message[:4] for message in outcome.messages])
+
+    refused = [step for step, outcome in case.earlier
+               if re.match(rb'(?i)(MAIL|RCPT) ', step.line) and outcome.sent[:1] == b'5']
+    mail = [step.line.decode().upper() for step, outcome in case.earlier
+            if re.match(rb'(?i)MAIL ', step.line) and outcome.sent[:1] == b'2']
+    return (refused and case.old.messages != case.ours.messages
+            and without_keywords(case.old) == without_keywords(case.ours)
+            and all(message[4]['rcpt_options'] == []
+                    and mail[-1].endswith(' '.join(message[4]['mail_options']))
+                    for message in case.ours.messages))
+
+
+NO_OPTIONS = {}  # not to be changed
+
+
+class Difference(typing.NamedTuple):
+    """A class of differences: why we differ, what it looks like, and one example.
+
+    `readme` stands in README's "Differences from the standard library".
+    """
+
+    applies: typing.Callable
+    reason: str
+    readme: str
+    steps: list  # the last one is the one in which the two differ
+    old: dict  # fields of its Outcome
+    ours: dict
+    options: dict = NO_OPTIONS
+
+
+GREETING = Step(b'EHLO x')
+SENDER_STEP = Step(b'MAIL FROM:<a@b>')
+RECIPIENT_STEP = Step(b'RCPT TO:<c@d>')
+OLD_TRANSACTION = [GREETING, SENDER_STEP, RECIPIENT_STEP]
+GO_AHEAD = b'354 End data with <CR><LF>.<CR><LF>\r\n'
+OLD_MAIL_SYNTAX = b'501 Syntax: MAIL FROM: <address> [SP <mail-parameters>]\r\n'
+BAD_SYNTAX = {'sent': b'500 Error: bad syntax\r\n', 'closed': False}
+NO_ANSWER = {'sent': b'', 'closed': True}
+
+DIFFERENCES = [
+    Difference(
+        command_not_utf8, 'every command gets an answer', 'octets that are not UTF-8',
+        [Step(b'NOOP \xff')], {**NO_ANSWER, 'raised': 'UnicodeDecodeError'}, BAD_SYNTAX),
+    Difference(
+        control_character, 'they forge log lines and headers', 'with control characters',
+        [GREETING, Step(b'MAIL FROM:<a\0b@c>')],
+        {'sent': b'250 OK\r\n', 'session': ('x', 'a\0b@c', [], 0)}, BAD_SYNTAX),
+    Difference(
+        echo, 'a reply echoes printable ASCII only, and a verb that is not is no reason to die',
+        'Replies repeat printable ASCII only.',
+        [Step('\xdcBER'.encode())], {**NO_ANSWER, 'raised': 'UnicodeEncodeError'},
+        {'sent': b'500 Error: command "?BER" not recognized\r\n', 'closed': False}),
+    Difference(
+        verb_looks_like_another, 'verbs are ASCII (RFC 5321, 2.4)', 'a verb that is not ASCII',
+        [Step('QU\u0131T'.encode())], {'sent': b'221 Bye\r\n', 'closed': True},
+        {'sent': b'500 Error: command "QU?T" not recognized\r\n', 'closed': False}),
+    Difference(
+        malformed_path, 'every command gets an answer', 'A malformed address never ends',
+        [GREETING, Step(b'MAIL FROM:<')], {**NO_ANSWER, 'raised': 'IndexError'},
+        {'sent': OLD_MAIL_SYNTAX, 'closed': False}),
+    Difference(
+        address_changed, 'what the client did not say is forged',
+        'What the old module changed on the way is refused',
+        [GREETING, Step(b'MAIL FROM:<(c)a@b>')],
+        {'sent': b'250 OK\r\n', 'session': ('x', 'a@b', [], 0)},
+        {'sent': OLD_MAIL_SYNTAX, 'session': ('x', None, [], 0)}),
+    Difference(
+        refused_for_its_path_first, 'the path is no path', 'a second address',
+        [GREETING, SENDER_STEP, Step(b'MAIL FROM:a <b@c>')],
+        {'sent': b'503 Error: nested MAIL command\r\n'}, {'sent': OLD_MAIL_SYNTAX}),
+    Difference(
+        dots_or_hyphens, 'no address by RFC 5321, 4.1.2', '``<a..b@x>``',
+        [GREETING, Step(b'MAIL FROM:<a..b@x>')],
+        {'sent': b'250 OK\r\n', 'session': ('x', 'a..b@x', [], 0)},
+        {'sent': OLD_MAIL_SYNTAX, 'session': ('x', None, [], 0)}),
+    Difference(
+        quotes_lost, 'addresses are handed on verbatim', 'keep their quotes',
+        [GREETING, Step(b'MAIL FROM:<"a\\b"@x>')], {'session': ('x', 'ab@x', [], 0)},
+        {'session': ('x', '"a\\b"@x', [], 0)}),
+    Difference(
+        size_without_value, 'every command gets an answer', 'SIZE without a number',
+        [GREETING, Step(b'MAIL FROM:<a@b> SIZE')], {**NO_ANSWER, 'raised': 'AttributeError'},
+        {'sent': OLD_MAIL_SYNTAX, 'closed': False}),
+    Difference(
+        size_in_foreign_digits, 'the digits of RFC 1870 are ASCII', 'SIZE without a number',
+        [GREETING, Step('MAIL FROM:<a@b> SIZE=\xb2'.encode())],
+        {**NO_ANSWER, 'raised': 'ValueError'}, {'sent': OLD_MAIL_SYNTAX, 'closed': False}),
+    Difference(
+        stuck_after_too_much, 'the session goes on', 'and the session goes on',
+        OLD_TRANSACTION + [Step(b'DATA', b'123456789\r\n.\r\n')],
+        {'sent': GO_AHEAD + b'552 Error: Too much mail data\r\n',
+         'session': ('x', 'a@b', ['c@d'], smtpd.SMTPChannel.DATA)},
+        {'sent': GO_AHEAD + b'552 Error: Too much mail data\r\n',
+         'session': ('x', None, [], smtpd.SMTPChannel.COMMAND)},
+        {'data_size_limit': 5}),
+    Difference(
+        size_counted_otherwise, 'RFC 1870, 5 says what counts',
+        'CRLF counts as two, doubled dots as one',
+        OLD_TRANSACTION + [Step(b'DATA', b'..2345\r\n.\r\n')],
+        {'sent': GO_AHEAD + b'250 OK\r\n'},
+        {'sent': GO_AHEAD + b'552 Error: Too much mail data\r\n'},
+        {'data_size_limit': 6}),
+    Difference(
+        empty_message, 'it is a message', 'An empty message',
+        OLD_TRANSACTION + [Step(b'DATA', b'.\r\n')], {'sent': GO_AHEAD, 'messages': []},
+        {'sent': GO_AHEAD + b'250 OK\r\n',
+         'messages': [(PEER, 'a@b', ['c@d'], b'', {'mail_options': [], 'rcpt_options': []})]}),
+    Difference(
+        data_not_utf8, 'nothing is lost', 'becomes surrogate escapes',
+        OLD_TRANSACTION + [Step(b'DATA', b'\xff\r\n.\r\n')],
+        {'sent': GO_AHEAD, 'raised': 'UnicodeDecodeError', 'messages': []},
+        {'sent': GO_AHEAD + b'250 OK\r\n',
+         'messages': [(PEER, 'a@b', ['c@d'], '\udcff', {})]},
+        {'decode_data': True}),
+    Difference(
+        options_left_behind, 'what was refused was not said', 'leave no trace',
+        OLD_TRANSACTION + [Step(b'RCPT TO:<e@f> X=Y'), Step(b'DATA', b'\r\n.\r\n')],
+        {'messages': [(PEER, 'a@b', ['c@d'], b'',
+                       {'mail_options': [], 'rcpt_options': ['X=Y']})]},
+        {'messages': [(PEER, 'a@b', ['c@d'], b'',
+                       {'mail_options': [], 'rcpt_options': []})]}),
+]
+
+
+def explanations(case):
+    return [each.applies.__name__ for each in DIFFERENCES if each.applies(case)]
+
+
+def first_difference(old_module, steps, replies=(), options=NO_OPTIONS):
+    """The Case at which the two first differ; None if they agree to the end."""
+    old = Session(old_module, replies, **options)
+    ours = Session(smtpd, replies, **options)
+    earlier = []
+    for step in steps:
+        case = Case(step, earlier, old.take_step(step), ours.take_step(step), options, old_module)
+        if case.old != case.ours:
+            return case
+        if case.ours.closed:
+            return None
+        earlier.append((step, case.ours))
+    return None
+
+
+def feed_by_steps(steps, replies, options):
+    """Return the octets that we were fed, and all that we did."""
+    session = Session(smtpd, replies, **options)
+    octets = b''
+    for step in steps:
+        outcome = session.take_step(step)
+        octets += step.line + b'\r\n'
+        if outcome.sent.startswith(b'354'):
+            octets += step.data
+        if outcome.closed:
+            break
+    return octets, session.whole()
+
+
+def cut_up(octets, cuts):
+    """The octets in segments: cut at these shares of the whole, or single ones for None."""
+    places = ({int(cut * len(octets)) for cut in cuts} | {0, len(octets)} if cuts is not None
+              else range(len(octets) + 1))
+    places = sorted(places)
+    return [octets[start:end] for start, end in zip(places, places[1:])]
+
+
+def compare(old_module, steps, replies=(), options=NO_OPTIONS, cuts=()):
+    """Fail where the two differ and the table has no explanation for it.
+
+    A step with an explained difference is left out, and the dialogue goes on as if it had not
+    been said: all the rest is compared too.  What they agree on is then fed again, cut up.
+    """
+    octets, all_we_did = feed_by_steps(steps, replies, options)
+    for hooks_overridden in (False, True):
+        session = Session(smtpd, replies, hooks_overridden, **options)
+        session.take(*cut_up(octets, cuts))
+        assert session.whole() == all_we_did
+
+    steps = list(steps)
+    case = first_difference(old_module, steps, replies, options)
+    while case is not None:
+        assert explanations(case), 'unexplained: %r' % (case,)
+        del steps[len(case.earlier)]
+        case = first_difference(old_module, steps, replies, options)
+
+    octets, all_we_did = feed_by_steps(steps, replies, options)
+    segments = cut_up(octets, cuts)
+    old = Session(old_module, replies, **options)
+    old.take(*segments)
+    if not (character_cut_in_two(old, all_we_did, segments)):
+        assert old.whole() == all_we_did
+
+
+def character_cut_in_two(old, all_we_did, segments):
+    """Only in segments can these two occur; the old module dies and we do not."""
+    return (not all(map(is_utf8, segments)) and old.raised == 'UnicodeDecodeError'
+            and (old.channel._decode_data  # data, and commands
+                 or b'500 Error: line too long' in all_we_did.sent))  # half of it was dropped
+
+
+# ---------------------------------------------------------------------------------------------
+# Dialogues: whole transactions, and verbs in any order with good and odd arguments
+
+ODD_PATHS = [
+    '<a@b.example>', '<>', 'a@b.example', '<Postmaster>', 'Postmaster', '<"a b"@c>', '"a b"@c',
+    '<"a\\"b"@c>', '<"plain"@x>', '<a.b+c=d@[127.0.0.1]>', '<a@[IPv6:::1]>', '<@x,@y:a@b>',
+    '<@x:Postmaster>', '<@x, @y:a@b>', '<a.@x>', '<.a@x>', '<a..b@x>', '<a@-.x>', '<a@-x>',
+    '<a@x-.y>', '<a@x_y>', '<a@x.>', '<a@.x>', '<a@>', '<@b>', '<a@b@c>', '<a@x', 'a@x>',
+    '< a@x>', '<a @x>', '<a@x >', '<a@x>y', '<a@x>>', '<(c)a@x>', '<a@x(c)>', 'Foo <a@x>',
+    '<a@x> <b@y>', '<a@x>,<b@y>', '<=?utf-8?q?x?=@b>', '<a=?utf-8?q?x?=@b>', '<a@=?utf-8?q?x?=>',
+    '<=?x?=@b>', '<\xe9@b>', '<a@\xe9.example>', '<\U0001f600@b>', '<a\u3000b@c>', '<a\\b@c>',
+    '<a:b@c>', '<a[b@c>', "<a/b=c+d!#$%&'*^_`{|}~?-e@c>", '<"a"b@c>', '<"a".b@c>', '<""@c>',
+    '<<a@b>>', '<<>>', '<', '>', '"', '']
+ODD_VERBS = [
+    'NOOP', 'RSET', 'HELP', 'VRFY', 'EXPN', 'QUIT', 'HELO', 'EHLO', 'noop', 'rSet', 'XFOO', '',
+    'STARTTLS', 'QU\u0131T', 'R\u017fET', '\xdcBER', 'NO\0OP', 'NOOP\t', '_set_rset_state',
+    '_EHLO']
+ODD_ARGUMENTS = [
+    None, '', ' ', 'x', 'x y', 'mail', 'RCPT', 'DATA', 'NOOP', 'HELP x', '\xe9', 'FROM:', 'TO:',
+    'FROM :<a@b>', 'TO:<a@b>', 'from: <a@b>', 'x' * 490, 'x' * 507, 'x' * 508, 'x' * 530]
+ODD_PARAMETERS = [
+    'SIZE=5', 'size=21', 'SIZE=99999999999', 'SIZE', 'SIZE=', 'SIZE=\xb2', 'SIZE=\u0663',
+    'SIZE=-1', 'BODY=7BIT', 'body=8bitmime', 'BODY=BINARYMIME', 'BODY', 'SMTPUTF8',
+    'smtputf8', 'SMTPUTF8=1', 'X=Y', 'X', 'X=', '=', 'A-B=C', 'AUTH=<>', 'NOTIFY=NEVER', '<x>']
+ODD_PIECES_OF_DATA = [
+    b'\r\n', b'.', b'..', b'\r\n.', b'\n', b'\r', b'\n.\n', b'\r.\r', b'\r\n.\n', b'\0', b'abc',
+    b'Subject: x\r\n', b'\xc3\xa9', b'\xe2\x82\xac', b'\xff', b'\xc3']
+MODES = [{}, {'decode_data': True}, {'enable_SMTPUTF8': True}]
+
+
+def a_command(*words):
+    """The step of a command line of these words; some data, in case that it is DATA."""
+    line = ' '.join(word for word in words if word is not None)
+    return Step(line.encode('utf-8', 'surrogatepass').replace(b'\r\n', b''), b'x\r\n.\r\n')
+
+
+def some_data(octets):
+    """The octets up to the first end of data in them, and that end."""
+    return (b'\r\n' + octets + b'\r\n.\r\n').partition(b'\r\n.\r\n')[0][2:] + b'\r\n.\r\n'
+
+
+def path_commands(verb_and_keyword):
+    paths = st.one_of(
+        st.sampled_from(ODD_PATHS),
+        st.text('ab.@<>"\\()[]:;,=?-_ \t\xe9\0', max_size=12),
+        st.builds('<{}@{}>'.format,
+                          st.text('ab.-+"\\( =?\xe9', min_size=1, max_size=8),
+                          st.text('ab.-[]1:\xe9', min_size=1, max_size=8)),
+        st.integers(480, 560).map(lambda length: '<%s@b>' % ('a' * length)))
+    return st.builds(
+        lambda blank, path, parameters: a_command(verb_and_keyword + blank + path, *parameters),
+        st.sampled_from(['', '', '', ' ']), paths,
+        st.lists(st.sampled_from(ODD_PARAMETERS), max_size=3))
+
+
+def generated_dialogues():
+    mail, rcpt = path_commands('MAIL FROM:'), path_commands('RCPT TO:')
+    data = st.builds(
+        Step, st.sampled_from([b'DATA', b'data']),
+        st.lists(st.sampled_from(ODD_PIECES_OF_DATA), max_size=6).map(
+            lambda pieces: some_data(b''.join(pieces))) | st.just(b'.\r\n'))
+    command = st.one_of(
+        mail, rcpt, data,
+        st.builds(a_command, st.sampled_from(ODD_VERBS), st.one_of(
+            st.sampled_from(ODD_ARGUMENTS), st.sampled_from(ODD_PATHS),
+            st.text(max_size=8))),
+        st.binary(max_size=12).map(lambda line: Step(line.replace(b'\r\n', b''))))
+    transaction = st.builds(
+        lambda mail, recipients, data: [mail, *recipients, data],
+        mail | st.just(SENDER_STEP),
+        st.lists(rcpt | st.just(RECIPIENT_STEP), min_size=1, max_size=3), data)
+    greeting = st.sampled_from([[], [GREETING], [GREETING], [Step(b'HELO x')]])
+    return st.builds(
+        lambda greeting, parts: greeting + [step for part in parts for step in part],
+        greeting,
+        st.lists(transaction | st.lists(command, max_size=4), max_size=4))
+
+
+@has_old_module
+@pytest.mark.parametrize('difference', DIFFERENCES, ids=lambda each: each.applies.__name__)
+def test_difference_occurs_and_the_table_explains_it(old_module, difference):
+    case = first_difference(old_module, difference.steps, options=difference.options)
+    assert case.step is difference.steps[-1]
+    assert {name: getattr(case.old, name) for name in difference.old} == difference.old
+    assert {name: getattr(case.ours, name) for name in difference.ours} == difference.ours
+    assert explanations(case) == [difference.applies.__name__]
+
+
+@pytest.mark.parametrize('difference', DIFFERENCES, ids=lambda each: each.applies.__name__)
+def test_difference_is_told_in_the_readme(difference):
+    assert difference.readme in differences_in_the_readme()
+
+
+def differences_in_the_readme():
+    with open(os.path.join(HERE, 'README.rst'), encoding='utf-8') as file:
+        _, _, section = file.read().partition('\nDifferences from the standard library\n===')
+    return ' '.join(section.partition('\n===')[0].split())
+
+
+# The differences that no single step shows.  The generated dialogues cannot have them, except for
+# the first two, which compare() knows.
+
+def one_session(module, *segments, replies=(), **options):
+    session = Session(module, replies, **options)
+    session.take(*segments)
+    return session
+
+
+WHOLE_TRANSACTION = (
+    b'EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nSubject: x\r\n\r\nText.\r\n.\r\n')
+
+
+@has_old_module
+def test_difference_character_cut_in_two(old_module):
+    start, end = WHOLE_TRANSACTION.replace(b'Text', b'\xc3\xa9').split(b'\xa9')
+    old = one_session(old_module, start, b'\xa9' + end, decode_data=True)
+    ours = one_session(smtpd, start, b'\xa9' + end, decode_data=True)
+    assert (old.raised, old.channel.connected, old.server.messages) == (
+        'UnicodeDecodeError', False, [])
+    assert [message[3] for message in ours.server.messages] == ['Subject: x\n\n\xe9.']
+    assert 'a character cut in two by the network arrives whole' in differences_in_the_readme()
+
+
+@has_old_module
+def test_difference_character_cut_in_two_in_an_over_long_line(old_module):
+    segments = b'NOOP ' + b'x' * 600 + b'\xc3', b'\xa9\r\nNOOP\r\n'
+    old = one_session(old_module, *segments).whole()
+    ours = one_session(smtpd, *segments).whole()
+    assert (old.raised, old.closed, old.sent) == ('UnicodeDecodeError', True, b'')
+    assert ours.sent == b'500 Error: line too long\r\n250 OK\r\n'
+    assert 'octets that are not UTF-8' in differences_in_the_readme()
+
+
+@has_old_module
+def test_difference_commands_behind_quit(old_module):
+    sessions = [one_session(module, b'QUIT\r\n' + WHOLE_TRANSACTION)
+                for module in (old_module, smtpd)]
+    assert [session.whole().sent for session in sessions] == [b'221 Bye\r\n'] * 2
+    assert [len(session.server.messages) for session in sessions] == [1, 0]
+    assert 'Commands behind QUIT are not executed' in differences_in_the_readme()
+
+
+@has_old_module
+@pytest.mark.parametrize('status, raised, answer, readme', [
+    (ValueError('a fault'), 'ValueError', b'451 Internal confusion', 'A handler that raises'),
+    (b'250 taken', 'TypeError', b'250 taken', 'A handler\'s reply may be bytes'),
+    ('250 pr\xeat', 'UnicodeEncodeError', b'250 pr?t', 'is sent with question marks'),
+    (7, 'TypeError', b'250 OK', 'What is no reply becomes ``250 OK``')])
+def test_difference_what_a_handler_does(old_module, status, raised, answer, readme):
+    old = one_session(old_module, WHOLE_TRANSACTION, replies=[status])
+    ours = one_session(smtpd, WHOLE_TRANSACTION, b'NOOP\r\n', replies=[status])
+    assert (old.raised, old.channel.connected) == (raised, False)
+    assert old.whole().sent.endswith(GO_AHEAD)
+    assert ours.whole().sent.endswith(GO_AHEAD + answer + b'\r\n250 OK\r\n')
+    assert ours.raised == (raised if isinstance(status, Exception) else None)
+    assert readme in differences_in_the_readme()
+
+
+@has_old_module
+@pytest.mark.parametrize('status, old_answer, answer', [
+    ('250 one\ntwo', b'250 one\ntwo\r\n', b'250-one\r\n250 two\r\n'),
+    ('no code', b'no code\r\n', b'250 OK\r\n')])
+def test_difference_text_that_is_no_reply(old_module, status, old_answer, answer):
+    old = one_session(old_module, WHOLE_TRANSACTION, replies=[status])
+    ours = one_session(smtpd, WHOLE_TRANSACTION, replies=[status])
+    assert old.whole().sent.endswith(GO_AHEAD + old_answer)
+    assert ours.whole().sent.endswith(GO_AHEAD + answer)
+    assert 'or have several lines' in differences_in_the_readme()
+
+
+@has_old_module
+def test_difference_handler_without_the_keywords(old_module):
+    old, ours = Session(old_module), Session(smtpd)
+    for session in (old, ours):
+        session.server.process_message = lambda peer, mailfrom, rcpttos, data: '250 taken'
+        session.take(WHOLE_TRANSACTION)
+    assert (old.raised, old.channel.connected) == ('TypeError', False)
+    assert ours.whole().sent.endswith(GO_AHEAD + b'250 taken\r\n')
+    assert 'A handler that does not take ``mail_options``' in differences_in_the_readme()
+
+
+@has_old_module
+def test_difference_limits_of_a_command_line_are_each_sessions_own(old_module):
+    mail = b'MAIL FROM:<%s@b>\r\n' % (b'a' * 502)
+    answers = []
+    for module in (old_module, smtpd):
+        without_size = Session(module, data_size_limit=0)
+        one_session(module, b'EHLO x\r\n').channel.handle_close()
+        # begun before the other, whose EHLO makes the lines of MAIL 26 octets longer
+        answers.append(without_size.take(b'EHLO x\r\n', mail).sent)
+        module.SMTPChannel.command_size_limits.clear()
+    assert [answer.splitlines()[-1] for answer in answers] == [
+        b'250 OK', b'500 Error: line too long']
+    assert 'an EHLO no longer changes those of others' in differences_in_the_readme()
+
+
+@has_old_module
+def test_difference_received_data_is_let_go(old_module):
+    old, ours = (one_session(module, WHOLE_TRANSACTION) for module in (old_module, smtpd))
+    message = b'Subject: x\n\nText.'
+    assert old.channel.received_data == ours.channel.received_data == message
+    old.take(b'NOOP\r\n')
+    ours.take(b'NOOP\r\n')
+    assert old.channel.received_data == message
+    assert not ours.channel.received_data
+    assert '``received_data`` is let go' in differences_in_the_readme()
+
+
+@has_old_module
+@pytest.mark.parametrize('octets, answer, readme', [
+    (b'X\r\n' * 100, b'421 Error: too many errors\r\n', 'or 100 errors'),
+    (WHOLE_TRANSACTION[:25] + b'RCPT TO:<c@d>\r\n' * 1001,
+     b'452 Error: too many recipients\r\n', '``452`` after 1000 recipients')])
+def test_difference_limits(old_module, octets, answer, readme):
+    old, ours = (one_session(module, octets).whole() for module in (old_module, smtpd))
+    assert answer not in old.sent
+    assert ours.sent.count(answer) == 1 and ours.sent.endswith(answer)
+    assert readme in differences_in_the_readme()
+
+
+# What they agree on
+
+@has_old_module
+@pytest.mark.parametrize('options', MODES, ids=str)
+@pytest.mark.parametrize('earlier', [
+    [], [GREETING], [Step(b'HELO x')], OLD_TRANSACTION[:2], OLD_TRANSACTION],
+    ids=['greeted by none', 'EHLO', 'HELO', 'MAIL', 'RCPT'])
+def test_each_command_is_answered_as_by_the_old_module(old_module, earlier, options):
+    for verb in ODD_VERBS + ['DATA', 'MAIL', 'RCPT']:
+        for argument in ODD_ARGUMENTS:
+            steps = earlier + [a_command(verb, argument), Step(b'NOOP')]
+            compare(old_module, steps, options=options)
+
+
+@has_old_module
+@pytest.mark.parametrize('command', ['MAIL FROM:', 'RCPT TO:', 'VRFY '])
+def test_each_path_is_taken_as_by_the_old_module(old_module, command):
+    for path in ODD_PATHS:
+        for blank, behind in [('', ''), (' ', ''), ('', ' SIZE=1'), ('', ' X=Y')]:
+            steps = OLD_TRANSACTION[:1 + (command == 'RCPT TO:')]
+            compare(old_module, steps + [a_command(command + blank + path + behind)])
+
+
+@has_old_module
+@pytest.mark.parametrize('options', MODES, ids=str)
+def test_each_parameter_is_taken_as_by_the_old_module(old_module, options):
+    for command in ('MAIL FROM:<a@b>', 'RCPT TO:<a@b>'):
+        for first, second in itertools.product(ODD_PARAMETERS, [None, *ODD_PARAMETERS]):
+            steps = OLD_TRANSACTION[:1 + command.startswith('RCPT')]
+            compare(old_module, steps + [a_command(command, first, second)], options=options)
+
+
+@has_old_module
+@pytest.mark.parametrize('options', MODES, ids=str)
+def test_data_are_taken_as_by_the_old_module(old_module, options):
+    for pieces in itertools.product(ODD_PIECES_OF_DATA, repeat=2):
+        steps = OLD_TRANSACTION + [Step(b'DATA', some_data(b''.join(pieces))), Step(b'NOOP')]
+        compare(old_module, steps, [None, '550 no'], options, cuts=None)
+
+
+@has_old_module
+@settings(max_examples=3000)
+@given(
+    steps=generated_dialogues(),
+    replies=st.lists(st.sampled_from([None, '250 x', '550 no']), max_size=3),
+    limit=st.sampled_from([{}, {}, *({'data_size_limit': n} for n in (None, 0, 5, 20))]),
+    mode=st.sampled_from(MODES),
+    cuts=st.none() | st.lists(st.floats(0, 1), max_size=8))
+def test_dialogues_are_as_with_the_old_module(old_module, steps, replies, limit, mode, cuts):
+    compare(old_module, steps, replies, {**limit, **mode}, cuts)
+
+
+@has_old_module
+@settings(max_examples=300)
+@given(parameters=st.lists(
+    st.sampled_from(ODD_PARAMETERS) | st.text('aB1=-<>_\xe9', max_size=6)))
+def test_getparams_is_as_in_the_old_module(old_module, parameters):
+    old, ours = Session(old_module).channel, Session(smtpd).channel
+    assert ours._getparams(parameters) == old._getparams(parameters)
+
+
+@has_old_module
+@settings(max_examples=300)
+@given(argument=st.text('frTO: :<>x\t', max_size=9).map('FROM:'.__add__)
+       | st.text(max_size=9) | st.sampled_from(ODD_ARGUMENTS[1:]))
+def test_strip_command_keyword_is_as_in_the_old_module(old_module, argument):
+    old, ours = Session(old_module).channel, Session(smtpd).channel
+    for keyword in ('FROM:', 'TO:'):
+        assert (ours._strip_command_keyword(keyword, argument)
+                == old._strip_command_keyword(keyword, argument))
+
+
+@has_old_module
+@settings(max_examples=500)
+@given(
+    data=st.lists(st.sampled_from(
+        ['', 'X: y', 'text', "it's", '\t', '\\', '.', '"\'', '\xe9', '\x1b', '\r', ' '])).map(
+            '\n'.join),
+    mail_options=st.sampled_from([None, [], ['SIZE=5'], ['BODY=8BITMIME', 'SMTPUTF8']]),
+    octets=st.booleans())
+def test_debugging_server_prints_as_the_old_one(old_module, data, mail_options, octets):
+    printed = []
+    for module in (old_module, smtpd):
+        server = module.DebuggingServer.__new__(module.DebuggingServer)
+        keywords = {} if mail_options is None else {
+            'mail_options': mail_options, 'rcpt_options': []}
+        stdout = io.TextIOWrapper(io.BytesIO(), 'utf-8', newline='\n')
+        with contextlib.redirect_stdout(stdout):
+            server.process_message(
+                PEER, 'a@b', ['c@d'], data.encode() if octets else data, **keywords)
+        stdout.flush()
+        printed.append(stdout.buffer.getvalue())
+    assert printed[1] == printed[0]
+
+
+@has_old_module
+@pytest.mark.parametrize('options', MODES, ids=str)
+def test_debug_stream_gets_what_the_old_module_writes(old_module, options, monkeypatch):
+    octets = (WHOLE_TRANSACTION + b'HELP x\r\nFOO\r\nMAIL\r\nVRFY a\r\nMAIL FROM:<a@b> X=Y\r\n'
+              b'MAIL FROM:<a@b> SIZE=1\r\nRCPT TO:<c@d>\r\nRCPT TO:<e@f>\r\nRSET\r\nQUIT\r\n')
+    texts = []
+    for module in (old_module, smtpd):
+        monkeypatch.setattr(module, 'DEBUGSTREAM', io.StringIO())
+        one_session(module, octets, **options)
+        texts.append(module.DEBUGSTREAM.getvalue())
+    assert texts[1] == texts[0] != ''
+
+
+@has_old_module
+@pytest.mark.parametrize('option', ['-V', '--version', '-h', '--help'])
+def test_command_line_answers_where_the_old_one_does(old_module, option):
+    """The usage text is in our own words, with the same options."""
+    printed = []
+    for path in (old_module.__file__, smtpd.__file__):
+        run = subprocess.run(
+            [sys.executable, '-W', 'ignore', path, option], stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+        text = run.stderr
+        if option in ('-h', '--help'):
+            text = set(re.findall(r'(?<!\S)(?:--\w+|-\w)\b', text))
+        printed.append((run.returncode, run.stdout, text))
+    assert printed[1] == printed[0]
+    assert printed[0][1] or printed[0][2]

@@ -1,0 +1,486 @@
+"""The proxies in front of real mail servers: Postfix, its smtp-sink, and Mailman 3.
+
+PYSMTPD_TEST_MAILMAN names a virtual environment that has Mailman 3.
+"""
+import contextlib
+import email
+import os
+import re
+import shutil
+import smtplib
+import socket
+import subprocess
+import tempfile
+import threading
+
+import pytest
+
+import smtpd
+from tests.support import (
+    BOTH_MODES,
+    OTHER_NAMES,
+    OTHERS,
+    PEER,
+    PROXIED,
+    RECIPIENT,
+    clean_environment,
+    command_line,
+    find_tool,
+    free_port,
+    greet,
+    idle_proxy,
+    mailman_proxy_to,
+    missing,
+    post,
+    proxy_to,
+    relay_message,
+    running_server,
+    serving,
+    waits,
+    with_x_peer,
+)
+
+
+class Postfix:
+    """Debian's Postfix with a configuration, queue and maildir of its own; `start` and `stop`."""
+
+    MAIN = '''
+compatibility_level = 3.6
+queue_directory = {home}/queue
+data_directory = {home}/data
+maillog_file = {home}/log
+maillog_file_prefixes = {home}
+myhostname = upstream.example
+mydestination =
+mynetworks = 127.0.0.0/8
+inet_interfaces = 127.0.0.1
+inet_protocols = ipv4
+disable_dns_lookups = yes
+smtpd_peername_lookup = no
+alias_maps =
+alias_database =
+local_header_rewrite_clients =
+message_drop_headers =
+message_size_limit = 20000000
+smtpd_recipient_restrictions = reject_unlisted_recipient, permit_mynetworks, reject
+smtpd_client_connection_count_limit = 0
+default_process_limit = 40
+queue_run_delay = 1s
+minimal_backoff_time = 1s
+maximal_backoff_time = 2s
+virtual_mailbox_domains = regexp:{{{{/./ yes}}}}
+virtual_mailbox_maps = regexp:{{{{!/^unknown/ inbox/}}}}
+virtual_mailbox_base = {home}/mail
+virtual_mailbox_limit = 0
+virtual_uid_maps = static:65534
+virtual_gid_maps = static:65534
+local_transport = error:nothing is local
+relay_transport = error:nothing leaves this machine
+default_transport = error:nothing leaves this machine
+'''
+    MASTER = '''
+127.0.0.1:{port} inet n - n - - smtpd
+cleanup unix n - n - 0 cleanup
+qmgr unix n - n 300 1 qmgr
+rewrite unix - - n - - trivial-rewrite
+bounce unix - - n - 0 bounce
+defer unix - - n - 0 bounce
+trace unix - - n - 0 bounce
+proxymap unix - - n - - proxymap
+error unix - - n - - error
+retry unix - - n - - error
+virtual unix - n n - - virtual
+postlog unix-dgram n - n - 1 postlogd
+'''
+
+    def __init__(self, home, port, program='postfix'):
+        self.program = program
+        self.home = home
+        self.port = port
+        self.address = '127.0.0.1', port
+        self.inbox = os.path.join(home, 'mail', 'inbox', 'new')
+        os.chmod(home, 0o755)  # Postfix's own users must come in
+        for name in 'conf', 'queue', 'data', 'mail':
+            os.mkdir(os.path.join(home, name))
+        shutil.chown(os.path.join(home, 'data'), 'postfix')
+        os.chown(os.path.join(home, 'mail'), 65534, 65534)
+        for name, text in ('main.cf', self.MAIN), ('master.cf', self.MASTER):
+            with open(os.path.join(home, 'conf', name), 'w') as file:
+                file.write(text.format(home=home, port=port))
+
+    def control(self, *command):
+        return subprocess.run([self.program, '-c', os.path.join(self.home, 'conf'), *command],
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+
+    def start(self):
+        """False when the port was taken meanwhile."""
+        started = self.control('start')
+        assert started.returncode == 0, started
+        for _ in waits():
+            with contextlib.suppress(OSError):
+                with socket.create_connection(self.address) as probe:
+                    if b'upstream.example' in probe.recv(100):
+                        return True
+            if self.control('status').returncode:
+                return False
+
+    def stop(self):
+        self.control('stop')
+
+    def kill(self):
+        """At once, with what is under way."""
+        self.control('abort')
+
+    def receive(self, count):
+        """Wait for so many messages and take them out: (Return-Path, recipient, content).
+
+        The content is without the headers that Postfix put before it, with CRLF.
+        """
+        for _ in waits(60):
+            names = os.listdir(self.inbox) if os.path.isdir(self.inbox) else []
+            if len(names) >= count:
+                break
+        messages = []
+        for name in names:
+            path = os.path.join(self.inbox, name)
+            with open(path, 'rb') as file:
+                own, content = re.fullmatch(
+                    rb'(.*?\nReceived: from [^\n]*(?:\n[ \t][^\n]*)*\n)(.*)', file.read(), re.S
+                ).groups()
+            os.unlink(path)
+            sender = re.search(rb'^Return-Path: <(.*)>$', own, re.M)[1].decode()
+            recipient = re.search(rb'^X-Original-To: (.*)$', own, re.M)[1].decode()
+            messages.append((sender, recipient, content.replace(b'\n', b'\r\n')))
+        return messages
+
+
+@contextlib.contextmanager
+def running_postfix():
+    program = find_tool('postfix', 'postfix')
+    if os.geteuid():
+        missing('the rights of root, which Postfix needs to start')
+    for _ in range(5):
+        home = tempfile.mkdtemp(prefix='pysmtpd-postfix-')
+        postfix = Postfix(home, free_port(), program)
+        try:
+            if postfix.start():
+                yield postfix
+                return
+        finally:
+            postfix.kill()
+            shutil.rmtree(home, ignore_errors=True)
+    pytest.fail('Postfix did not start')
+
+
+@pytest.fixture(scope='session')
+def postfix():
+    with running_postfix() as postfix:
+        yield postfix
+
+
+def assert_queue_stays_empty(postfix):
+    """Nothing more is on its way: one more message comes out, and comes alone."""
+    client = smtplib.SMTP(*postfix.address, local_hostname='probe.example')
+    with client:
+        client.sendmail('', ['probe@example.com'], b'Subject: probe\r\n\r\n')
+    assert postfix.receive(1) == [('', 'probe@example.com', b'Subject: probe\r\n\r\n')]
+
+
+KINDS = {
+    'plain': PROXIED,
+    '8-bit': b'Subject: \xc3\xa9\r\n\r\n' + bytes(range(128, 256)) * 5 + b'\r\n',
+    'dots': b'A: b\r\n\r\n.\r\n..\r\n.x\r\n...\r\n\r\n.\r\n',
+    'long lines': b'A: b\r\n\r\n' + b'x' * 100000 + b'\r\n' + b'.' * 5000 + b'\r\n',
+    '1 MB': b'A: b\r\n\r\n' + b'0123456789 .\r\n..\r\n' * 55000,
+    'empty lines at the end': b'A: b\r\n\r\nend\r\n\r\n\r\n\r\n',
+    'From_ lines': b'A: b\r\n\r\nFrom here\r\n>From there\r\n',
+    'NUL and controls': b'A: b\r\n\r\n\0\1\x1a\x7f\t\x0b\x0c\r\n',
+}
+
+
+@pytest.mark.real
+@BOTH_MODES
+@pytest.mark.parametrize('kind', KINDS)
+def test_message_arrives_byte_for_byte_in_a_real_postfix(postfix, decode_data, kind):
+    with proxy_to(postfix, decode_data=decode_data) as proxy:
+        assert post(proxy, KINDS[kind], recipients=OTHERS) == b'250 OK\r\n'
+    assert sorted(postfix.receive(2)) == [
+        ('sender@example.com', recipient, with_x_peer(KINDS[kind])) for recipient in OTHER_NAMES]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize('path', ['"quoted local..part"@example.com', 'a+b=c@example.com',
+                                  'CamelCase@Example.COM', '"a(comment)"@example.com'])
+def test_paths_arrive_verbatim_in_a_real_postfix(postfix, path):
+    with proxy_to(postfix) as proxy:
+        assert post(proxy, sender=b'<%s>' % path.encode(), recipients=(b'<%s>' % path.encode(),)) \
+            == b'250 OK\r\n'
+    assert postfix.receive(1) == [(path, path, with_x_peer(PROXIED))]
+
+
+@pytest.mark.real
+def test_refusal_of_a_real_postfix_reaches_the_client(postfix):
+    with proxy_to(postfix) as proxy:
+        assert post(proxy, recipients=(b'<unknown@example.com>',)) == (
+            b'550 5.1.1 <unknown@example.com>: Recipient address rejected: '
+            b'User unknown in virtual mailbox table\r\n')
+    assert_queue_stays_empty(postfix)
+
+
+@pytest.mark.real
+def test_message_too_large_for_a_real_postfix_reaches_the_client(postfix):
+    large = b'A: b\r\n\r\n' + b'x' * 70 * 15000 + b'\r\n'
+    with proxy_to(postfix) as proxy:
+        assert post(proxy, large * 20).startswith(b'552 5.3.4 ')
+    assert_queue_stays_empty(postfix)
+
+
+@pytest.mark.real
+@BOTH_MODES
+def test_notification_arrives_through_a_real_postfix(postfix, decode_data):
+    recipients = b'<c@example.com>', b'<unknown@example.com>'
+    with proxy_to(postfix, decode_data=decode_data) as proxy:
+        assert post(proxy, KINDS['8-bit'], recipients=recipients) == b'250 OK\r\n'
+        messages = {recipient: (sender, content)
+                    for sender, recipient, content in postfix.receive(2)}
+    assert messages['c@example.com'] == ('sender@example.com', with_x_peer(KINDS['8-bit']))
+    sender, content = messages['sender@example.com']
+    assert sender == ''
+    notification = email.message_from_bytes(content)
+    assert notification.get_content_type() == 'multipart/report'
+    block = notification.get_payload()[1].get_payload()[1]
+    assert re.fullmatch('rfc822; *unknown@example.com', block['Final-Recipient'], re.I)
+    assert block['Status'] == '5.1.1'
+
+
+@pytest.mark.real
+def test_null_reverse_path_arrives_in_a_real_postfix_and_is_not_notified(postfix):
+    with proxy_to(postfix) as proxy:
+        assert post(proxy, sender=b'<>', recipients=(b'<unknown@example.com>', RECIPIENT)) \
+            == b'250 OK\r\n'
+    assert postfix.receive(1) == [('', 'rcpt@example.com', with_x_peer(PROXIED))]
+    assert_queue_stays_empty(postfix)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_postfix_that_is_stopped_is_451_and_the_retry_arrives():
+    with running_postfix() as postfix, proxy_to(postfix) as proxy, greet(proxy) as client:
+        assert relay_message(client) == b'250 OK\r\n'
+        postfix.kill()
+        assert relay_message(client).startswith(b'451 ')
+        assert postfix.start()
+        assert relay_message(client) == b'250 OK\r\n'
+        assert postfix.receive(2) == [
+            ('sender@example.com', 'rcpt@example.com', with_x_peer(PROXIED))] * 2
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_command_line_relays_a_hundred_messages_into_a_real_postfix_none_lost_none_doubled(
+        postfix):
+    sent = []
+    with command_line(remote='127.0.0.1:%d' % postfix.port) as (_, address):
+        def send(messages):
+            with smtplib.SMTP(*address, 'client.example', timeout=60) as client:
+                for sender, recipients, message in messages:
+                    assert client.sendmail(sender, recipients, message) == {}
+
+        threads = []
+        for number in range(4):
+            messages = []
+            for turn in range(25):
+                kind = list(KINDS)[turn % len(KINDS)]
+                sender = 's%d-%d@example.com' % (number, turn)
+                recipients = ['r%d@example.com' % who for who in range(1 + turn % 3)]
+                messages.append((sender, recipients, KINDS[kind]))
+                sent += [(sender, recipient, with_x_peer(KINDS[kind]))
+                         for recipient in recipients]
+            threads.append(threading.Thread(target=send, args=(messages,)))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+    assert sorted(postfix.receive(len(sent))) == sorted(sent)
+    assert_queue_stays_empty(postfix)
+
+
+@contextlib.contextmanager
+def smtp_sink(*options):
+    program = find_tool('smtp-sink', 'postfix')
+    user = [] if os.geteuid() else ['-u', 'nobody']
+    command = [program, *user, *options]
+    with running_server(lambda port: [*command, '127.0.0.1:%d' % port, '100']) as (_, address):
+        yield address
+
+
+SINK_TABLE = [
+    ('takes all', (), rb'250 OK'),
+    ('no ESMTP', ('-e',), rb'250 OK'),
+    ('refuses EHLO', ('-f', 'EHLO'), rb'250 OK'),
+    ('refuses MAIL', ('-f', 'MAIL'), rb'500 5\.3\.0 Error: command failed'),
+    ('refuses RCPT', ('-f', 'RCPT'), rb'500 5\.3\.0 Error: command failed'),
+    ('refuses DATA', ('-f', 'DATA'), rb'500 5\.3\.0 Error: command failed'),
+    ('refuses the message', ('-f', '.'), rb'500 5\.3\.0 Error: command failed'),
+    ('refuses RCPT for now', ('-r', 'RCPT'), rb'450 4\.3\.0 Error: command failed'),
+    ('refuses DATA for now', ('-r', 'DATA'), rb'450 4\.3\.0 Error: command failed'),
+    ('refuses the message for now', ('-r', '.'), rb'450 4\.3\.0 Error: command failed'),
+    ('refuses QUIT', ('-f', 'QUIT'), rb'250 OK'),
+    ('breaks off at connect', ('-q', 'CONNECT'), rb'451 .*'),
+    ('breaks off at EHLO', ('-q', 'EHLO'), rb'451 .*'),
+    ('breaks off at MAIL', ('-q', 'MAIL'), rb'451 .*'),
+    ('breaks off at RCPT', ('-q', 'RCPT'), rb'451 .*'),
+    ('breaks off at DATA', ('-q', 'DATA'), rb'451 .*'),
+    ('breaks off after the message', ('-q', '.'), rb'451 .*'),
+    ('breaks off at QUIT', ('-q', 'QUIT'), rb'250 OK'),
+    ('says 421 at RCPT', ('-Q', 'RCPT'), rb'4\d\d .*'),
+    ('says 421 after the message', ('-Q', '.'), rb'4\d\d .*'),
+    ('says 421 at QUIT', ('-Q', 'QUIT'), rb'250 OK'),
+]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize('options, reply', [row[1:] for row in SINK_TABLE],
+                         ids=[row[0] for row in SINK_TABLE])
+def test_answer_of_a_real_smtp_sink_is_the_clients(options, reply):
+    with smtp_sink(*options) as address:
+        with serving(smtpd.PureProxy, remoteaddr=address) as proxy:
+            assert re.fullmatch(reply + rb'\r\n', post(proxy))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize('line', [b'x\n', b'.\n', b'\r', b'x' * 70 + b'\n', b'x'],
+                         ids=['short', 'dots', 'bare CR', 'usual', 'one long'])
+def test_message_in_a_proxy_costs_a_few_times_its_size_whatever_its_lines_look_like(line):
+    import tracemalloc
+    data = b'A: b\n\n' + line * (3000000 // len(line))
+    with smtp_sink() as address, idle_proxy(remoteaddr=address) as proxy:
+        proxy.process_message(PEER, 'a@example.com', ['b@example.com'], b'\n')  # imports
+        tracemalloc.start()
+        try:
+            assert proxy.process_message(PEER, 'a@example.com', ['b@example.com'], data) is None
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < 7 * len(data)
+
+
+class Mailman:
+    """A real Mailman 3, as far as its LMTP server: the queues are where mail ends."""
+
+    CONFIGURATION = '''
+[mailman]
+layout: test
+site_owner: owner@lists.example
+[paths.test]
+var_dir: {home}/var
+[mta]
+incoming: mailman.mta.null.NullMTA
+lmtp_host: 127.0.0.1
+lmtp_port: {port}
+[webservice]
+port: {web_port}
+[database]
+class: mailman.database.sqlite.SQLiteDatabase
+url: sqlite:///{home}/mailman.db
+'''
+    READ = '''
+import pickle, sys
+with open(sys.argv[1], 'rb') as file:
+    message, data = pickle.load(file), pickle.load(file)
+sys.stdout.buffer.write(data['listid'].encode() + b'\\n' + message.as_bytes())
+'''
+
+    def __init__(self, home, environment):
+        self.home = home
+        self.programs = os.path.join(environment, 'bin')
+        self.configuration = os.path.join(home, 'mailman.cfg')
+
+    def configure(self, port):
+        self.address = '127.0.0.1', port
+        with open(self.configuration, 'w') as file:
+            file.write(self.CONFIGURATION.format(home=self.home, port=port,
+                                                 web_port=free_port()))
+
+    def create(self, name):
+        subprocess.run([os.path.join(self.programs, 'mailman'), '-C', self.configuration,
+                        '--run-as-root', 'create', name], env=clean_environment(), timeout=120,
+                       check=True, capture_output=True, stdin=subprocess.DEVNULL)
+
+    def take(self, queue):
+        """Take the messages out of a queue: (list id, message)."""
+        messages = []
+        directory = os.path.join(self.home, 'var', 'queue', queue)
+        for name in sorted(os.listdir(directory)):
+            path = os.path.join(directory, name)
+            done = subprocess.run([os.path.join(self.programs, 'python'), '-c', self.READ, path],
+                                  env=clean_environment(), capture_output=True, timeout=120)
+            os.unlink(path)
+            list_id, _, message = done.stdout.partition(b'\n')
+            messages.append((list_id.decode(), email.message_from_bytes(message)))
+        return messages
+
+
+@pytest.fixture(scope='session')
+def mailman(tmp_path_factory):
+    environment = os.environ.get('PYSMTPD_TEST_MAILMAN')
+    if not environment or not os.path.exists(os.path.join(environment, 'bin', 'mailman')):
+        missing('Mailman 3 (PYSMTPD_TEST_MAILMAN names no virtual environment that has it)')
+    mailman = Mailman(str(tmp_path_factory.mktemp('mailman')), environment)
+    mailman.configure(free_port())
+    mailman.create('announce@lists.example')
+
+    def command(port):
+        mailman.configure(port)
+        return [os.path.join(mailman.programs, 'runner'), '-C', mailman.configuration,
+                '-r', 'lmtp:0:1']
+
+    with open(os.path.join(mailman.home, 'output'), 'wb') as output:
+        with running_server(command, env=clean_environment(), stdout=output,
+                            stderr=subprocess.STDOUT):
+            yield mailman
+
+
+@pytest.mark.real
+@BOTH_MODES
+def test_post_and_request_end_in_the_queues_of_a_real_mailman_the_unknown_goes_upstream(
+        upstream, mailman, decode_data):
+    message = (b'From: sender@example.com\r\nSubject: a post\r\n'
+               b'Message-ID: <1@example.com>\r\n\r\n.dot and 8-bit \xff\r\n')
+    recipients = (b'<announce@lists.example>', b'<announce-request@lists.example>',
+                  b'<announce-nonsense@lists.example>', b'<someone@example.com>')
+    with mailman_proxy_to(upstream, mailman.address, decode_data=decode_data) as proxy:
+        assert post(proxy, message, recipients=recipients) == b'250 OK\r\n'
+    for queue in 'in', 'command':
+        (list_id, queued), = mailman.take(queue)
+        assert list_id == 'announce.lists.example'
+        assert queued['X-Peer'] == '127.0.0.1'
+        assert queued['Message-ID'] == '<1@example.com>'
+        assert queued['X-MailFrom'] == 'sender@example.com'
+        assert queued.get_payload(decode=True).rstrip() == b'.dot and 8-bit \xff'
+    assert upstream.messages == [
+        ('sender@example.com', ['announce-nonsense@lists.example', 'someone@example.com'],
+         with_x_peer(message))]
+
+
+@pytest.mark.real
+def test_post_to_a_real_mailman_alone_needs_no_upstream(mailman):
+    proxy_class = type('OurMailman', (smtpd.MailmanProxy,),
+                       {'mailman_lmtp_address': mailman.address})
+    message = b'From: a@example.com\r\nMessage-ID: <2@example.com>\r\n\r\ntext\r\n'
+    with serving(proxy_class, remoteaddr=('127.0.0.1', 9)) as proxy:
+        assert post(proxy, message, recipients=(b'<announce@lists.example>',)) == b'250 OK\r\n'
+    (_, queued), = mailman.take('in')
+    assert queued['Message-ID'] == '<2@example.com>'
+    assert mailman.take('command') == []
+
+
+@pytest.mark.real
+def test_mail_goes_through_a_real_mailman_and_a_real_postfix(mailman, postfix):
+    message = b'From: a@example.com\r\nMessage-ID: <3@example.com>\r\n\r\ntext\r\n'
+    with mailman_proxy_to(postfix, mailman.address) as proxy:
+        assert post(proxy, message, recipients=(b'<announce@lists.example>', RECIPIENT)) \
+            == b'250 OK\r\n'
+    assert len(mailman.take('in')) == 1
+    assert postfix.receive(1) == [
+        ('sender@example.com', 'rcpt@example.com', with_x_peer(message))]

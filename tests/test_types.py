@@ -1,0 +1,196 @@
+"""The stubs: what mypy and pyright make of programs that use the module."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import smtpd
+from tests.support import need_module
+from tests.test_readme import BLOCKS, STUBS, block, save_block
+
+SAMPLE = '''
+from typing import Any, Optional
+
+import asyncore
+import smtpd
+
+
+class OfBytes(smtpd.SMTPServer):
+    def process_message(self, peer: tuple[str, int], mailfrom: str, rcpttos: list[str],
+                        data: bytes, **kwargs: Any) -> None:
+        print(self._remoteaddr, len(data))
+
+
+class OfText(smtpd.SMTPServer):
+    def process_message(self, peer: Any, mailfrom: str, rcpttos: list[str], data: str,
+                        mail_options: Optional[list[str]] = None,
+                        rcpt_options: Optional[list[str]] = None,
+                        **kwargs: object) -> Optional[str]:
+        return '550 No ' + data.upper()
+
+
+class OfBoth(smtpd.DebuggingServer):
+    def process_message(self, peer: object, mailfrom: str, rcpttos: list[str],
+                        data: 'bytes | str', **kwargs: Any) -> 'str | bytes | None':
+        return super().process_message(peer, mailfrom, rcpttos, data, **kwargs)
+
+
+class Proxy(smtpd.PureProxy):
+    hop_limit = 5
+    process_message_threads = 4
+
+    def _deliver(self, mailfrom: str, rcpttos: list[str],
+                 data: bytes) -> dict[str, tuple[int, bytes]]:
+        return super()._deliver(mailfrom, rcpttos, data.upper())
+
+
+class Channel(smtpd.SMTPChannel):
+    idle_timeout_seconds = None
+    recipient_limit = 10
+
+    def smtp_XFOO(self, arg: Optional[str]) -> None:
+        self.push('250 %s' % (arg or self._SMTPChannel__mailfrom))
+
+    def smtp_MAIL(self, arg: Optional[str]) -> None:
+        address, rest = self._getaddr(self._strip_command_keyword('FROM:', arg or ''))
+        if address:
+            super().smtp_MAIL(arg)
+
+    def push(self, msg: str) -> None:
+        super().push(msg)
+
+    def found_terminator(self) -> None:
+        line = self._emptystring.join(self.received_lines)
+        print(line, self.smtp_state == self.DATA, self.rcpttos[0], self.get_terminator())
+        super().found_terminator()
+
+
+OfBytes.channel_class = Channel
+server = OfBytes(('localhost', 0), None, data_size_limit=None, map={})
+text = OfText((None, 0), ('localhost', 25), decode_data=True)
+print(server.socket.getsockname(), smtpd.DEBUGSTREAM, smtpd.__version__)
+server.close()
+asyncore.loop()
+smtpd.asyncore.close_all()
+'''
+
+FAULTS = '''
+import smtpd
+
+class Channel(smtpd.SMTPChannel):
+    def smtp_XFOO(self, arg: str) -> None:
+        self.psuh('250 OK')
+
+    def smtp_MAIL(self, arg: str) -> None:
+        self.smtp_server.nonsense()
+
+class Server(smtpd.SMTPServer):
+    def process_message(self, peer: object, mailfrom: str, rcpttos: str, data: bytes,
+                        **kwargs: object) -> int:
+        return 250
+
+Server('localhost', 25)
+'''
+FAULTY_LINES = [6, 8, 9, 12, 16]
+
+TARGETS = ['3.12', '3.13', '3.14', '3.15']
+TYPED_BLOCKS = sorted(name for name, (language, text) in BLOCKS.items()
+                      if language == 'python' and text.startswith('# '))
+
+
+@pytest.fixture(scope='module')
+def typed_programs(tmp_path_factory):
+    """A directory with the sample program and each recipe, and the stubs as pip installs them."""
+    directory = tmp_path_factory.mktemp('types')
+    (directory / 'sample.py').write_text(SAMPLE)
+    (directory / 'faults.py').write_text(FAULTS)
+    (directory / 'revealed.py').write_text(
+        'import smtpd\nreveal_type(smtpd.SMTPServer.process_message)\n')
+    for name in TYPED_BLOCKS:
+        save_block(directory, name)
+    # README's own configuration; the rest is for packages without types, or not installed here.
+    (directory / 'mypy.ini').write_text(block('mypy-ini') + '''
+[mypy-django.*,flask.*,flask_mail.*,aiosmtpd.*,pytest.*]
+ignore_missing_imports = true
+''')
+    shutil.copytree(STUBS, directory / 'site' / 'smtpd-stubs')
+    shutil.copy(smtpd.__file__, directory / 'site')
+    return directory
+
+
+def programs_in(directory):
+    return sorted(path.name for path in directory.glob('*.py'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('target', TARGETS)
+class TestMypy:
+    def run(self, directory, target, *names):
+        need_module('mypy')
+        return subprocess.run(
+            [sys.executable, '-m', 'mypy', '--python-version', target, '--cache-dir', os.devnull,
+             *names], cwd=directory, env=dict(os.environ, MYPYPATH=str(directory / 'site')),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8', timeout=300)
+
+    def test_takes_the_sample_program_and_each_recipe(self, typed_programs, target):
+        names = [name for name in programs_in(typed_programs)
+                 if name not in ('faults.py', 'revealed.py')]
+        assert len(names) == len(TYPED_BLOCKS) + 1
+        outcome = self.run(typed_programs, target, *names)
+        assert outcome.returncode == 0, outcome.stdout
+
+    def test_knows_process_message(self, typed_programs, target):
+        outcome = self.run(typed_programs, target, 'revealed.py')
+        assert 'mailfrom: str, rcpttos: list[str]' in outcome.stdout
+        assert '-> str | bytes | None' in outcome.stdout
+
+    def test_finds_faults(self, typed_programs, target):
+        outcome = self.run(typed_programs, target, 'faults.py')
+        found = {int(line) for line in re.findall(r'faults.py:(\d+): error', outcome.stdout)}
+        assert found == set(FAULTY_LINES), outcome.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('target', TARGETS)
+class TestPyright:
+    def run(self, directory, target, *names):
+        need_module('pyright')
+        (directory / 'pyrightconfig.json').write_text(
+            # Frameworks may not be installed here; asyncore has no stubs.
+            '{"pythonVersion": "%s", "extraPaths": ["site"], "reportMissingImports": "none",'
+            ' "reportMissingModuleSource": "none", "include": %s}'
+            % (target, str(list(names)).replace("'", '"')))
+        return subprocess.run(
+            [sys.executable, '-m', 'pyright', '-p', str(directory)], cwd=directory,
+            env=dict(os.environ, PYRIGHT_PYTHON_IGNORE_WARNINGS='1'), stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, encoding='utf-8', timeout=300)
+
+    def test_takes_the_sample_program_and_each_recipe(self, typed_programs, target):
+        names = programs_in(typed_programs)
+        names.remove('faults.py')
+        outcome = self.run(typed_programs, target, *names)
+        assert outcome.returncode == 0, outcome.stdout
+        revealed, = re.findall('Type of "smtpd.SMTPServer.process_message" is "(.*)"',
+                               outcome.stdout)
+        assert 'mailfrom: str, rcpttos: list[str]' in revealed
+        assert revealed.endswith('-> (str | bytes | None)')
+
+    def test_finds_faults(self, typed_programs, target):
+        outcome = self.run(typed_programs, target, 'faults.py')
+        found = {int(line) for line in re.findall(r'faults.py:(\d+):\d+ - error', outcome.stdout)}
+        assert found == set(FAULTY_LINES), outcome.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info < (3, 12), reason='up to 3.11 the stubs are not used')
+def test_the_stubs_agree_with_the_module(typed_programs):
+    need_module('mypy')
+    site = str(typed_programs / 'site')  # what pip installed, or the source
+    outcome = subprocess.run(
+        [sys.executable, '-m', 'mypy.stubtest', '--mypy-config-file', 'mypy.ini', 'smtpd'],
+        cwd=typed_programs, env=dict(os.environ, MYPYPATH=site, PYTHONPATH=site),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8', timeout=300)
+    assert outcome.returncode == 0, outcome.stdout
