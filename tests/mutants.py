@@ -284,7 +284,8 @@ class Baseline:
                  os.devnull, '--include', 'smtpd.py', '-m', 'pytest', '-q', '-p', 'mutants', '-m',
                  NOT_SLOW, *tests],
                 cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True, env=clean_environment(MUTANTS_BASELINE=report))
+                stderr=subprocess.STDOUT, text=True,
+                env=clean_environment(MUTANTS_BASELINE=report))
             if done.returncode:
                 sys.exit('the unbroken module fails:\n' + done.stdout)
             seconds = collections.Counter()
