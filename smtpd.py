@@ -257,7 +257,7 @@ def _positional_arguments(channel_class):
 # What becomes of a channel's input:
 _OPEN = 0  # it is read and executed
 _IDLE = 1  # so it is, but none has come for long: the next turn of the loop says good-bye
-_FULL = 2  # it waits until the client has read its replies
+_PAUSED = 2  # it waits for a later turn of the loop, when the client has read its replies
 _BUSY = 3  # it waits until the message before it is dealt with
 _CLOSING = 4  # it is dropped
 
@@ -341,19 +341,10 @@ class _Transport(asynchat.async_chat):
         super().set_terminator(term.encode('ascii') if isinstance(term, str) else term)
 
     def readable(self):
-        if self._watcher is None:
+        limit = self.idle_timeout_seconds
+        if limit is not None and self._watcher is None:
             self._look_for_idleness(time.monotonic())
         return self._gate <= _IDLE and bool(super().readable())
-
-    def handle_read_event(self):
-        try:
-            super().handle_read_event()
-            return
-        except _ENDS_OF_THE_LOOP:
-            raise
-        except BaseException:
-            self._report_fault()
-        self._go_on()
 
     def handle_read(self):
         if super().handle_read.__func__ is not _ASYNCHAT_HANDLE_READ:  # replaced by the program
@@ -369,103 +360,89 @@ class _Transport(asynchat.async_chat):
         except OSError:
             self.handle_error()
             return
-        try:
-            self.ac_in_buffer = self.ac_in_buffer + data
-        except TypeError:
-            self._end_with_fault()
-            return
+        self.ac_in_buffer = self.ac_in_buffer + data
         self._process_input()
 
     def _client_has_ended(self):
-        """Whether the client sends no more; recv() would tell, but close at once, too."""
+        """Whether the client sends no more: recv() would tell, but close at once, too."""
         with contextlib.suppress(OSError, TypeError, ValueError):  # ValueError: TLS cannot peek
             return self.socket.recv(1, _PEEK) == b''
         return False
 
-    def _go_on(self):
-        """Process the input that waits; each fault uses up some of it."""
-        while self._unread_input and self._gate <= _IDLE:
-            try:
-                self._process_input()
-                return
-            except _ENDS_OF_THE_LOOP:
-                raise
-            except BaseException:
-                self._report_fault()
-
     def _process_input(self):
-        """Cut the input at its terminators, and give away the pieces, while the gate is open."""
+        """Cut the input at its terminators, and give the pieces away, while the gate is open."""
+        is_given = False
         try:
             while self._unread_input and self._gate <= _IDLE:
-                if not self._holds_replies:  # else no code of the program's has run
-                    is_direct = self._goes_past_hooks()
                 unread, start = self._unread_input, self._input_start
-                try:
-                    terminator = self.terminator if is_direct else self.get_terminator()
-                    end = unread.find(_END_OF_LINE, start) if terminator is _END_OF_LINE else -1
-                    if end >= 0:  # as for nearly all commands
-                        is_whole, rest = True, end + 2
-                    else:
-                        end, is_whole, rest = self._cut(unread, start, terminator)
-                except _ENDS_OF_THE_LOOP:
-                    raise
-                except BaseException:
-                    self._end_with_fault()
-                    return
-                if rest == start:
-                    return
-                is_direct = is_direct and (terminator is _END_OF_LINE
-                                           or terminator == _END_OF_DATA)
-                self._hold_or_send(is_direct and is_whole, rest < len(unread))
-                if self._gate > _IDLE:
-                    return
-                # Used up before a hook gets it: one that raises does not get it again.
-                if rest < len(unread):
-                    self._input_start = rest
+                is_direct = self._holds_replies or self._goes_past_hooks()
+                terminator = self.terminator if is_direct else self.get_terminator()
+                end = unread.find(_END_OF_LINE, start) if terminator is _END_OF_LINE else -1
+                if end >= 0:  # as for nearly all commands
+                    is_whole, rest = True, end + 2
                 else:
-                    self.ac_in_buffer = b''
+                    end, is_whole, rest = self._cut(unread, start, terminator)
+                    if rest == start:
+                        break
+                    is_direct = is_direct and terminator in (_END_OF_LINE, _END_OF_DATA)
+                more_follows = rest < len(unread)
+                if self._holds_replies or more_follows and is_direct:
+                    self._hold_or_send(is_direct and is_whole)
+                    if self._gate > _IDLE:
+                        break
+                # Used up before a hook gets it: one that raises does not get it again.
+                self._unread_input, self._input_start = (unread, rest) if more_follows else (b'', 0)
+                is_given = True
+                self._has_replied = False
                 self._give(unread[start:end], is_whole, is_direct)
+                is_given = False
                 if not is_whole:
-                    return
+                    break
+        except _ENDS_OF_THE_LOOP:
+            raise
+        except BaseException as error:
+            if is_given:
+                self._answer_fault(error)
+                raise
+            self.handle_error()
+            self.close()  # the next try would be like this one
         finally:
             self._last_sign_of_life = time.monotonic()
-            if self._gate == _IDLE:
-                self._set_gate(_OPEN)
-            if self._holds_replies:
-                self._send_held_replies()
-            if self._gate == _CLOSING and self.connected and self._nobody_could_tell():
-                self.initiate_send()  # asynchat would close at the loop's next turn
+            if self._gate != _OPEN or self._holds_replies:
+                self._end_turn()
 
-    def _hold_or_send(self, may_hold, more_follows):
+    def _hold_or_send(self, may_hold):
         """Decide whether the replies to what is given away next are held."""
         may_hold = may_hold and len(self.producer_fifo) < _MOST_HELD
         if not self._holds_replies:
-            self._holds_replies = may_hold and more_follows and self._nobody_could_tell()
+            self._holds_replies = may_hold and self._nobody_could_tell()
         elif not may_hold:
             self._send_held_replies()
 
     def _give(self, piece, is_whole, is_direct):
         """Give a piece, and the terminator after it, to the hooks or to what they end in."""
-        self._has_replied = False
-        self._is_mid_block = True
-        try:
-            if is_direct:
-                self._is_mid_block = not is_whole
-                if is_whole:
-                    self._take_block(piece)
-                else:
-                    self._take_piece(piece)
-                return
-            if piece:
-                self.collect_incoming_data(piece)
+        if is_direct:
+            self._is_mid_block = not is_whole
             if is_whole:
-                self._is_mid_block = False
-                self.found_terminator()
-        except _ENDS_OF_THE_LOOP:
-            raise
-        except BaseException as error:
-            self._answer_fault(error)
-            raise
+                self._take_block(piece)
+            else:
+                self._take_piece(piece)
+            return
+        self._is_mid_block = True
+        if piece:
+            self.collect_incoming_data(piece)
+        if is_whole:
+            self._is_mid_block = False
+            self.found_terminator()
+
+    def _end_turn(self):
+        """What is left to do when the input is used up, or waits."""
+        if self._holds_replies:
+            self._send_held_replies()
+        if self._gate == _IDLE:
+            self._set_gate(_OPEN)
+        elif self._gate == _CLOSING and self.connected and self._nobody_could_tell():
+            self.initiate_send()  # asynchat would close at the loop's next turn
 
     def _cut(self, unread, start, terminator):
         """Where the next piece ends, whether its terminator follows, where the rest begins."""
@@ -504,7 +481,7 @@ class _Transport(asynchat.async_chat):
         with _send_lock:
             super().initiate_send()
             if self.producer_fifo:
-                self._set_gate(_FULL if self._gate <= _IDLE and self._has_backlog()
+                self._set_gate(_PAUSED if self._gate <= _IDLE and self._has_backlog()
                                else self._gate)
 
     def _send_held_replies(self):
@@ -535,7 +512,7 @@ class _Transport(asynchat.async_chat):
             len(piece) for piece in waiting if isinstance(piece, bytes))
 
     def writable(self):
-        return bool(super().writable()) or self._gate in (_IDLE, _FULL)
+        return bool(super().writable()) or self._gate in (_IDLE, _PAUSED)
 
     def handle_write_event(self):
         reads_replies = bool(self.producer_fifo)
@@ -544,14 +521,11 @@ class _Transport(asynchat.async_chat):
         self._has_replied = has_replied  # what is sent now are earlier replies
         if reads_replies:
             self._last_sign_of_life = time.monotonic()
-        if self._gate == _IDLE:
-            if reads_replies:
-                self._set_gate(_OPEN)
-            else:
-                self._end_idle_session()
-        elif self._gate == _FULL and not self._has_backlog():
+        if self._gate == _IDLE and not reads_replies:
+            self._end_idle_session()
+        elif self._gate == _IDLE or self._gate == _PAUSED and not self._has_backlog():
             self._set_gate(_OPEN)
-            self._go_on()
+            self._process_input()
 
     # ------------------------------------------------------------------
     # The end
@@ -583,20 +557,10 @@ class _Transport(asynchat.async_chat):
         if error is None or not vars(error).pop(_ANSWERED, False):
             self.handle_close()
 
-    def _end_with_fault(self):
-        """Close: no hook has seen the input, and the next try would be like this one."""
-        self._report_fault()
-        self.close()
-
-    def _report_fault(self):
-        try:
-            self.handle_error()
-        except BaseException:  # the program's has a fault, too
-            self.close()
-            raise
-
     def _answer_fault(self, error):
         """Tell the client of a fault in a hook, once, unless the program has its own way to."""
+        if self._unread_input and self._gate <= _IDLE:
+            self._set_gate(_PAUSED)  # handle_error() comes first
         is_ours = getattr(self.handle_error, '__func__', None) is _Transport.handle_error
         if self._has_replied or not is_ours:
             return
@@ -1032,7 +996,7 @@ class SMTPChannel(_Transport):
     def _take_outcome(self, take_result, outcome):
         """In the loop's thread again: outcome() returns or raises what the call did."""
         if self._gate == _BUSY:
-            self._set_gate(_OPEN)
+            self._set_gate(_PAUSED if self._unread_input else _OPEN)
         self._last_sign_of_life = time.monotonic()
         try:
             take_result(outcome())
@@ -1040,8 +1004,7 @@ class SMTPChannel(_Transport):
             raise
         except BaseException as error:
             self._answer_fault(error)
-            self._report_fault()
-        self._go_on()
+            self.handle_error()
 
     def _end_message(self, status):
         """Reply to data with what the handler returned."""

@@ -117,10 +117,12 @@ def feed(channel, *pieces):
     start = len(channel.conn.sent)
     for piece in pieces:
         channel.conn.incoming.append(piece)
-        while channel.conn.incoming and channel.connected and channel.readable():
-            channel.handle_read_event()
-            while channel.producer_fifo and channel.connected:
-                channel.handle_write_event()
+        while channel.connected and (channel.conn.incoming and channel.readable()
+                                     or channel.writable()):
+            if channel.conn.incoming and channel.readable():
+                asyncore.read(channel)
+            if channel.connected and channel.writable():
+                asyncore.write(channel)
     return channel.conn.sent[start:]
 
 
