@@ -24,13 +24,10 @@ import select
 import signal
 import smtplib
 import socket
-import struct
 import subprocess
 import sys
 import textwrap
 import threading
-import time
-import tracemalloc
 import types
 import unittest.mock
 
@@ -40,40 +37,75 @@ from hypothesis import strategies as st
 
 import smtpd
 from tests.support import (
+    ANSWERED,
+    ANSWERED_TO_DATA,
+    BANNER,
     BOTH_MODES,
     FQDN,
+    FROM_AND_TO,
     MODULE_DIR,
+    ONE_MESSAGE,
     OTHER_NAMES,
     OTHERS,
     PEER,
     PROXIED,
+    READY,
     RECIPIENT,
     SENDER,
     SMTPD,
     STRICT,
+    TIMED_OUT,
+    TO_DATA,
+    TRANSACTION,
+    TRANSACTION_ANSWERED,
+    BusyServer,
     FakeConnection,
+    Listener,
     MisbehavingLMTP,
     MisbehavingSMTP,
     RawClient,
     RecordingServer,
     StubServer,
     Upstream,
+    WaitingServer,
     WireUpstream,
+    all_at_once,
+    both_modes,
+    channels_of,
     command_line,
+    count_lines,
     environment,
     feed,
     free_port,
     greet,
+    greeted,
+    has_input,
     idle_proxy,
+    in_map_and_selector,
+    in_mode,
+    in_pieces,
     is_ready,
+    is_served,
+    line_by_line,
+    looping,
     mailman_proxy_to,
     make_channel,
+    octets,
     post,
     proxy_to,
+    read_replies,
+    read_until,
     relay_message,
+    reset,
     running,
+    server_lines,
     serving,
+    shut,
+    small_buffers,
     start_message,
+    three_ways,
+    traced_memory,
+    turning,
     variant,
     with_x_peer,
 )
@@ -189,36 +221,8 @@ class TestModule:
 # A channel fed bytes, without a socket: dialogues
 # ---------------------------------------------------------------------------
 
-def octets(text):
-    """The octets of a transcript's line; '\\udcff' stands for the octet 255."""
-    return text.encode('utf-8', 'surrogateescape')
-
-
 def client_lines(transcript):
     return [octets(line[3:]) + b'\r\n' for line in transcript if line.startswith('C: ')]
-
-
-def server_lines(sent):
-    return ['S: ' + line.decode('utf-8', 'surrogateescape')
-            for line in sent.split(b'\r\n')[:-1]]
-
-
-def all_at_once(channel, lines):
-    return server_lines(feed(channel, b''.join(lines)))
-
-
-def byte_by_byte(channel, lines):
-    return server_lines(feed(channel, *(bytes([octet]) for octet in b''.join(lines))))
-
-
-def line_by_line(channel, lines):
-    return server_lines(feed(channel, *lines))
-
-
-three_ways = pytest.mark.parametrize(
-    'way', [all_at_once, byte_by_byte, line_by_line],
-    ids=['all at once', 'byte by byte', 'line by line'])
-both_modes = pytest.mark.parametrize('decode_data', [False, True], ids=['bytes', 'text'])
 
 
 def hold(channel, transcript, way):
@@ -534,14 +538,10 @@ class TestDialogues:
         """And it is not kept meanwhile."""
         channel = make_channel()
         line = b'x' * 50_000
-        tracemalloc.start()
-        try:
+        with traced_memory() as now_and_peak:
             sent = way(channel, [line, line, b'\r\n', b'NOOP\r\n'])
-            kept = tracemalloc.get_traced_memory()[0]
-        finally:
-            tracemalloc.stop()
+            assert now_and_peak()[0] < 50_000
         assert sent == ['S: 500 Error: line too long', 'S: 250 OK']
-        assert kept < 50_000
 
 
 # ---------------------------------------------------------------------------
@@ -758,10 +758,6 @@ class TestPathProperties:
 # Data
 # ---------------------------------------------------------------------------
 
-TO_DATA = b'EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n'
-FROM_AND_TO = [b'MAIL FROM:<a@b>\r\n', b'RCPT TO:<c@d>\r\n']
-READY = b'354 End data with <CR><LF>.<CR><LF>\r\n'
-
 BODIES = {  # sentence: as sent before the last dot, as handed on
     'nothing': (b'', b''),
     'an empty line': (b'\r\n', b''),
@@ -794,14 +790,6 @@ def message_of(body):
     """What RFC 5321, 4.5.2 makes of a body as it was sent, the old module's line ends."""
     lines = body.split(b'\r\n')
     return b'\n'.join(line[1:] if line[:1] == b'.' else line for line in lines)
-
-
-def in_mode(data, decode_data):
-    return data.decode('utf-8', 'surrogateescape') if decode_data else data
-
-
-def in_pieces(wire, size):
-    return [wire[start:start + size] for start in range(0, len(wire), size)]
 
 
 class TestData:
@@ -873,14 +861,10 @@ class TestData:
         channel = make_channel(data_size_limit=10_000, decode_data=decode_data)
         feed(channel, TO_DATA)
         piece = (b'x' * 70 + b'\r\n') * 900
-        tracemalloc.start()
-        try:
+        with traced_memory() as now_and_peak:
             for _ in range(100):
                 feed(channel, piece)
-            peak = tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
-        assert peak < 2_000_000
+            assert now_and_peak()[1] < 2_000_000
         assert feed(channel, b'\r\n.\r\n') == b'552 Error: Too much mail data\r\n'
 
     def test_received_data_is_let_go_at_the_next_command(self):
@@ -1821,112 +1805,6 @@ class SelfMadeChannel(smtpd.SMTPChannel):
 # A real socket with raw octets
 # ---------------------------------------------------------------------------
 
-in_map_and_hub = pytest.mark.parametrize('hub', [False, True], ids=['in the map', 'in the hub'])
-
-BANNER = b'220 mx.example Python SMTP proxy version 0.3\r\n'
-TRANSACTION = b'MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n'
-ONE_MESSAGE = b'HELO x\r\n' + TRANSACTION + b'text\r\n.\r\n'
-ANSWERED_TO_DATA = b'250 mx.example\r\n' + 2 * b'250 OK\r\n' + READY
-ANSWERED = ANSWERED_TO_DATA + b'250 OK\r\n'
-TRANSACTION_ANSWERED = 2 * b'250 OK\r\n' + READY + b'250 OK\r\n'
-TIMED_OUT = b'421 Error: timeout exceeded\r\n'
-
-
-@contextlib.contextmanager
-def greeted(server):
-    with RawClient(server) as client:
-        assert client.reply() == BANNER
-        yield client
-
-
-def read_replies(client, count):
-    return b''.join(client.reply() for _ in range(count))
-
-
-def shut(client):
-    """Half-close: nothing more is sent."""
-    client.socket.shutdown(socket.SHUT_WR)
-
-
-def reset(client):
-    """Close with a RST instead of a FIN."""
-    client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
-    client.close()
-
-
-def is_served(server, times=3):
-    """Each answer takes at least one turn of the loop that began after what came before."""
-    with greeted(server) as client:
-        return (all(client.say(b'NOOP') == b'250 OK\r\n' for _ in range(times))
-                and client.say(b'QUIT') == b'221 Bye\r\n' and client.rest() == b'')
-
-
-@contextlib.contextmanager
-def turning(server_class=RecordingServer, **kwargs):
-    """A server whose loop the test itself turns: yields it and turn(until)."""
-    sockets = kwargs.setdefault('map', {})
-    if sockets is None:
-        sockets = asyncore.socket_map
-    server = server_class(('127.0.0.1', 0), None, **kwargs)
-
-    def turn(until=lambda: False, at_most=400):
-        for _ in range(at_most):
-            if until():
-                return True
-            asyncore.loop(timeout=0.05, map=sockets, count=1)
-        return until()
-
-    try:
-        yield server, turn
-    finally:
-        asyncore.close_all(sockets)
-
-
-@contextlib.contextmanager
-def looping(server_class=RecordingServer):
-    """A server in a loop that ends when nothing is left in its map: yields it and the thread."""
-    sockets = {}
-    server = server_class(('127.0.0.1', 0), None, map=sockets)
-    thread = threading.Thread(target=asyncore.loop, kwargs={'map': sockets})
-    thread.start()
-    try:
-        yield server, thread
-        assert sockets == {}
-    finally:
-        server.close()
-        thread.join(20)
-        assert not thread.is_alive()
-
-
-def has_input(client):
-    return bool(select.select([client.socket], [], [], 0)[0])
-
-
-def small_buffers(server, size=20_000):
-    """A client between which and the server little fits."""
-    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # channels inherit them
-        server.socket.setsockopt(socket.SOL_SOCKET, option, size)
-    client = RawClient(server)
-    client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
-    return client
-
-
-def channels_of(server):
-    """Wherever they are watched."""
-    return [each for each in gc.get_objects()
-            if isinstance(each, smtpd.SMTPChannel) and each.smtp_server is server]
-
-
-def count_lines(client, turn):
-    """Read all while the loop turns; how many lines it was."""
-    lines, chunk = 0, b'-'
-    while chunk:
-        assert turn(until=lambda: has_input(client))
-        chunk = client.socket.recv(1 << 20)
-        lines += chunk.count(b'\n')
-    return lines
-
-
 class Exploding(smtpd.SMTPChannel):
     """The second one fails."""
 
@@ -1939,38 +1817,12 @@ class Exploding(smtpd.SMTPChannel):
             raise RuntimeError('in __init__')
 
 
-class BusyServer(RecordingServer):
-    """Its handler keeps the loop busy until it is told to go on."""
-
-    def __init__(self, *args, **kwargs):
-        self.go = threading.Event()
-        super().__init__(*args, **kwargs)
-
-    def process_message(self, *args, **kwargs):
-        super().process_message(*args, **kwargs)
-        self.go.wait(20)
-
-
-class Listener:
-    """A listening socket whose accept() raises."""
-
-    def __init__(self, real, error):
-        self.real, self.error, self.attempts = real, error, 0
-
-    def accept(self):
-        self.attempts += 1
-        raise OSError(self.error, os.strerror(self.error))
-
-    def __getattr__(self, name):
-        return getattr(self.real, name)
-
-
 class TestSocket:
     @pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])
-    @in_map_and_hub
+    @in_map_and_selector
     @both_modes
-    def test_a_session(self, decode_data, hub, use_poll):
-        with serving(variant(channels_in_hub=hub), use_poll=use_poll,
+    def test_a_session(self, decode_data, use_poll):
+        with serving(use_poll=use_poll,
                      decode_data=decode_data) as server, greeted(server) as client:
             host, port = client.socket.getsockname()
             client.send(ONE_MESSAGE)
@@ -1980,9 +1832,9 @@ class TestSocket:
             assert [message[:4] for message in server.messages] == [
                 ((host, port), 'a@b', ['c@d'], in_mode(b'text', decode_data))]
 
-    @in_map_and_hub
-    def test_many_sessions_at_once(self, hub):
-        with serving(variant(channels_in_hub=hub)) as server, contextlib.ExitStack() as stack:
+    @in_map_and_selector
+    def test_many_sessions_at_once(self):
+        with serving() as server, contextlib.ExitStack() as stack:
             clients = [stack.enter_context(greeted(server)) for _ in range(20)]
             for line, reply in zip([b'HELO x\r\n', *FROM_AND_TO], ANSWERED.splitlines(True)):
                 for client in clients:
@@ -1994,62 +1846,52 @@ class TestSocket:
                 assert client.say(b'%d\r\n.' % number) == b'250 OK\r\n'
             assert [message[3] for message in server.messages] == [b'%d' % n for n in range(20)]
 
-    def test_the_hub_is_one_object_in_the_map(self):
-        for hub, size in [(False, 6), (True, 2)]:
-            with serving(variant(channels_in_hub=hub)) as server, contextlib.ExitStack() as stack:
-                for _ in range(5):
-                    stack.enter_context(greeted(server))
-                assert len(server._map) == size
+    def test_the_selector_is_one_object_in_the_map(self, selector):
+        with serving() as server, contextlib.ExitStack() as stack:
+            for _ in range(5):
+                stack.enter_context(greeted(server))
+            assert len(server._map) == (2 if selector else 6)
 
     @pytest.mark.parametrize('name, value', [
         ('readable', lambda self: smtpd.SMTPChannel.readable(self)),
         ('handle_read_event', lambda self: smtpd.SMTPChannel.handle_read_event(self))])
-    def test_a_channel_that_asyncore_has_to_ask_stays_outside_of_the_hub(self, name, value):
+    def test_a_channel_that_asyncore_has_to_ask_stays_outside_of_the_selector(self, name, value):
         with serving(variant(channels_in_hub=True, channel={name: value})) as server:
             with greeted(server) as one, greeted(server) as other:
                 assert one.say(b'NOOP') == other.say(b'NOOP') == b'250 OK\r\n'
                 assert len(server._map) == 3
 
-    @in_map_and_hub
+    @in_map_and_selector
     @pytest.mark.parametrize('host', ['', None])
-    def test_no_host_is_all_interfaces(self, host, hub):
-        with serving(variant(channels_in_hub=hub), localaddr=(host, 0)) as server:
+    def test_no_host_is_all_interfaces(self, host):
+        with serving(localaddr=(host, 0)) as server:
             port = server.socket.getsockname()[1]
             with RawClient(('127.0.0.1', port)) as client:
                 assert client.reply() == BANNER
 
-    @in_map_and_hub
-    def test_ipv6(self, hub):
-        with serving(variant(channels_in_hub=hub), localaddr=('::1', 0)) as server:
+    @in_map_and_selector
+    def test_ipv6(self):
+        with serving(localaddr=('::1', 0)) as server:
             with greeted(server) as client:
                 client.send(ONE_MESSAGE + b'QUIT\r\n')
                 assert client.rest() == ANSWERED + b'221 Bye\r\n'
             assert server.messages[0][0][0] == '::1'
 
-    @in_map_and_hub
+    @in_map_and_selector
     @both_modes
-    def test_a_message_of_many_reads(self, decode_data, hub):
+    def test_a_message_of_many_reads(self, decode_data):
         body = b'.' + b'0123456789' * 7 + b'\r\n'
-        with serving(variant(channels_in_hub=hub), decode_data=decode_data) as server:
+        with serving(decode_data=decode_data) as server:
             with greeted(server) as client:
                 client.send(ONE_MESSAGE[:-9] + (b'.' + body) * 60_000 + b'.\r\nQUIT\r\n')
                 assert client.rest() == ANSWERED + b'221 Bye\r\n'
             assert server.messages[0][3] == in_mode((body[:-2] + b'\n') * 60_000, decode_data)[:-1]
 
-    @in_map_and_hub
-    def test_pipelined_commands_of_many_reads(self, hub):
-        with serving(variant(channels_in_hub=hub)) as server, greeted(server) as client:
+    @in_map_and_selector
+    def test_pipelined_commands_of_many_reads(self):
+        with serving() as server, greeted(server) as client:
             client.send(b'NOOP\r\n' * 30_000 + b'QUIT\r\n')
             assert client.rest() == b'250 OK\r\n' * 30_000 + b'221 Bye\r\n'
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Its `seconds` are what the monotonic clock is ahead of the real one."""
-    clock = types.SimpleNamespace(seconds=0)
-    monotonic = time.monotonic
-    monkeypatch.setattr(time, 'monotonic', lambda: monotonic() + clock.seconds)
-    return clock
 
 
 class PlainListener(asyncore.dispatcher):
@@ -2071,7 +1913,7 @@ class ReadableListener(RecordingServer):
 
 
 class TestEndOfSession:
-    @in_map_and_hub
+    @in_map_and_selector
     @pytest.mark.parametrize('threads', [0, 2], ids='{} threads'.format)
     @pytest.mark.parametrize('sent, answered, messages', [
         (b'', b'', 0),
@@ -2085,9 +1927,9 @@ class TestEndOfSession:
     ], ids=['nothing', 'half a command', 'a message', 'a message and QUIT', 'two messages',
             'a message without its last octet', 'a message without its last dot'])
     def test_after_half_close_what_was_received_is_answered(
-            self, sent, answered, messages, threads, hub, capsys):
+            self, sent, answered, messages, threads, capsys):
         """As `nc < file` needs it."""
-        server_class = variant(channels_in_hub=hub, process_message_threads=threads)
+        server_class = variant(process_message_threads=threads)
         with serving(server_class) as server:
             with RawClient(server) as client:
                 client.send(sent)
@@ -2097,16 +1939,16 @@ class TestEndOfSession:
             assert is_served(server)
         assert capsys.readouterr() == ('', '')
 
-    @in_map_and_hub
-    def test_replies_that_wait_at_half_close_are_sent(self, hub):
-        with turning(variant(channels_in_hub=hub)) as (server, turn):
+    @in_map_and_selector
+    def test_replies_that_wait_at_half_close_are_sent(self):
+        with turning() as (server, turn):
             with small_buffers(server) as client:
                 client.send(b'HELP\r\n' * 2000)
                 shut(client)
                 turn(at_most=20)
                 assert count_lines(client, turn) == 2001
 
-    @in_map_and_hub
+    @in_map_and_selector
     @pytest.mark.parametrize('threads', [0, 2], ids='{} threads'.format)
     @pytest.mark.parametrize('sent, read, messages', [
         (b'', 0, 0), (b'', 1, 0), (b'HELO x', 1, 0), (b'HELO x\r\n', 2, 0),
@@ -2115,8 +1957,8 @@ class TestEndOfSession:
     ], ids=['before the banner', 'after the banner', 'in a command', 'after HELO', 'after MAIL',
             'after DATA', 'in data', 'in the final dot', 'after the message', 'after QUIT'])
     def test_after_a_reset_nothing_is_half_delivered(
-            self, sent, read, messages, threads, hub, capsys):
-        server_class = variant(channels_in_hub=hub, process_message_threads=threads)
+            self, sent, read, messages, threads, capsys):
+        server_class = variant(process_message_threads=threads)
         with serving(server_class) as server:
             client = RawClient(server)
             client.send(sent)
@@ -2128,18 +1970,18 @@ class TestEndOfSession:
             assert [type(each) for each in server._map.values()].count(server.channel_class) == 0
         assert capsys.readouterr() == ('', '')
 
-    @in_map_and_hub
-    def test_a_reset_with_replies_unread(self, hub, capsys):
-        with serving(variant(channels_in_hub=hub)) as server:
+    @in_map_and_selector
+    def test_a_reset_with_replies_unread(self, capsys):
+        with serving() as server:
             client = RawClient(server)
             client.send(ONE_MESSAGE[:-3] + b'HELP\r\n' * 10_000)
             reset(client)
             assert is_served(server) and server.messages == []
         assert capsys.readouterr() == ('', '')
 
-    @in_map_and_hub
-    def test_idle_sessions_end_with_421(self, hub):
-        server_class = variant(channels_in_hub=hub, channel={'idle_timeout_seconds': 0.2})
+    @in_map_and_selector
+    def test_idle_sessions_end_with_421(self):
+        server_class = variant(channel={'idle_timeout_seconds': 0.2})
         with serving(server_class) as server:
             with greeted(server) as in_command, greeted(server) as in_data:
                 in_data.send(ONE_MESSAGE[:-6])
@@ -2147,10 +1989,10 @@ class TestEndOfSession:
                 assert in_data.rest() == ANSWERED_TO_DATA + TIMED_OUT
             assert server.messages == []
 
-    @in_map_and_hub
-    def test_a_client_is_not_idle_while_a_handler_takes_its_time(self, hub, clock):
+    @in_map_and_selector
+    def test_a_client_is_not_idle_while_a_handler_takes_its_time(self, clock):
         """What it sent meanwhile waits in the kernel, and is answered."""
-        class Server(variant(channels_in_hub=hub)):
+        class Server(RecordingServer):
             def process_message(self, *args, **kwargs):
                 other.send(b'NOOP\r\n')
                 clock.seconds += 1000
@@ -2165,12 +2007,12 @@ class TestEndOfSession:
             turn(at_most=5)
             assert client.rest() == BANNER + ANSWERED + b'221 Bye\r\n'
 
-    @in_map_and_hub
+    @in_map_and_selector
     @pytest.mark.parametrize('channel', [
         {}, {'handle_close': lambda self: self.close()}], ids=['plain', 'own handle_close'])
     @pytest.mark.parametrize('sent', [b'', b'HELP\r\n' * 700], ids=['at rest', 'replies wait'])
-    def test_an_idle_client_that_is_gone_does_not_end_the_loop(self, sent, channel, hub, clock):
-        class Server(variant(channels_in_hub=hub, channel=channel)):
+    def test_an_idle_client_that_is_gone_does_not_end_the_loop(self, sent, channel, clock):
+        class Server(variant(channel=channel)):
             def process_message(self, *args, **kwargs):
                 reset(gone)
                 clock.seconds += 1000
@@ -2189,9 +2031,9 @@ class TestEndOfSession:
             turn(at_most=5)
             assert len(server._map) == 1
 
-    @in_map_and_hub
-    def test_an_idle_client_that_does_not_even_read_is_shut_off(self, hub, clock):
-        with turning(variant(channels_in_hub=hub)) as (server, turn), small_buffers(server):
+    @in_map_and_selector
+    def test_an_idle_client_that_does_not_even_read_is_shut_off(self, clock):
+        with turning() as (server, turn), small_buffers(server):
             turn(at_most=5)
             [channel] = channels_of(server)
             channel.push('250 ' + 50_000_000 * 'x')
@@ -2211,14 +2053,14 @@ class TestEndOfSession:
                 turn(at_most=5)
             assert len(server._map) == 1 and client.rest() == b''
 
-    @in_map_and_hub
-    def test_a_channel_that_fails_to_say_421_does_not_end_the_loop(self, hub, clock, capsys):
+    @in_map_and_selector
+    def test_a_channel_that_fails_to_say_421_does_not_end_the_loop(self, clock, capsys):
         def push(self, msg):
             if msg.startswith('421'):
                 raise ZeroDivisionError
             smtpd.SMTPChannel.push(self, msg)
 
-        server_class = variant(channels_in_hub=hub, channel={'push': push})
+        server_class = variant(channel={'push': push})
         with turning(server_class) as (server, turn), RawClient(server) as client:
             assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
             clock.seconds += 301
@@ -2248,11 +2090,11 @@ class TestEndOfSession:
             clock.seconds += 310
             assert turn(until=lambda: has_input(client)) and client.rest() == TIMED_OUT
 
-    @in_map_and_hub
+    @in_map_and_selector
     @pytest.mark.parametrize('limit, seconds, is_closed', [
         (300, 290, False), (300, 310, True), (None, 1e6, False), (70, 60, False), (70, 80, True)])
-    def test_the_limit_of_idle_time(self, limit, seconds, is_closed, hub, clock):
-        server_class = variant(channels_in_hub=hub, channel={'idle_timeout_seconds': limit})
+    def test_the_limit_of_idle_time(self, limit, seconds, is_closed, clock):
+        server_class = variant(channel={'idle_timeout_seconds': limit})
         with turning(server_class) as (server, turn), RawClient(server) as client:
             assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
             turn(at_most=3)
@@ -2264,22 +2106,22 @@ class TestEndOfSession:
                 clock.seconds += seconds  # counted anew after each sign of life
                 assert not turn(until=lambda: has_input(client), at_most=10)
 
-    @in_map_and_hub
-    def test_idle_sessions_end_after_the_server_is_closed_too(self, hub):
-        server_class = variant(channels_in_hub=hub, channel={'idle_timeout_seconds': 0.2})
+    @in_map_and_selector
+    def test_idle_sessions_end_after_the_server_is_closed_too(self):
+        server_class = variant(channel={'idle_timeout_seconds': 0.2})
         with turning(server_class) as (server, turn), RawClient(server) as client:
             assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
             server.close()
             assert turn(until=lambda: has_input(client), at_most=100)
             assert client.rest() == TIMED_OUT
 
-    @in_map_and_hub
+    @in_map_and_selector
     @pytest.mark.parametrize('attribute, sent, last', [
         ('error_limit', b'FOO\r\n' * 9, b'421 Error: too many errors\r\n'),
         ('recipient_limit', ONE_MESSAGE[:25] + b'RCPT TO:<e@f>\r\n' * 4 + b'QUIT\r\n',
          b'452 Error: too many recipients\r\n221 Bye\r\n')])
-    def test_other_limits(self, attribute, sent, last, hub):
-        with serving(variant(channels_in_hub=hub, channel={attribute: 3})) as server:
+    def test_other_limits(self, attribute, sent, last):
+        with serving(variant(channel={attribute: 3})) as server:
             with greeted(server) as client:
                 client.send(sent)
                 text = client.rest()
@@ -2288,10 +2130,10 @@ class TestEndOfSession:
 
 
 class TestServerStaysUp:
-    @in_map_and_hub
-    def test_a_client_that_does_not_read_is_not_read_from(self, hub):
+    @in_map_and_selector
+    def test_a_client_that_does_not_read_is_not_read_from(self):
         """It sends until the network is full, not until our memory is."""
-        with turning(variant(channels_in_hub=hub)) as (server, turn), \
+        with turning() as (server, turn), \
                 small_buffers(server) as client:
             client.socket.setblocking(False)
             block, sent, blocked = b'HELP\r\n' * 4000, 0, 0
@@ -2308,9 +2150,9 @@ class TestServerStaysUp:
             shut(client)
             assert count_lines(client, turn) == 1 + sent // 6  # none is lost
 
-    @in_map_and_hub
-    def test_an_out_of_band_byte_does_not_keep_the_loop_busy(self, hub):
-        with turning(variant(channels_in_hub=hub)) as (server, turn), RawClient(server) as client:
+    @in_map_and_selector
+    def test_an_out_of_band_byte_does_not_keep_the_loop_busy(self):
+        with turning() as (server, turn), RawClient(server) as client:
             assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
             client.socket.send(b'!', socket.MSG_OOB)
             turn(at_most=4)
@@ -2320,9 +2162,9 @@ class TestServerStaysUp:
             client.send(b'NOOP\r\n')
             assert turn(until=lambda: has_input(client)) and client.reply() == b'250 OK\r\n'
 
-    @in_map_and_hub
-    def test_a_burst_of_connects_while_a_handler_is_busy(self, hub):
-        with serving(variant(BusyServer, channels_in_hub=hub)) as server, \
+    @in_map_and_selector
+    def test_a_burst_of_connects_while_a_handler_is_busy(self):
+        with serving(BusyServer) as server, \
                 contextlib.ExitStack() as stack:
             busy = stack.enter_context(greeted(server))
             busy.send(ONE_MESSAGE)
@@ -2331,9 +2173,9 @@ class TestServerStaysUp:
             server.go.set()
             assert [client.reply() for client in clients] == 200 * [BANNER]
 
-    @in_map_and_hub
-    def test_several_connections_are_accepted_at_a_wake_up_but_not_without_end(self, hub):
-        class Server(variant(channels_in_hub=hub, accepts_per_event=3)):
+    @in_map_and_selector
+    def test_several_connections_are_accepted_at_a_wake_up_but_not_without_end(self):
+        class Server(variant(accepts_per_event=3)):
             accepted = 0
 
             def handle_accepted(self, conn, addr):
@@ -2383,11 +2225,11 @@ class TestServerStaysUp:
             server.socket = real
             assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
 
-    @in_map_and_hub
+    @in_map_and_selector
     def test_a_channel_that_fails_in_init_closes_its_connection_alone(
-            self, hub, capsys, monkeypatch):
+            self, capsys, monkeypatch):
         monkeypatch.setattr(Exploding, 'made', 0)
-        with looping(variant(channels_in_hub=hub, channel_class=Exploding)) as (server, thread):
+        with looping(variant(channel_class=Exploding)) as (server, thread):
             with greeted(server) as other, RawClient(server) as unlucky:
                 assert unlucky.rest() in (b'', BANNER)
                 assert other.say(b'NOOP') == b'250 OK\r\n'
@@ -2479,9 +2321,9 @@ class TestServerStaysUp:
                 assert client.rest() == ANSWERED + b'221 Bye\r\n'
             thread.join(10)
 
-    @in_map_and_hub
-    def test_a_server_may_close_when_it_has_one_client(self, hub, capsys):
-        class OneClient(variant(channels_in_hub=hub)):
+    @in_map_and_selector
+    def test_a_server_may_close_when_it_has_one_client(self, capsys):
+        class OneClient(RecordingServer):
             def handle_accepted(self, conn, addr):
                 super().handle_accepted(conn, addr)
                 self.close()
@@ -2492,28 +2334,22 @@ class TestServerStaysUp:
             assert client.rest() == BANNER + ANSWERED + b'221 Bye\r\n'
         assert capsys.readouterr() == ('', '')
 
-    def test_a_channel_whose_handle_error_fails_leaves_the_others_in_the_hub_alone(self, capsys):
+    @pytest.mark.parametrize('selector', [True], indirect=True)  # in the map it ends the loop
+    def test_a_channel_whose_handle_error_fails_leaves_the_others_alone(self, selector, capsys):
         def fail(self, *args):
             raise ZeroDivisionError
 
         channel = {'smtp_FAIL': fail, 'handle_error': fail}
-        with serving(variant(channels_in_hub=True, channel=channel)) as server:
+        with serving(variant(channel=channel)) as server:
             with greeted(server) as failing, greeted(server) as other:
                 failing.send(b'FAIL\r\n')
                 assert other.say(b'NOOP') == b'250 OK\r\n'
         out, err = capsys.readouterr()
         assert out == '' and 'ZeroDivisionError' in err
 
-    @in_map_and_hub
-    def test_the_channel_class_may_be_a_function(self, hub):
-        server_class = variant(channels_in_hub=hub)
-        server_class.channel_class = staticmethod(lambda *args: smtpd.SMTPChannel(*args))
-        with serving(server_class) as server:
-            assert is_served(server)
-
-    @in_map_and_hub
-    def test_commands_that_waited_for_the_client_go_on_though_another_push_made_room(self, hub):
-        with turning(variant(channels_in_hub=hub)) as (server, turn), \
+    @in_map_and_selector
+    def test_commands_that_waited_for_the_client_go_on_though_another_push_made_room(self):
+        with turning() as (server, turn), \
                 small_buffers(server) as client:
             client.send(b'HELP\r\n' * 4000)
             turn(at_most=10)
@@ -2525,11 +2361,11 @@ class TestServerStaysUp:
             shut(client)
             assert lines + count_lines(client, turn) == 1 + 4000
 
-    @in_map_and_hub
+    @in_map_and_selector
     @pytest.mark.parametrize('threads', [0, 2], ids='{} threads'.format)
-    def test_nothing_else_stays_in_the_map(self, threads, hub):
+    def test_nothing_else_stays_in_the_map(self, threads):
         """`while asyncore.socket_map:` ends when the last server and channel are closed."""
-        server_class = variant(channels_in_hub=hub, process_message_threads=threads)
+        server_class = variant(process_message_threads=threads)
         with looping(server_class) as (server, thread):
             with greeted(server) as client:
                 client.send(ONE_MESSAGE)
@@ -2542,16 +2378,16 @@ class TestServerStaysUp:
             thread.join(10)
             assert not thread.is_alive()
 
-    @in_map_and_hub
-    def test_close_all_closes_the_sessions_too(self, hub):
-        with turning(variant(channels_in_hub=hub)) as (server, turn), RawClient(server) as client:
+    @in_map_and_selector
+    def test_close_all_closes_the_sessions_too(self):
+        with turning() as (server, turn), RawClient(server) as client:
             assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
             asyncore.close_all(server._map)
             assert server._map == {} and client.rest() == b''
 
     @pytest.mark.parametrize('attribute', [
         {}, {'channels_in_hub': True}, {'process_message_threads': 2}],
-        ids=['plain', 'hub', 'threads'])
+        ids=['plain', 'selector', 'threads'])
     def test_a_server_that_nobody_holds_lives_on_in_the_map(self, attribute):
         sockets = {}
         address = variant(**attribute)(('127.0.0.1', 0), None, map=sockets).socket.getsockname()
@@ -2569,220 +2405,9 @@ class TestServerStaysUp:
             asyncore.close_all(sockets)
 
 
-EMFILE_SCRIPT = '''
-import asyncore, contextlib, os, resource, time
-import smtpd
-resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
-
-class Server(smtpd.SMTPServer):
-    channels_in_hub = %(hub)r
-    turns = 0
-
-    def readable(self):
-        self.turns += 1
-        return super().readable()
-
-server = Server(('127.0.0.1', 0), None)
-real = server.socket
-failures = []
-
-class Listener:
-    def __getattr__(self, name):
-        return getattr(real, name)
-    def accept(self):
-        try:
-            return real.accept()
-        except BlockingIOError:
-            raise
-        except OSError:
-            failures.append((time.monotonic(), server.turns))
-            if len(failures) == 2:
-                (start, first), (end, last) = failures
-                print(end - start, last - first, flush=True)
-            raise
-server.socket = Listener()
-
-class Orders(asyncore.file_dispatcher):
-    # In the loop itself: another thread's order could come while accept() is under way.
-    hoard = []
-
-    def writable(self):
-        return False
-
-    def handle_read(self):
-        if self.recv(100) == b'hoard\\n':
-            with contextlib.suppress(OSError):
-                while True:
-                    self.hoard.append(os.dup(0))
-        else:
-            while self.hoard:
-                os.close(self.hoard.pop())
-        print('done', flush=True)
-
-print(real.getsockname()[1], flush=True)
-Orders(0)
-asyncore.loop()
-'''
-
-DESCRIPTORS_SCRIPT = '''
-import asyncore, os, resource, sys
-import smtpd
-resource.setrlimit(resource.RLIMIT_NOFILE, (2000, 2000))
-
-class Server(smtpd.SMTPServer):
-    channels_in_hub = %(hub)r
-
-    def handle_accepted(self, conn, addr):
-        super().handle_accepted(conn, addr)
-        while not hoard or hoard[-1] < 1100:
-            hoard.append(os.dup(0))
-
-hoard = []
-server = Server(('127.0.0.1', 0), None)
-print(server.socket.getsockname()[1], flush=True)
-asyncore.loop(use_poll=%(use_poll)r)
-'''
-
-MEMORY_SCRIPT = '''
-import asyncore, resource
-import smtpd
-
-def peak():
-    """VmHWM, which can be set back; ru_maxrss has what the parent had before exec."""
-    with open('/proc/self/status') as status:
-        return [int(line.split()[1]) for line in status if line.startswith('VmHWM')][0] * 1024
-
-class Hooked(smtpd.SMTPChannel):
-    def collect_incoming_data(self, data):
-        super().collect_incoming_data(data)
-
-class Server(smtpd.SMTPServer):
-    channels_in_hub = %(hub)r
-    if %(hooked)r:
-        channel_class = Hooked
-
-    def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
-        return '250 %%d %%d' %% (peak() - start, len(data))
-
-with open('/proc/self/clear_refs', 'w') as file:
-    file.write('5')
-start = peak()
-server = Server(('127.0.0.1', 0), None, 0, decode_data=%(decode_data)r)
-print(server.socket.getsockname()[1], flush=True)
-asyncore.loop()
-'''
-
-
-@contextlib.contextmanager
-def script(text, **values):
-    """A process that runs a script, which first prints its port: yields it and its address."""
-    with running(STRICT + ['-c', text % values], stdin=subprocess.PIPE) as process:
-        first = process.stdout.readline()
-        assert first, process.stderr.read().decode()
-        yield process, ('127.0.0.1', int(first))
-
-
-class TestServerStaysUpInAProcess:
-    @in_map_and_hub
-    def test_out_of_descriptors(self, hub):
-        """The listener lives, pauses without spinning, and serves when descriptors are free."""
-        def tell(line):
-            process.stdin.write(line + b'\n')
-            process.stdin.flush()
-            assert read_until(process.stdout, b'\n') == b'done\n'
-
-        with script(EMFILE_SCRIPT, hub=hub) as (process, address), RawClient(address) as first:
-            assert first.reply().startswith(b'220 ')
-            tell(b'hoard')
-            with RawClient(address) as waiting:
-                seconds, turns = read_until(process.stdout, b'\n').split()  # of two attempts
-                assert float(seconds) > 0.5 and int(turns) < 50
-                assert first.say(b'NOOP') == b'250 OK\r\n'
-                tell(b'free')
-                assert waiting.reply().startswith(b'220 ')
-            assert first.say(b'QUIT') == b'221 Bye\r\n'
-
-    @pytest.mark.parametrize('hub, use_poll, is_greeted', [
-        (False, False, False), (False, True, True), (True, False, True), (True, True, True)],
-        ids=['select', 'poll', 'select and the hub', 'poll and the hub'])
-    def test_descriptors_over_1023(self, hub, use_poll, is_greeted):
-        """select() cannot wait for them: 421 instead of the end of the process."""
-        if resource_limit() < 2000:
-            pytest.skip('no process may have 2000 descriptors here')
-        with script(DESCRIPTORS_SCRIPT, hub=hub, use_poll=use_poll) as (process, address):
-            with RawClient(address) as first:
-                assert first.reply().startswith(b'220 ')
-                for _ in range(2):
-                    with RawClient(address) as client:
-                        if is_greeted:
-                            assert client.reply().startswith(b'220 ')
-                            assert client.say(b'NOOP') == b'250 OK\r\n'
-                        else:
-                            assert client.rest() == b'421 Service not available\r\n'
-                assert first.say(b'NOOP') == b'250 OK\r\n'
-            assert process.poll() is None
-
-    @pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='needs Linux /proc')
-    @pytest.mark.parametrize('line', [b'.', b'x' * 76, b'x' * 1_000_000],
-                             ids=['lines of one dot', 'lines of 76 octets', 'lines of 1 MB'])
-    @pytest.mark.parametrize('hub, hooked', [(False, False), (True, False), (False, True)],
-                             ids=['in the map', 'in the hub', 'with a hook'])
-    @both_modes
-    def test_memory_of_a_large_message(self, decode_data, hub, hooked, line):
-        per_block = max(1, 60_000 // len(line))
-        repeats = 30_000_000 // (per_block * (len(line) + 2))
-        size = repeats * per_block * (len(line) + 2)
-        with script(MEMORY_SCRIPT, hub=hub, hooked=hooked, decode_data=decode_data) as (
-                process, address):
-            with RawClient(address, timeout=60) as client:
-                client.send(ONE_MESSAGE[:-9])
-                block = (line.replace(b'.', b'..') + b'\r\n') * per_block
-                for _ in range(repeats):
-                    client.send(block)
-                client.send(b'.\r\nQUIT\r\n')
-                peak, length = map(int, client.rest().split()[-4:-2])
-        assert length == repeats * per_block * (len(line) + 1) - 1
-        assert peak < 3.5 * size
-
-
-def resource_limit():
-    resource = pytest.importorskip('resource')
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-
-
 # ---------------------------------------------------------------------------
 # Handler threads
 # ---------------------------------------------------------------------------
-
-class WaitingServer(RecordingServer):
-    """Its handler waits until it is told to go on."""
-
-    process_message_threads = 2
-
-    def __init__(self, *args, **kwargs):
-        self.go = threading.Event()
-        self.running = self.running_at_most = 0
-        self.threads = set()
-        self.counting = threading.Lock()
-        self.entered = threading.Semaphore(0)
-        super().__init__(*args, **kwargs)
-
-    def process_message(self, *args, **kwargs):
-        with self.counting:
-            self.running += 1
-            self.running_at_most = max(self.running, self.running_at_most)
-            self.threads.add(threading.get_ident())
-        self.entered.release()
-        assert self.go.wait(20)
-        try:
-            return super().process_message(*args, **kwargs)
-        finally:
-            with self.counting:
-                self.running -= 1
-
-    def wait_until_entered(self):
-        assert self.entered.acquire(timeout=20)
-
 
 class NotingChannel(smtpd.SMTPChannel):
     """Notes what is executed, and in which thread replies are pushed."""
@@ -2796,11 +2421,11 @@ class NotingChannel(smtpd.SMTPChannel):
         super().push(msg)
 
 
-@in_map_and_hub
+@in_map_and_selector
 class TestHandlerThreads:
     @contextlib.contextmanager
-    def serving(self, hub, **attributes):
-        server_class = variant(WaitingServer, channels_in_hub=hub, channel_class=NotingChannel,
+    def serving(self, **attributes):
+        server_class = variant(WaitingServer, channel_class=NotingChannel,
                                notes=[], pushing_threads=set(), **attributes)
         with serving(server_class) as server:
             try:
@@ -2808,8 +2433,8 @@ class TestHandlerThreads:
             finally:
                 server.go.set()
 
-    def test_other_sessions_are_served_meanwhile(self, hub):
-        with self.serving(hub) as server, greeted(server) as client:
+    def test_other_sessions_are_served_meanwhile(self):
+        with self.serving() as server, greeted(server) as client:
             client.send(ONE_MESSAGE)
             server.wait_until_entered()
             assert is_served(server)
@@ -2817,8 +2442,8 @@ class TestHandlerThreads:
             assert read_replies(client, 5) == ANSWERED
             assert server.messages[0][1:4] == ('a@b', ['c@d'], b'text')
 
-    def test_the_session_waits_unread_and_replies_keep_their_order(self, hub):
-        with self.serving(hub) as server, greeted(server) as client:
+    def test_the_session_waits_unread_and_replies_keep_their_order(self):
+        with self.serving() as server, greeted(server) as client:
             client.send(ONE_MESSAGE + b'XNOTE 1\r\n' + TRANSACTION
                         + b'2\r\n.\r\nXNOTE 2\r\nFOO\r\nQUIT\r\nXNOTE 3\r\n')
             server.wait_until_entered()
@@ -2830,8 +2455,8 @@ class TestHandlerThreads:
             assert server.notes == ['1', '2']
             assert [message[3] for message in server.messages] == [b'text', b'2']
 
-    def test_input_that_comes_meanwhile_is_answered_after_the_message(self, hub):
-        with self.serving(hub) as server, greeted(server) as client:
+    def test_input_that_comes_meanwhile_is_answered_after_the_message(self):
+        with self.serving() as server, greeted(server) as client:
             client.send(ONE_MESSAGE)
             server.wait_until_entered()
             client.send(b'XNOTE 1\r\n')
@@ -2839,16 +2464,16 @@ class TestHandlerThreads:
             server.go.set()
             assert [client.reply() for _ in range(6)][-2:] == [b'250 OK\r\n', b'250 noted\r\n']
 
-    def test_handlers_run_beside_the_loop_and_replies_leave_from_it(self, hub):
-        with self.serving(hub) as server, greeted(server) as client:
+    def test_handlers_run_beside_the_loop_and_replies_leave_from_it(self):
+        with self.serving() as server, greeted(server) as client:
             server.go.set()
             client.send(ONE_MESSAGE + b'QUIT\r\n')
             client.rest()
             [loop] = server.pushing_threads
             assert loop not in server.threads
 
-    def test_there_are_no_more_threads_than_asked_for(self, hub):
-        with self.serving(hub) as server, contextlib.ExitStack() as stack:
+    def test_there_are_no_more_threads_than_asked_for(self):
+        with self.serving() as server, contextlib.ExitStack() as stack:
             clients = [stack.enter_context(greeted(server)) for _ in range(5)]
             for client in clients:
                 client.send(ONE_MESSAGE + b'QUIT\r\n')
@@ -2862,14 +2487,14 @@ class TestHandlerThreads:
 
     @pytest.mark.parametrize('leave', [reset, RawClient.close, shut],
                              ids=['reset', 'closed', 'half-closed'])
-    def test_a_client_that_is_gone_meanwhile(self, leave, hub, capsys):
+    def test_a_client_that_is_gone_meanwhile(self, leave, capsys):
         connections = []
 
         def handle_accepted(conn, addr):
             connections.append(conn)
             type(server).handle_accepted(server, conn, addr)
 
-        with self.serving(hub) as server:
+        with self.serving() as server:
             server.handle_accepted = handle_accepted
             client = RawClient(server)
             client.send(ONE_MESSAGE + b'XNOTE 1\r\n')
@@ -2887,8 +2512,8 @@ class TestHandlerThreads:
             assert is_served(server)
         assert capsys.readouterr() == ('', '')
 
-    def test_a_handler_that_raises(self, hub, capsys):
-        with self.serving(hub) as server, greeted(server) as client:
+    def test_a_handler_that_raises(self, capsys):
+        with self.serving() as server, greeted(server) as client:
             server.go.set()
             server.reply = ZeroDivisionError('in a thread')
             client.send(ONE_MESSAGE + b'NOOP\r\nQUIT\r\n')
@@ -2898,16 +2523,16 @@ class TestHandlerThreads:
         assert out == '' and 'Traceback' in err and 'ZeroDivisionError: in a thread' in err
 
     @pytest.mark.parametrize('returned, reply', RETURNS.values(), ids=RETURNS.keys())
-    def test_what_a_handler_returns(self, returned, reply, hub):
-        with self.serving(hub) as server, greeted(server) as client:
+    def test_what_a_handler_returns(self, returned, reply):
+        with self.serving() as server, greeted(server) as client:
             server.go.set()
             server.reply = returned
             client.send(ONE_MESSAGE + b'QUIT\r\n')
             assert client.rest() == ANSWERED_TO_DATA + reply + b'221 Bye\r\n'
 
-    def test_a_server_that_is_closed_meanwhile(self, hub):
+    def test_a_server_that_is_closed_meanwhile(self):
         """The message under way is answered, and the loop ends after it."""
-        server_class = variant(WaitingServer, channels_in_hub=hub)
+        server_class = WaitingServer
         with looping(server_class) as (server, thread), greeted(server) as client:
             client.send(ONE_MESSAGE + b'QUIT\r\n')
             server.wait_until_entered()
@@ -2919,12 +2544,12 @@ class TestHandlerThreads:
             assert not thread.is_alive()
 
     @pytest.mark.parametrize('threads', [0, 2], ids='{} threads'.format)
-    def test_a_handler_may_close_its_server(self, threads, hub):
+    def test_a_handler_may_close_its_server(self, threads):
         def process_message(self, *args, **kwargs):
             self.close()
             return '250 closed'
 
-        server_class = variant(channels_in_hub=hub, process_message_threads=threads,
+        server_class = variant(process_message_threads=threads,
                                process_message=process_message)
         with looping(server_class) as (server, thread), greeted(server) as client:
             client.send(ONE_MESSAGE + b'QUIT\r\n')
@@ -2932,8 +2557,8 @@ class TestHandlerThreads:
             thread.join(10)
             assert not thread.is_alive()
 
-    def test_a_session_that_outlives_its_server(self, hub):
-        server_class = variant(WaitingServer, channels_in_hub=hub)
+    def test_a_session_that_outlives_its_server(self):
+        server_class = WaitingServer
         with looping(server_class) as (server, thread), greeted(server) as client:
             server.close()
             server.go.set()
@@ -2942,9 +2567,9 @@ class TestHandlerThreads:
             thread.join(10)
             assert not thread.is_alive()
 
-    def test_all_that_is_closed_meanwhile(self, hub, capsys):
+    def test_all_that_is_closed_meanwhile(self, capsys):
         """asyncore.close_all() with a message under way: nobody is there to be told."""
-        server_class = variant(WaitingServer, channels_in_hub=hub)
+        server_class = WaitingServer
         with turning(server_class) as (server, turn), RawClient(server) as client:
             client.send(ONE_MESSAGE)
             assert turn(until=lambda: server.running)
@@ -2955,8 +2580,8 @@ class TestHandlerThreads:
             turn(at_most=3)
         assert capsys.readouterr() == ('', '')
 
-    def test_idle_time_does_not_count_while_a_handler_runs(self, hub):
-        with self.serving(hub, channel={'idle_timeout_seconds': 0.2}) as server:
+    def test_idle_time_does_not_count_while_a_handler_runs(self):
+        with self.serving(channel={'idle_timeout_seconds': 0.2}) as server:
             with RawClient(server) as idle, RawClient(server) as client:
                 client.send(ONE_MESSAGE)
                 server.wait_until_entered()
@@ -3010,34 +2635,34 @@ def hold_plain_sessions(decode_data):
 
 
 class TestHooks:
-    @in_map_and_hub
+    @in_map_and_selector
     @both_modes
     @pytest.mark.parametrize('hook', '''collect_incoming_data found_terminator get_terminator
         set_terminator push handle_read handle_close readable writable
         handle_accept handle_accepted recv send close close_when_done log_info handle_read_event
         initiate_send'''.split())
     def test_an_overridden_hook_is_called_and_changes_nothing(
-            self, hook, decode_data, hub, capsys):
+            self, hook, decode_data, capsys):
         calls = []
         plain = hold_plain_sessions(decode_data)
         if hook.startswith('handle_accept'):
-            server_class = counting(variant(FailingServer, channels_in_hub=hub), hook, calls)
+            server_class = counting(FailingServer, hook, calls)
         else:
-            server_class = variant(FailingServer, channels_in_hub=hub,
-                                   channel_class=counting(smtpd.SMTPChannel, hook, calls))
+            server_class = variant(
+                FailingServer, channel_class=counting(smtpd.SMTPChannel, hook, calls))
         assert hold_sessions(server_class, decode_data=decode_data) == plain
         assert len(calls) >= 2  # close_when_done: two of the sessions end with QUIT
         assert [text.count(b'451 Internal confusion') for text in plain[0]] == [1, 1, 1, 1]
         assert len(plain[1]) == 8
 
-    @in_map_and_hub
-    def test_each_hook_is_called_as_often_as_asynchat_would(self, hub, capsys):
+    @in_map_and_selector
+    def test_each_hook_is_called_as_often_as_asynchat_would(self, capsys):
         wire = b'HELO x\r\n' + TRANSACTION + b'text\r\n.\r\nQUIT\r\n'
         for hook, expected in [('found_terminator', 6), ('push', 7), ('smtp_NOOP', 0),
                                ('smtp_QUIT', 1)]:
             calls = []
             channel_class = counting(smtpd.SMTPChannel, hook, calls)
-            server_class = variant(channels_in_hub=hub, channel_class=channel_class)
+            server_class = variant(channel_class=channel_class)
             with serving(server_class) as server:
                 with RawClient(server) as client:
                     client.send(wire)
@@ -3079,9 +2704,9 @@ class ThreeArguments(smtpd.SMTPChannel):
 
 
 class TestProgramsOnASocket:
-    @in_map_and_hub
-    def test_a_handle_accept_of_python_2(self, hub):
-        class Server(variant(channels_in_hub=hub)):
+    @in_map_and_selector
+    def test_a_handle_accept_of_python_2(self):
+        class Server(RecordingServer):
             def handle_accept(self):
                 pair = self.accept()
                 if pair is not None:
@@ -3094,8 +2719,8 @@ class TestProgramsOnASocket:
             assert b'SIZE 1000' in client.say(b'EHLO x')
             assert is_served(server)
 
-    @in_map_and_hub
-    def test_the_accept_path(self, hub):
+    @in_map_and_selector
+    def test_the_accept_path(self):
         """handle_accept -> handle_accepted(conn, addr) -> channel_class, seven arguments."""
         calls = []
 
@@ -3104,7 +2729,7 @@ class TestProgramsOnASocket:
                 calls.append((args, kwargs))
                 super().__init__(*args, **kwargs)
 
-        class Server(variant(channels_in_hub=hub)):
+        class Server(RecordingServer):
             def handle_accepted(self, conn, addr):
                 calls.append((conn, addr))
                 super().handle_accepted(conn, addr)
@@ -3121,22 +2746,21 @@ class TestProgramsOnASocket:
                 assert addr == client.socket.getsockname()
                 assert args == (server, conn, addr, 99, server._map, True, False) and kwargs == {}
 
-    @in_map_and_hub
-    def test_a_channel_class_that_accepts_three_arguments(self, hub):
+    @in_map_and_selector
+    def test_a_channel_class_that_accepts_three_arguments(self):
         """It lives in the global map, as all that asyncore made once."""
         assert asyncore.socket_map == {}
-        server_class = variant(channels_in_hub=hub, channel_class=ThreeArguments)
+        server_class = variant(channel_class=ThreeArguments)
         with turning(server_class, map=None) as (server, turn), RawClient(server) as client:
             client.send(ONE_MESSAGE)
             assert turn(until=lambda: server.messages)
             assert client.reply() == BANNER
         assert asyncore.socket_map == {}
 
+    @in_map_and_selector
     def test_a_channel_class_may_be_a_function(self):
-        def make(*args):
-            return smtpd.SMTPChannel(*args)
-
-        with serving(variant(channel_class=staticmethod(make))) as server:
+        make = staticmethod(lambda *args: smtpd.SMTPChannel(*args))
+        with serving(variant(channel_class=make)) as server:
             assert is_served(server)
 
     def test_an_lmtp_server_built_from_the_parts(self, tmp_path):
@@ -3191,13 +2815,13 @@ class TestProgramsOnASocket:
             client.send(ONE_MESSAGE + b'QUIT\r\n')
             assert client.rest() == ANSWERED_TO_DATA + b'250 replaced\r\n221 Bye\r\n'
 
-    @in_map_and_hub
+    @in_map_and_selector
     @pytest.mark.parametrize('exception', [asyncore.ExitNow, KeyboardInterrupt, SystemExit])
-    def test_exit_now_in_a_command_leaves_the_loop(self, exception, hub):
+    def test_exit_now_in_a_command_leaves_the_loop(self, exception):
         def smtp_XEND(self, arg):
             raise exception
 
-        server_class = variant(channels_in_hub=hub, channel={'smtp_XEND': smtp_XEND})
+        server_class = variant(channel={'smtp_XEND': smtp_XEND})
         with turning(server_class) as (server, turn), RawClient(server) as client:
             client.send(b'NOOP\r\nXEND\r\nNOOP\r\n')
             with pytest.raises(exception):
@@ -3205,8 +2829,8 @@ class TestProgramsOnASocket:
             asyncore.close_all(server._map)
             assert client.rest() == BANNER + b'250 OK\r\n'
 
-    @in_map_and_hub
-    def test_a_socket_may_be_replaced_under_way(self, hub):
+    @in_map_and_selector
+    def test_a_socket_may_be_replaced_under_way(self):
         """As STARTTLS does."""
         class Wrapped:
             """Turns the case of letters about."""
@@ -3229,15 +2853,15 @@ class TestProgramsOnASocket:
                 self.conn = Wrapped(self.conn)
                 self.set_socket(self.conn)
 
-        with serving(variant(channels_in_hub=hub, channel_class=Channel)) as server:
+        with serving(variant(channel_class=Channel)) as server:
             with greeted(server) as client:
                 assert client.say(b'STARTTLS') == b'220 go ahead\r\n'
                 assert client.say(b'noop') == b'250 ok\r\n'
                 assert client.say(b'quit') == b'221 bYE\r\n'
                 assert client.rest() == b''
 
-    @in_map_and_hub
-    def test_threads_may_push_at_the_same_time(self, hub):
+    @in_map_and_selector
+    def test_threads_may_push_at_the_same_time(self):
         channels = []
 
         class Channel(smtpd.SMTPChannel):
@@ -3249,7 +2873,7 @@ class TestProgramsOnASocket:
             for number in range(500):
                 channels[0].push('250 %s %d' % (name, number))
 
-        with serving(variant(channels_in_hub=hub, channel_class=Channel)) as server:
+        with serving(variant(channel_class=Channel)) as server:
             with greeted(server) as client:
                 assert client.say(b'XPUSH') == b'250 OK\r\n'
                 threads = [threading.Thread(target=push_many, args=[name]) for name in 'abcd']
@@ -3263,15 +2887,15 @@ class TestProgramsOnASocket:
             ['250 %s %d\r\n' % (name, number) for number in range(500)] for name in 'abcd']
 
     @pytest.mark.parametrize('unsent', [10_000, 500_000])
-    @in_map_and_hub
-    def test_replies_that_were_pushed_before_close_when_done_all_arrive(self, unsent, hub):
+    @in_map_and_selector
+    def test_replies_that_were_pushed_before_close_when_done_all_arrive(self, unsent):
         class Channel(smtpd.SMTPChannel):
             def smtp_XLONG(self, arg):
                 self.push('250-' + 'x' * unsent)
                 self.push('250 OK')
                 self.close_when_done()
 
-        with serving(variant(channels_in_hub=hub, channel_class=Channel)) as server:
+        with serving(variant(channel_class=Channel)) as server:
             with greeted(server) as client:
                 client.send(b'XLONG\r\nNOOP\r\n')
                 assert client.rest() == b'250-' + b'x' * unsent + b'\r\n250 OK\r\n'
@@ -3288,13 +2912,13 @@ def smtp_client(server):
         yield client
 
 
-@in_map_and_hub
+@in_map_and_selector
 class TestSmtplib:
     @both_modes
-    def test_sendmail(self, decode_data, hub):
+    def test_sendmail(self, decode_data):
         recipients = ['c@d.example', 'e@f.example']
         text = 'Subject: x\r\n\r\n.dot\r\n..dots\r\n\r\ntext\r\n.\r\n'
-        with serving(variant(channels_in_hub=hub), decode_data=decode_data) as server:
+        with serving(decode_data=decode_data) as server:
             with smtp_client(server) as client:
                 for _ in range(2):
                     assert client.sendmail('a@b.example', recipients, text) == {}
@@ -3305,16 +2929,16 @@ class TestSmtplib:
             keywords = {'mail_options': ['SIZE=%d' % len(text)], 'rcpt_options': []}
             assert server.messages[0][4] == ({} if decode_data else keywords)
 
-    def test_extensions(self, hub):
-        with serving(variant(channels_in_hub=hub), enable_SMTPUTF8=True,
+    def test_extensions(self):
+        with serving(enable_SMTPUTF8=True,
                      data_size_limit=1234) as server, smtp_client(server) as client:
             client.ehlo()
             assert set(client.esmtp_features) == {'8bitmime', 'size', 'smtputf8', 'help'}
             assert client.esmtp_features['size'] == '1234'
 
-    def test_a_message_with_international_addresses(self, hub):
+    def test_a_message_with_international_addresses(self):
         message = email_message('\xfc@b.example', 'caf\xe9')
-        with serving(variant(channels_in_hub=hub), enable_SMTPUTF8=True) as server:
+        with serving(enable_SMTPUTF8=True) as server:
             with smtp_client(server) as client:
                 assert client.send_message(message) == {}
             [(_, mailfrom, rcpttos, data, keywords)] = server.messages
@@ -3322,8 +2946,8 @@ class TestSmtplib:
             assert {'BODY=8BITMIME', 'SMTPUTF8'} < set(keywords['mail_options'])
             assert 'caf\xe9' in data.decode()
 
-    def test_a_message_that_is_too_large(self, hub):
-        with serving(variant(channels_in_hub=hub), data_size_limit=1000) as server:
+    def test_a_message_that_is_too_large(self):
+        with serving(data_size_limit=1000) as server:
             with smtp_client(server) as client:
                 with pytest.raises(smtplib.SMTPSenderRefused) as refused:
                     client.sendmail('a@b', 'c@d', 'x' * 2000)
@@ -3336,8 +2960,8 @@ class TestSmtplib:
                 assert refused.value.smtp_code == 552
                 assert client.sendmail('a@b', 'c@d', 'x' * 900) == {}
 
-    def test_replies_of_the_handler(self, hub):
-        with serving(variant(channels_in_hub=hub)) as server, smtp_client(server) as client:
+    def test_replies_of_the_handler(self):
+        with serving() as server, smtp_client(server) as client:
             server.reply = '550 No\nnever'
             with pytest.raises(smtplib.SMTPDataError) as refused:
                 client.sendmail('a@b', 'c@d', 'x')
@@ -3345,8 +2969,8 @@ class TestSmtplib:
             server.reply = None
             assert client.sendmail('a@b', 'c@d', 'x') == {}
 
-    def test_other_commands(self, hub):
-        with serving(variant(channels_in_hub=hub)) as server, smtp_client(server) as client:
+    def test_other_commands(self):
+        with serving() as server, smtp_client(server) as client:
             assert client.helo() == (250, FQDN.encode())
             assert client.noop() == (250, b'OK')
             assert client.rset() == (250, b'OK')
@@ -3459,17 +3083,6 @@ def run_briefly(command, **kwargs):
 
 def run_smtpd(*options):
     return run_briefly([*SMTPD, *options], env=environment())
-
-
-def read_until(file, end):
-    """Read from a pipe, as it comes, until the end is there."""
-    text = b''
-    while end not in text:
-        assert select.select([file], [], [], 20)[0], text
-        chunk = os.read(file.fileno(), 65536)
-        assert chunk, text
-        text += chunk
-    return text
 
 
 def send_message(address, text=b'Subject: x\r\n\r\ntext\r\n'):

@@ -7,12 +7,14 @@ import asyncio
 import asyncore
 import contextlib
 import errno
+import gc
 import importlib.util
 import os
 import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -126,6 +128,45 @@ def feed(channel, *pieces):
     return channel.conn.sent[start:]
 
 
+def octets(text):
+    """The octets of a transcript's line; '\\udcff' stands for the octet 255."""
+    return text.encode('utf-8', 'surrogateescape')
+
+
+def server_lines(sent):
+    return ['S: ' + line.decode('utf-8', 'surrogateescape')
+            for line in sent.split(b'\r\n')[:-1]]
+
+
+def all_at_once(channel, lines):
+    return server_lines(feed(channel, b''.join(lines)))
+
+
+def byte_by_byte(channel, lines):
+    return server_lines(feed(channel, *(bytes([octet]) for octet in b''.join(lines))))
+
+
+def line_by_line(channel, lines):
+    return server_lines(feed(channel, *lines))
+
+
+three_ways = pytest.mark.parametrize(
+    'way', [all_at_once, byte_by_byte, line_by_line],
+    ids=['all at once', 'byte by byte', 'line by line'])
+both_modes = pytest.mark.parametrize('decode_data', [False, True], ids=['bytes', 'text'])
+TO_DATA = b'EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n'
+FROM_AND_TO = [b'MAIL FROM:<a@b>\r\n', b'RCPT TO:<c@d>\r\n']
+READY = b'354 End data with <CR><LF>.<CR><LF>\r\n'
+
+
+def in_mode(data, decode_data):
+    return data.decode('utf-8', 'surrogateescape') if decode_data else data
+
+
+def in_pieces(wire, size):
+    return [wire[start:start + size] for start in range(0, len(wire), size)]
+
+
 # ---------------------------------------------------------------------------------------------
 # A server in a thread, and a client of raw octets
 
@@ -212,11 +253,186 @@ class RawClient:
         return self.file.read()
 
 
+@contextlib.contextmanager
+def traced_memory():
+    """Yields a function that tells the octets allocated since, now and at most."""
+    tracemalloc = pytest.importorskip('tracemalloc')  # PyPy has none
+    tracemalloc.start()
+    try:
+        yield tracemalloc.get_traced_memory
+    finally:
+        tracemalloc.stop()
+
+
+# The test runs twice, its channels watched by asyncore's map, and by the server's selector.
+in_map_and_selector = pytest.mark.usefixtures('selector')
+
+
 def variant(base=RecordingServer, channel=None, **attributes):
     """A class with other attributes; `channel` are those of a server's channels."""
     if channel is not None:
         attributes['channel_class'] = variant(base.channel_class, **channel)
     return type(base.__name__, (base,), attributes)
+
+
+BANNER = b'220 mx.example Python SMTP proxy version 0.3\r\n'
+TRANSACTION = b'MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n'
+ONE_MESSAGE = b'HELO x\r\n' + TRANSACTION + b'text\r\n.\r\n'
+ANSWERED_TO_DATA = b'250 mx.example\r\n' + 2 * b'250 OK\r\n' + READY
+ANSWERED = ANSWERED_TO_DATA + b'250 OK\r\n'
+TRANSACTION_ANSWERED = 2 * b'250 OK\r\n' + READY + b'250 OK\r\n'
+TIMED_OUT = b'421 Error: timeout exceeded\r\n'
+
+
+@contextlib.contextmanager
+def greeted(server):
+    with RawClient(server) as client:
+        assert client.reply() == BANNER
+        yield client
+
+
+def read_replies(client, count):
+    return b''.join(client.reply() for _ in range(count))
+
+
+def shut(client):
+    """Half-close: nothing more is sent."""
+    client.socket.shutdown(socket.SHUT_WR)
+
+
+def reset(client):
+    """Close with a RST instead of a FIN."""
+    client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+    client.close()
+
+
+def is_served(server, times=3):
+    """Each answer takes at least one turn of the loop that began after what came before."""
+    with greeted(server) as client:
+        return (all(client.say(b'NOOP') == b'250 OK\r\n' for _ in range(times))
+                and client.say(b'QUIT') == b'221 Bye\r\n' and client.rest() == b'')
+
+
+@contextlib.contextmanager
+def turning(server_class=RecordingServer, **kwargs):
+    """A server whose loop the test itself turns: yields it and turn(until)."""
+    sockets = kwargs.setdefault('map', {})
+    if sockets is None:
+        sockets = asyncore.socket_map
+    server = server_class(('127.0.0.1', 0), None, **kwargs)
+
+    def turn(until=lambda: False, at_most=2000):
+        for _ in range(at_most):
+            if until():
+                return True
+            asyncore.loop(timeout=0.01, map=sockets, count=1)
+        return until()
+
+    try:
+        yield server, turn
+    finally:
+        asyncore.close_all(sockets)
+
+
+@contextlib.contextmanager
+def looping(server_class=RecordingServer):
+    """A server in a loop that ends when nothing is left in its map: yields it and the thread."""
+    sockets = {}
+    server = server_class(('127.0.0.1', 0), None, map=sockets)
+    thread = threading.Thread(target=asyncore.loop, kwargs={'map': sockets})
+    thread.start()
+    try:
+        yield server, thread
+        assert sockets == {}
+    finally:
+        server.close()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def has_input(client):
+    return bool(select.select([client.socket], [], [], 0)[0])
+
+
+def small_buffers(server, size=20_000):
+    """A client between which and the server little fits."""
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # channels inherit them
+        server.socket.setsockopt(socket.SOL_SOCKET, option, size)
+    client = RawClient(server)
+    client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+    return client
+
+
+def channels_of(server):
+    """Wherever they are watched."""
+    return [each for each in gc.get_objects()
+            if isinstance(each, smtpd.SMTPChannel) and each.smtp_server is server]
+
+
+def count_lines(client, turn):
+    """Read all while the loop turns; how many lines it was."""
+    lines, chunk = 0, b'-'
+    while chunk:
+        assert turn(until=lambda: has_input(client))
+        chunk = client.socket.recv(1 << 20)
+        lines += chunk.count(b'\n')
+    return lines
+
+
+class BusyServer(RecordingServer):
+    """Its handler keeps the loop busy until it is told to go on."""
+
+    def __init__(self, *args, **kwargs):
+        self.go = threading.Event()
+        super().__init__(*args, **kwargs)
+
+    def process_message(self, *args, **kwargs):
+        super().process_message(*args, **kwargs)
+        self.go.wait(20)
+
+
+class Listener:
+    """A listening socket whose accept() raises."""
+
+    def __init__(self, real, error):
+        self.real, self.error, self.attempts = real, error, 0
+
+    def accept(self):
+        self.attempts += 1
+        raise OSError(self.error, os.strerror(self.error))
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+
+class WaitingServer(RecordingServer):
+    """Its handler waits until it is told to go on."""
+
+    process_message_threads = 2
+
+    def __init__(self, *args, **kwargs):
+        self.go = threading.Event()
+        self.running = self.running_at_most = 0
+        self.threads = set()
+        self.counting = threading.Lock()
+        self.entered = threading.Semaphore(0)
+        super().__init__(*args, **kwargs)
+
+    def process_message(self, *args, **kwargs):
+        with self.counting:
+            self.running += 1
+            self.running_at_most = max(self.running, self.running_at_most)
+            self.threads.add(threading.get_ident())
+        self.entered.release()
+        assert self.go.wait(20)
+        try:
+            return super().process_message(*args, **kwargs)
+        finally:
+            with self.counting:
+                self.running -= 1
+
+    def wait_until_entered(self):
+        assert self.entered.acquire(timeout=20)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -289,6 +505,17 @@ def command_line(*options, host='127.0.0.1', remote=None, through=(), **kwargs):
     spec = '[%s]:%d' if ':' in host else '%s:%d'
     return running_server(lambda port: [*through, *SMTPD, '-n', *options, spec % (host, port)]
                           + ([remote] if remote else []), host, **kwargs)
+
+
+def read_until(file, end):
+    """Read from a pipe, as it comes, until the end is there."""
+    text = b''
+    while end not in text:
+        assert select.select([file], [], [], 20)[0], text
+        chunk = os.read(file.fileno(), 65536)
+        assert chunk, text
+        text += chunk
+    return text
 
 
 # ---------------------------------------------------------------------------------------------
