@@ -58,18 +58,20 @@ from tests.support import (
     TO_DATA,
     TRANSACTION,
     TRANSACTION_ANSWERED,
+    AuthChannel,
     BusyServer,
     FakeConnection,
     Listener,
     MisbehavingLMTP,
     MisbehavingSMTP,
+    OwnInit,
     RawClient,
     RecordingServer,
+    SelfMadeChannel,
     StubServer,
     Upstream,
     WaitingServer,
     WireUpstream,
-    all_at_once,
     both_modes,
     channels_of,
     command_line,
@@ -108,6 +110,7 @@ from tests.support import (
     turning,
     variant,
     with_x_peer,
+    without_init,
 )
 
 # ---------------------------------------------------------------------------
@@ -1264,19 +1267,47 @@ SESSION = (
     + MESSAGE + ('C: QUIT', 'S: 221 Bye'))
 
 
+def channel_with(**attributes):
+    """A channel whose class has these attributes."""
+    return make_channel(channel_class=variant(smtpd.SMTPChannel, **attributes))
+
+
+def takes_chunk(self):
+    """A found_terminator() for a BDAT of one's own, which has set a number."""
+    if self.terminator == b'\r\n':
+        smtpd.SMTPChannel.found_terminator(self)
+        return
+    octets = b''.join(self.received_lines)
+    self.received_lines, self.num_bytes = [], 0
+    self.set_terminator(b'\r\n')
+    self.push('250 %r' % octets)
+
+
+# Sentence: the class's attributes, what is sent, what is answered.
+TERMINATORS = {
+    'text, as in Python 2': (
+        {'smtp_XTEXT': lambda self, arg: (self.push('250 go on'), self.set_terminator('\r\n'))},
+        b'XTEXT\r\nNOOP\r\nNOOP\r\n', b'250 go on\r\n250 OK\r\n250 OK\r\n'),
+    'another line end, and no hook': (
+        {'smtp_XEND': lambda self, arg: (self.push('250 go on'), self.set_terminator(b'\n\n'))},
+        b'XEND\r\nNOOP\n\nRSET x\n\n', b'250 go on\r\n250 OK\r\n501 Syntax: RSET\r\n'),
+    'a number, and a hook': (
+        {'smtp_BDAT': lambda self, arg: self.set_terminator(int(arg)),
+         'found_terminator': takes_chunk},
+        b'BDAT 9\r\nline\r\n123NOOP\r\n', b"250 b'line\\r\\n123'\r\n250 OK\r\n"),
+}
+
+
 class TestExistingPrograms:
-    def test_the_banner_is_on_the_wire_before_init_returns(self):
+    @pytest.mark.parametrize('version', [smtpd.__version__, 'ESMTP ready'])
+    def test_the_banner_follows_version_and_is_sent_before_init_returns(
+            self, version, monkeypatch):
+        monkeypatch.setattr(smtpd, '__version__', version)
         connection = FakeConnection()
         smtpd.SMTPChannel(StubServer(), connection, PEER, map={})
-        assert connection.sent == b'220 mx.example Python SMTP proxy version 0.3\r\n'
+        assert connection.sent == b'220 mx.example %s\r\n' % version.encode()
 
-    def test_the_banner_follows_version(self, monkeypatch):
-        monkeypatch.setattr(smtpd, '__version__', 'ESMTP ready')
-        connection = FakeConnection()
-        smtpd.SMTPChannel(StubServer(), connection, PEER, map={})
-        assert connection.sent == b'220 mx.example ESMTP ready\r\n'
-
-    def test_async_chat_init_may_be_run_again_behind_the_banner(self):
+    def test_async_chat_init_may_be_run_again_after_the_banner(self):
         """As TLS code does."""
         class Channel(smtpd.SMTPChannel):
             def __init__(self, server, conn, addr, *args, **kwargs):
@@ -1289,61 +1320,20 @@ class TestExistingPrograms:
 
     @three_ways
     def test_an_overridden_push_sees_every_reply_one_call_a_line(self, way):
-        class Channel(smtpd.SMTPChannel):
-            def push(self, msg):
-                self.__dict__.setdefault('pushed', []).append(msg)
-                super().push(msg)
+        pushed = []
 
-        channel = make_channel(channel_class=Channel)
-        hold(channel, SESSION, way)
-        assert channel.pushed == ['220 mx.example Python SMTP proxy version 0.3'] + [
+        def push(self, msg):
+            pushed.append(msg)
+            smtpd.SMTPChannel.push(self, msg)
+
+        hold(channel_with(push=push), SESSION, way)
+        assert pushed == ['220 mx.example Python SMTP proxy version 0.3'] + [
             line[3:] for line in SESSION if line.startswith('S: ')]
-
-    def test_a_hook_may_be_replaced_on_the_channel_itself(self):
-        class Channel(smtpd.SMTPChannel):
-            def __init__(self, *args, **kwargs):
-                super().__init__(*args, **kwargs)
-                self.seen = []
-                self.collect_incoming_data = self.see
-
-            def see(self, data):
-                self.seen.append(data)
-                smtpd.SMTPChannel.collect_incoming_data(self, data)
-
-        channel = make_channel(channel_class=Channel)
-        assert feed(channel, b'NOOP\r\nRSET\r\n') == b'250 OK\r\n250 OK\r\n'
-        assert channel.seen == [b'NOOP', b'RSET']
-
-    def test_a_terminator_of_a_subclass_is_obeyed_where_no_hook_is_overridden(self):
-        class Channel(smtpd.SMTPChannel):
-            def smtp_XBLOCK(self, arg):
-                self.set_terminator(b'\n\n')
-                self.push('250 go on')
-
-        wire = b'XBLOCK\r\nNOOP\n\nRSET x\n\n'
-        for size in (1, 9, 100):
-            channel = make_channel(channel_class=Channel)
-            assert feed(channel, *in_pieces(wire, size)) == (
-                b'250 go on\r\n250 OK\r\n501 Syntax: RSET\r\n')
-
-    def test_a_connection_that_fails_in_send_ends_its_session_alone(self, capsys):
-        class Connection(FakeConnection):
-            def send(self, data, flags=0):
-                if self.sends:
-                    raise OSError(errno.EINVAL, 'no more')
-                return super().send(data, flags)
-
-        connection = Connection()
-        channel = smtpd.SMTPChannel(StubServer(), connection, PEER, map={})
-        feed(channel, b'NOOP\r\nNOOP\r\n')
-        assert connection.closed
-        assert 'no more' in capsys.readouterr().err
 
     def test_push_goes_through_the_class_async_chat(self, monkeypatch):
         pushed = []
         monkeypatch.setattr(asynchat.async_chat, 'push', lambda self, data: pushed.append(data))
-        channel = make_channel()
-        feed(channel, b'NOOP\r\n')
+        feed(make_channel(), b'NOOP\r\n')
         assert pushed == [b'220 mx.example Python SMTP proxy version 0.3\r\n', b'250 OK\r\n']
 
     def test_after_ehlo_the_last_line_leaves_alone(self):
@@ -1361,13 +1351,25 @@ class TestExistingPrograms:
         """It may take its time."""
         channel = make_channel()
         sent = []
-
-        def process_message(*args, **kwargs):
-            sent.append(channel.conn.sent)
-
-        channel.smtp_server.process_message = process_message
+        channel.smtp_server.process_message = lambda *args, **kwargs: sent.append(
+            channel.conn.sent)
         feed(channel, TO_DATA + b'text\r\n.\r\nNOOP\r\n')
         assert sent[0].endswith(READY)
+
+    @pytest.mark.parametrize('is_method', [True, False], ids=['a method', 'an attribute'])
+    def test_the_reply_of_a_command_is_on_the_wire_when_the_command_returns(self, is_method):
+        """Even if more commands wait: TLS code goes on with the bare socket."""
+        sent = []
+
+        def start_tls(channel, arg):
+            channel.push('220 go')
+            sent.append(channel.conn.sent)
+
+        channel = channel_with(**{'smtp_XTLS': start_tls} if is_method else {})
+        if not is_method:
+            channel.smtp_XTLS = functools.partial(start_tls, channel)
+        feed(channel, b'NOOP\r\nXTLS\r\nNOOP\r\n')
+        assert [each[-16:] for each in sent] == [b'250 OK\r\n220 go\r\n']
 
     def test_a_foreign_state_is_internal_confusion(self):
         channel = make_channel()
@@ -1376,13 +1378,16 @@ class TestExistingPrograms:
         channel.smtp_state = channel.COMMAND
         assert feed(channel, b'NOOP\r\n') == b'250 OK\r\n'
 
-    def test_a_server_may_be_a_mock(self, capsys):
-        server = unittest.mock.Mock()
+    @pytest.mark.parametrize('spec', [None, smtpd.SMTPServer])
+    def test_a_server_may_be_a_mock(self, spec, capsys):
+        server = unittest.mock.Mock(spec=spec)
         channel = make_channel(server)
         feed(channel, TO_DATA)
-        assert feed(channel, b'text\r\n.\r\n') == b'451 Internal confusion\r\n'
-        assert server.process_message.call_args[0] == (PEER, 'a@b', ['c@d'], b'text')
-        assert capsys.readouterr().err != ''
+        assert feed(channel, b'text\r\n.\r\n') == b'451 Internal confusion\r\n'  # a Mock is junk
+        server.process_message.return_value = None
+        assert feed(channel, *FROM_AND_TO, b'DATA\r\n2\r\n.\r\n').endswith(b'250 OK\r\n')
+        assert [call[0] for call in server.process_message.call_args_list] == [
+            (PEER, 'a@b', ['c@d'], b'text'), (PEER, 'a@b', ['c@d'], b'2')]
 
     def test_a_connection_may_be_a_mock(self):
         connection = unittest.mock.Mock()
@@ -1395,30 +1400,28 @@ class TestExistingPrograms:
         assert [call[0][0] for call in connection.send.call_args_list] == [
             b'220 mx.example Python SMTP proxy version 0.3\r\n', b'250 OK\r\n', b'221 Bye\r\n']
 
-    @pytest.mark.parametrize('make', ['OwnInit', 'without_init'])
+    @pytest.mark.parametrize('make', [OwnInit, without_init])
     @three_ways
     @both_modes
     def test_methods_work_where_init_never_ran(self, decode_data, way, make):
-        channel = globals()[make](StubServer(), FakeConnection(), PEER, {}, decode_data)
+        channel = make(StubServer(), FakeConnection(), PEER, {}, decode_data)
         hold(channel, [line for line in SESSION
                        if not (decode_data and line == 'S: 250-8BITMIME')], way)
         assert [message[1:4] for message in channel.smtp_server.messages] == 2 * [
             ('sender@example', ['one@example'], in_mode(b'Subject: x\n\ntext', decode_data))]
 
-    def test_debugging_may_begin_in_the_middle_of_a_line_that_is_too_long(self, monkeypatch):
-        channel = make_channel()
-        feed(channel, b'NOOP' + b'x' * 3000)
-        monkeypatch.setattr(smtpd, 'DEBUGSTREAM', io.StringIO())
-        assert feed(channel, b'\r\nNOOP\r\n') == b'500 Error: line too long\r\n250 OK\r\n'
+    def test_two_channels_without_init_share_nothing(self):
+        one, other = (without_init(StubServer(), FakeConnection(), PEER, {}) for _ in range(2))
+        feed(one, b'EHLO x\r\nMAIL FROM:<a@b> SIZE=1\r\nRCPT TO:<c@d>\r\n')
+        assert feed(other, b'MAIL FROM:<a@b>\r\n') == b'503 Error: send HELO first\r\n'
+        assert (other.mailfrom, list(other.rcpttos)) == (None, [])
 
-    def test_a_mock_of_a_server_is_served(self):
-        server = unittest.mock.Mock(spec=smtpd.SMTPServer)
-        server.process_message.return_value = None
-        channel = make_channel(server)
-        assert list(channel._map.values()) == [channel]
-        assert feed(channel, TO_DATA + b'text\r\n.\r\n').endswith(READY + b'250 OK\r\n')
-        [call] = server.process_message.call_args_list
-        assert call[0][1:] == ('a@b', ['c@d'], b'text')
+    def test_a_hook_may_be_replaced_on_the_channel_itself(self):
+        channel, seen = make_channel(), []
+        collect = channel.collect_incoming_data
+        channel.collect_incoming_data = lambda data: (seen.append(data), collect(data))
+        assert feed(channel, b'NOOP\r\nRSET\r\n') == b'250 OK\r\n250 OK\r\n'
+        assert seen == [b'NOOP', b'RSET']
 
     @three_ways
     @pytest.mark.parametrize('is_method', [True, False], ids=['a method', 'a function'])
@@ -1454,48 +1457,39 @@ class TestExistingPrograms:
         assert feed(channel, b'NOOP\r\n') == b'250 OK\r\n'
         assert calls == [[b'NOOP']]
 
+    @pytest.mark.parametrize('size', [1, 5, 100], ids='in pieces of {}'.format)
+    @pytest.mark.parametrize('attributes, sent, answered', TERMINATORS.values(),
+                             ids=TERMINATORS.keys())
+    def test_another_terminator_is_obeyed(self, attributes, sent, answered, size):
+        assert feed(channel_with(**attributes), *in_pieces(sent, size)) == answered
+
+    @pytest.mark.parametrize('terminator', [None, 0, b''])
+    def test_without_a_terminator_a_hook_gets_all_that_comes(self, terminator):
+        pieces = []
+        channel = channel_with(collect_incoming_data=lambda self, data: pieces.append(data))
+        channel.set_terminator(terminator)
+        assert feed(channel, b'EHLO\r\n', b'x') == b''
+        assert pieces == [b'EHLO\r\n', b'x']
+
     @pytest.mark.parametrize('chunk, message', [
         (b'one\r\ntwo\r\n.\r\nthree\r\n', b'one\ntwo\n\nthree\n'),
         (b'one\r\n.', b'one\n'), (b'one\r', b'one\r'), (b'..one\r\n.\r\n', b'.one\n\n')], ids=repr)
     @three_ways
     def test_data_may_have_a_terminator_of_its_own(self, chunk, message, way):
         """As BDAT (RFC 3030) has; nothing in it ends the data."""
-        class Channel(smtpd.SMTPChannel):
-            def smtp_BDAT(self, arg):
-                self.smtp_state = self.DATA
-                self.set_terminator(int(arg))
+        def smtp_BDAT(self, arg):
+            self.smtp_state = self.DATA
+            self.set_terminator(int(arg))
 
-        channel = make_channel(channel_class=Channel)
+        channel = channel_with(smtp_BDAT=smtp_BDAT)
         feed(channel, TO_DATA[:-len(b'DATA\r\n')])
         assert way(channel, [b'BDAT %d\r\n' % len(chunk), chunk, b'NOOP\r\n']) == 2 * ['S: 250 OK']
         assert [each[3] for each in channel.smtp_server.messages] == [message]
 
-    @pytest.mark.parametrize('is_method', [True, False], ids=['a method', 'an attribute'])
-    def test_the_reply_of_a_command_is_on_the_wire_when_the_command_returns(self, is_method):
-        """Even if more commands wait: TLS code goes on with the bare socket."""
-        sent = []
-
-        def start_tls(channel, arg):
-            channel.push('220 go')
-            sent.append(channel.conn.sent)
-
-        channel_class = variant(smtpd.SMTPChannel, **{'smtp_XTLS': start_tls} if is_method else {})
-        channel = make_channel(channel_class=channel_class)
-        if not is_method:
-            channel.smtp_XTLS = functools.partial(start_tls, channel)
-        feed(channel, b'NOOP\r\nXTLS\r\nNOOP\r\n')
-        assert [each[-16:] for each in sent] == [b'250 OK\r\n220 go\r\n']
-
     def test_a_size_of_thousands_of_digits_is_too_large(self):
-        channel = make_channel(channel_class=variant(smtpd.SMTPChannel, command_size_limit=10_000))
+        channel = channel_with(command_size_limit=10_000)
         feed(channel, b'EHLO x\r\n')
         assert feed(channel, b'MAIL FROM:<a@b> SIZE=' + b'9' * 5000 + b'\r\n').startswith(b'552 ')
-
-    def test_two_channels_without_init_share_nothing(self):
-        one, other = (without_init(StubServer(), FakeConnection(), PEER, {}) for _ in range(2))
-        feed(one, b'EHLO x\r\nMAIL FROM:<a@b> SIZE=1\r\nRCPT TO:<c@d>\r\n')
-        assert feed(other, b'MAIL FROM:<a@b>\r\n') == b'503 Error: send HELO first\r\n'
-        assert (other.mailfrom, list(other.rcpttos)) == (None, [])
 
     @three_ways
     @both_modes
@@ -1526,72 +1520,38 @@ class TestExistingPrograms:
 
     @three_ways
     def test_the_hooks_see_what_asynchat_would_give_them(self, way):
+        seen = []
+
         class Channel(smtpd.SMTPChannel):
             def collect_incoming_data(self, data):
-                self.__dict__.setdefault('seen', []).append(data)
+                seen.append(data)
                 super().collect_incoming_data(data)
 
             def found_terminator(self):
-                self.seen.append(None)
+                seen.append(None)
                 super().found_terminator()
 
-        channel = make_channel(channel_class=Channel)
-        way(channel, TO_DATA.splitlines(keepends=True)
+        way(make_channel(channel_class=Channel), TO_DATA.splitlines(keepends=True)
             + [b'a\r\n', b'..b\n.c\r\n', b'.\r\n', b'NOOP\r\n'])
         ends = [list(group) for is_end, group in itertools.groupby(
-            channel.seen, lambda piece: piece is None) if not is_end]
+            seen, lambda piece: piece is None) if not is_end]
         assert [b''.join(pieces) for pieces in ends] == [
             *TO_DATA.split(b'\r\n')[:-1], b'a\r\n..b\n.c', b'NOOP']
-        assert channel.seen.count(None) == 6
-        assert b'' not in channel.seen
+        assert seen.count(None) == 6 and b'' not in seen
 
-    def test_a_terminator_may_be_a_number(self):
-        """As a BDAT of one's own has it."""
-        class Channel(smtpd.SMTPChannel):
-            chunk = None
-
-            def smtp_BDAT(self, arg):
-                self.set_terminator(int(arg))
-                self.chunk = b''
-
-            def found_terminator(self):
-                if self.chunk is None:
-                    super().found_terminator()
-                else:
-                    self.chunks = self._emptystring.join(self.received_lines)
-                    self.received_lines = []
-                    self.num_bytes = 0
-                    self.chunk = None
-                    self.set_terminator(b'\r\n')
-                    self.push('250 %d octets' % len(self.chunks))
-
-        wire = b'BDAT 9\r\nline\r\n123NOOP\r\n'
-        for size in (1, 5, len(wire)):
-            channel = make_channel(channel_class=Channel)
-            assert feed(channel, *in_pieces(wire, size)) == b'250 9 octets\r\n250 OK\r\n'
-            assert channel.chunks == b'line\r\n123'
-
-    def test_a_terminator_may_be_text_as_in_python_2(self):
-        class Channel(smtpd.SMTPChannel):
-            def smtp_XTEXT(self, arg):
-                self.push('250 OK')
-                self.set_terminator('\r\n')
-
-        hold(make_channel(channel_class=Channel), ('C: XTEXT', 'S: 250 OK') + SESSION, all_at_once)
-
-    def test_a_command_may_throw_the_rest_of_the_input_away(self):
+    @pytest.mark.parametrize('hooked', [False, True], ids=['plain', 'with hooks'])
+    def test_a_command_may_throw_the_rest_of_the_input_away(self, hooked):
         """STARTTLS has to (CVE-2024-34083)."""
-        class Channel(smtpd.SMTPChannel):
-            def smtp_STARTTLS(self, arg):
-                self.rest = self.ac_in_buffer
-                self.ac_in_buffer = b''
-                self.push('220 go ahead')
+        def smtp_STARTTLS(self, arg):
+            self.rest = self.ac_in_buffer
+            self.ac_in_buffer = b''
+            self.push('220 go ahead')
 
-        for base in (Channel, type('Hooked', (Channel, HookedChannel), {})):
-            channel = make_channel(channel_class=base)
-            assert feed(channel, b'NOOP\r\nSTARTTLS\r\nRSET\r\nNOO', b'NOOP\r\n') == (
-                b'250 OK\r\n220 go ahead\r\n250 OK\r\n')
-            assert channel.rest == b'RSET\r\nNOO'
+        channel = make_channel(channel_class=variant(
+            HookedChannel if hooked else smtpd.SMTPChannel, smtp_STARTTLS=smtp_STARTTLS))
+        assert feed(channel, b'NOOP\r\nSTARTTLS\r\nRSET\r\nNOO', b'NOOP\r\n') == (
+            b'250 OK\r\n220 go ahead\r\n250 OK\r\n')
+        assert channel.rest == b'RSET\r\nNOO'
 
     def test_the_size_of_a_read_is_asynchats(self, monkeypatch):
         sizes = []
@@ -1601,6 +1561,16 @@ class TestExistingPrograms:
         channel.conn.recv = lambda size, *flags: sizes.append(size) or receive(size)
         feed(channel, b'NOOP\r\nNOOP\r\n')
         assert set(sizes) == {5}
+
+    def test_a_producer_in_the_queue_is_asked_in_its_turn(self):
+        lines = [b'250-first\r\n', b'250 last\r\n']
+        producer = unittest.mock.Mock(**{'more.side_effect': lambda: lines and lines.pop(0)})
+        channel = make_channel()
+        channel.push_with_producer(producer)
+        channel.push('250 OK')
+        while channel.producer_fifo:
+            channel.handle_write_event()
+        assert channel.conn.sent == b'250-first\r\n250 last\r\n250 OK\r\n'
 
     @pytest.mark.parametrize('old, new', [
         ('server', 'smtp_server'), ('line', 'received_lines'), ('state', 'smtp_state'),
@@ -1628,6 +1598,12 @@ class TestExistingPrograms:
             "Data: b'EHLO x'", "Data: b'MAIL FROM:<a@b>'", '===> MAIL FROM:<a@b>', 'sender: a@b',
             "Data: b'RCPT TO:<c@d>'", '===> RCPT TO:<c@d>', "recips: ['c@d']", "Data: b'FOO'"]
 
+    def test_debugging_may_begin_in_the_middle_of_a_line_that_is_too_long(self, monkeypatch):
+        channel = make_channel()
+        feed(channel, b'NOOP' + b'x' * 3000)
+        monkeypatch.setattr(smtpd, 'DEBUGSTREAM', io.StringIO())
+        assert feed(channel, b'\r\nNOOP\r\n') == b'500 Error: line too long\r\n250 OK\r\n'
+
     @both_modes
     def test_debugstream_may_be_replaced_between_any_two_pieces(self, decode_data, monkeypatch):
         wire = b'EHLO x\r\n' + TRANSACTION + '..a\r\n.\u00e9\r\nb\r\n.\r\nQUIT\r\n'.encode()
@@ -1641,19 +1617,21 @@ class TestExistingPrograms:
                 ((_, _, _, data, _),) = channel.smtp_server.messages
                 text = '.a\n\u00e9\nb'
                 assert data == (text if decode_data else text.encode())
-                assert channel.conn.sent.endswith(b'354 End data with <CR><LF>.<CR><LF>\r\n'
-                                                  b'250 OK\r\n221 Bye\r\n')
+                assert channel.conn.sent.endswith(READY + b'250 OK\r\n221 Bye\r\n')
 
     def test_debugstream_needs_no_more_than_write(self, monkeypatch):
-        class Stream:
-            text = ''
-
-            def write(self, text):
-                self.text += text
-
-        monkeypatch.setattr(smtpd, 'DEBUGSTREAM', Stream())
+        text = []
+        monkeypatch.setattr(smtpd, 'DEBUGSTREAM', types.SimpleNamespace(write=text.append))
         feed(make_channel(), TO_DATA + b'Subject: x\r\n.\r\n')
-        assert 'Subject: x' in smtpd.DEBUGSTREAM.text and repr(PEER) in smtpd.DEBUGSTREAM.text
+        assert 'Subject: x' in ''.join(text) and repr(PEER) in ''.join(text)
+
+    @pytest.mark.parametrize('error', [OSError(errno.EPIPE, 'gone'), ValueError('closed')],
+                             ids=repr)
+    def test_a_debugstream_that_is_gone_does_no_harm(self, error, monkeypatch, capsys):
+        monkeypatch.setattr(smtpd, 'DEBUGSTREAM', unittest.mock.Mock(
+            **{'write.side_effect': error}))
+        assert feed(make_channel(), TO_DATA + b'x\r\n.\r\n').endswith(READY + b'250 OK\r\n')
+        assert capsys.readouterr() == ('', '')
 
     def test_no_debug_text_is_built_when_nobody_listens(self):
         class Recipients(list):
@@ -1667,23 +1645,17 @@ class TestExistingPrograms:
 
     def test_nothing_is_probed_on_the_channel_but_commands(self):
         """One program answers any missing attribute by closing the session."""
-        probed = []
+        probed = set()
 
-        class Channel(smtpd.SMTPChannel):
-            def __getattr__(self, name):
-                probed.append(name)
-                raise AttributeError(name)
+        def missing(self, name):
+            probed.add(name)
+            raise AttributeError(name)
 
-        channel = make_channel(channel_class=Channel)
-        hold(channel, SESSION, line_by_line)
-        assert set(probed) == {'smtp_FOO'}
+        hold(channel_with(__getattr__=missing), SESSION, line_by_line)
+        assert probed == {'smtp_FOO'}
 
     def test_new_commands_by_new_methods(self):
-        class Channel(smtpd.SMTPChannel):
-            def smtp_XFOO(self, arg):
-                self.push('250 foo %r' % (arg,))
-
-        hold(make_channel(channel_class=Channel), (
+        hold(channel_with(smtp_XFOO=lambda self, arg: self.push('250 foo %r' % (arg,))), (
             'C: XFOO', 'S: 250 foo None', 'C: xfoo a  b ', "S: 250 foo 'a  b'"), line_by_line)
 
     def test_a_listen_of_ones_own(self):
@@ -1706,99 +1678,6 @@ class TestExistingPrograms:
             assert server._remoteaddr == ('upstream', 25)
             assert server._decode_data is True and server._map is sockets
             assert list(sockets.values()) == [server]
-
-
-class OwnInit(smtpd.SMTPChannel):
-    """Sets all that the old module's instances had, and never calls the base's __init__."""
-
-    def __init__(self, server, conn, addr, map=None, decode_data=False):
-        asynchat.async_chat.__init__(self, conn, map)
-        self.smtp_server = server
-        self.conn = conn
-        self.addr = self.peer = addr
-        self.data_size_limit = smtpd.DATA_SIZE_DEFAULT
-        self.enable_SMTPUTF8 = False
-        self._decode_data = decode_data
-        self._emptystring, self._linesep, self._dotsep, self._newline = (
-            ('', '\r\n', '.', '\n') if decode_data else (b'', b'\r\n', ord('.'), b'\n'))
-        self.received_lines = []
-        self.smtp_state = self.COMMAND
-        self.mailfrom = None
-        self.rcpttos = []
-        self.received_data = ''
-        self.num_bytes = 0
-        self.require_SMTPUTF8 = False
-        self.seen_greeting = ''
-        self.extended_smtp = False
-        self.command_size_limits.clear()
-        self.fqdn = FQDN
-        self.set_terminator(b'\r\n')
-
-
-def without_init(server, conn, addr, map=None, decode_data=False):
-    """Nothing is set but what a program of its own has to say."""
-    channel = smtpd.SMTPChannel.__new__(smtpd.SMTPChannel)
-    asynchat.async_chat.__init__(channel, conn, map)
-    channel.smtp_server, channel.conn, channel.peer, channel.fqdn = server, conn, addr, FQDN
-    channel._decode_data = decode_data
-    channel.set_terminator(b'\r\n')
-    return channel
-
-
-class AuthChannel(smtpd.SMTPChannel):
-    """AUTH LOGIN, as programs did it: the answers are caught in found_terminator."""
-
-    questions = ()
-    authenticated = False
-
-    def smtp_EHLO(self, arg):
-        self.seen_greeting = arg
-        self.extended_smtp = True
-        self.push('250-' + self.fqdn)
-        self.push('250-AUTH LOGIN')
-        self.push('250 HELP')
-
-    def smtp_AUTH(self, arg):
-        self.credentials = []
-        self.questions = ['334 VXNlcm5hbWU6', '334 UGFzc3dvcmQ6', '235 Authentication successful']
-        self.push(self.questions.pop(0))
-
-    def smtp_MAIL(self, arg):
-        if self.authenticated:
-            super().smtp_MAIL(arg)
-        else:
-            self.push('530 Authentication required')
-
-    def found_terminator(self):
-        if not self.questions:
-            super().found_terminator()
-            return
-        answer = self._emptystring.join(self.received_lines)
-        self.received_lines = []
-        self.num_bytes = 0
-        self.credentials.append(answer if self._decode_data else answer.decode())
-        self.push(self.questions.pop(0))
-        self.authenticated = not self.questions
-
-
-class SelfMadeChannel(smtpd.SMTPChannel):
-    """Copied its found_terminator from somewhere: all of it is its own."""
-
-    def found_terminator(self):
-        whole = self._emptystring.join(self.received_lines)
-        self.received_lines = []
-        self.num_bytes = 0
-        if self.smtp_state == self.COMMAND:
-            verb, _, argument = (whole if self._decode_data else whole.decode()).partition(' ')
-            getattr(self, 'smtp_' + verb.upper())(argument or None)
-            return
-        undotted = [line[1:] if line and line[0] == self._dotsep else line
-                    for line in whole.split(self._linesep)]
-        self.received_data = self._newline.join(undotted)
-        status = self.smtp_server.process_message(
-            self.peer, self.mailfrom, self.rcpttos, self.received_data)
-        self._set_post_data_state()
-        self.push(status or '250 OK')
 
 
 # ---------------------------------------------------------------------------
@@ -3428,35 +3307,6 @@ def test_a_hook_that_raises_in_mid_line_ends_the_session_so_that_nothing_is_take
     assert feed(channel, b'poison', b'\r\nNOOP\r\n.\r\n') == b'451 Internal confusion\r\n'
     assert channel.conn.closed and server.messages == []
     assert 'ZeroDivisionError' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize('terminator', [None, 0, b''])
-def test_without_a_terminator_a_hook_gets_all_that_comes(terminator):
-    pieces = []
-
-    class Collecting(smtpd.SMTPChannel):
-        def collect_incoming_data(self, data):
-            pieces.append(data)
-
-    channel = make_channel(channel_class=Collecting)
-    channel.set_terminator(terminator)
-    assert feed(channel, b'EHLO\r\n', b'x') == b''
-    assert pieces == [b'EHLO\r\n', b'x']
-
-
-def test_a_producer_in_the_queue_is_asked_in_its_turn():
-    class Producer:
-        lines = [b'250-first\r\n', b'250 last\r\n']
-
-        def more(self):
-            return self.lines.pop(0) if self.lines else b''
-
-    channel = make_channel()
-    channel.push_with_producer(Producer())
-    channel.push('250 OK')
-    while channel.producer_fifo:
-        channel.handle_write_event()
-    assert channel.conn.sent == b'250-first\r\n250 last\r\n250 OK\r\n'
 
 
 @pytest.mark.parametrize('hooked', [False, True], ids=['in place', 'through a hook'])

@@ -3,6 +3,7 @@
 PYSMTPD_TEST_MODULE_DIR names the directory of the smtpd.py to be tested, if not
 the one above this; PYSMTPD_TEST_REQUIRE_ALL=1 makes failures of skips.
 """
+import asynchat
 import asyncio
 import asyncore
 import contextlib
@@ -165,6 +166,102 @@ def in_mode(data, decode_data):
 
 def in_pieces(wire, size):
     return [wire[start:start + size] for start in range(0, len(wire), size)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Channels as existing programs have them
+
+class OwnInit(smtpd.SMTPChannel):
+    """Sets all that the old module's instances had, and never calls the base's __init__."""
+
+    def __init__(self, server, conn, addr, map=None, decode_data=False):
+        asynchat.async_chat.__init__(self, conn, map)
+        self.smtp_server = server
+        self.conn = conn
+        self.addr = self.peer = addr
+        self.data_size_limit = smtpd.DATA_SIZE_DEFAULT
+        self.enable_SMTPUTF8 = False
+        self._decode_data = decode_data
+        self._emptystring, self._linesep, self._dotsep, self._newline = (
+            ('', '\r\n', '.', '\n') if decode_data else (b'', b'\r\n', ord('.'), b'\n'))
+        self.received_lines = []
+        self.smtp_state = self.COMMAND
+        self.mailfrom = None
+        self.rcpttos = []
+        self.received_data = ''
+        self.num_bytes = 0
+        self.require_SMTPUTF8 = False
+        self.seen_greeting = ''
+        self.extended_smtp = False
+        self.command_size_limits.clear()
+        self.fqdn = FQDN
+        self.set_terminator(b'\r\n')
+
+
+def without_init(server, conn, addr, map=None, decode_data=False):
+    """Nothing is set but what a program of its own has to say."""
+    channel = smtpd.SMTPChannel.__new__(smtpd.SMTPChannel)
+    asynchat.async_chat.__init__(channel, conn, map)
+    channel.smtp_server, channel.conn, channel.peer, channel.fqdn = server, conn, addr, FQDN
+    channel._decode_data = decode_data
+    channel.set_terminator(b'\r\n')
+    return channel
+
+
+class AuthChannel(smtpd.SMTPChannel):
+    """AUTH LOGIN, as programs did it: the answers are caught in found_terminator."""
+
+    questions = ()
+    authenticated = False
+
+    def smtp_EHLO(self, arg):
+        self.seen_greeting = arg
+        self.extended_smtp = True
+        self.push('250-' + self.fqdn)
+        self.push('250-AUTH LOGIN')
+        self.push('250 HELP')
+
+    def smtp_AUTH(self, arg):
+        self.credentials = []
+        self.questions = ['334 VXNlcm5hbWU6', '334 UGFzc3dvcmQ6', '235 Authentication successful']
+        self.push(self.questions.pop(0))
+
+    def smtp_MAIL(self, arg):
+        if self.authenticated:
+            super().smtp_MAIL(arg)
+        else:
+            self.push('530 Authentication required')
+
+    def found_terminator(self):
+        if not self.questions:
+            super().found_terminator()
+            return
+        answer = self._emptystring.join(self.received_lines)
+        self.received_lines = []
+        self.num_bytes = 0
+        self.credentials.append(answer if self._decode_data else answer.decode())
+        self.push(self.questions.pop(0))
+        self.authenticated = not self.questions
+
+
+class SelfMadeChannel(smtpd.SMTPChannel):
+    """Copied its found_terminator from somewhere: all of it is its own."""
+
+    def found_terminator(self):
+        whole = self._emptystring.join(self.received_lines)
+        self.received_lines = []
+        self.num_bytes = 0
+        if self.smtp_state == self.COMMAND:
+            verb, _, argument = (whole if self._decode_data else whole.decode()).partition(' ')
+            getattr(self, 'smtp_' + verb.upper())(argument or None)
+            return
+        undotted = [line[1:] if line and line[0] == self._dotsep else line
+                    for line in whole.split(self._linesep)]
+        self.received_data = self._newline.join(undotted)
+        status = self.smtp_server.process_message(
+            self.peer, self.mailfrom, self.rcpttos, self.received_data)
+        self._set_post_data_state()
+        self.push(status or '250 OK')
 
 
 # ---------------------------------------------------------------------------------------------
