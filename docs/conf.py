@@ -1,0 +1,89 @@
+"""How Sphinx builds the manual: ``tox -e docs``."""
+
+import configparser
+import os
+import re
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))  # up to Python 3.11 the standard library has an smtpd too
+
+metadata = configparser.ConfigParser()
+metadata.read(os.path.join(HERE, '..', 'setup.cfg'), encoding='utf-8')
+
+project = metadata['metadata']['name']
+author = metadata['metadata']['author']
+release = version = metadata['metadata']['version']
+copyright = author
+
+extensions = ['sphinx.ext.autodoc']
+default_role = 'literal'  # a docstring's `name`
+nitpick_ignore = [('py:class', 'asyncore.dispatcher'), ('py:class', 'asynchat.async_chat')]
+autodoc_member_order = 'bysource'
+add_module_names = False
+toc_object_entries_show_parents = 'hide'
+
+html_theme = 'furo'
+html_title = 'pysmtpd %s' % release
+html_show_sourcelink = False
+html_show_sphinx = False
+html_static_path = ['static']
+html_css_files = ['marks.css']
+
+# The attributes that the standard library's module had; its methods are all there.
+STANDARD = {
+    'SMTPServer': {'channel_class'},
+    'SMTPChannel': {
+        'smtp_server', 'conn', 'addr', 'peer', 'fqdn', 'received_lines', 'num_bytes', 'smtp_state',
+        'seen_greeting', 'extended_smtp', 'mailfrom', 'rcpttos', 'mail_options', 'rcpt_options',
+        'require_SMTPUTF8', 'received_data', 'data_size_limit', 'command_size_limit',
+        'command_size_limits'},
+    'Options': {'setuid', 'classname', 'size_limit', 'enable_SMTPUTF8', 'localhost', 'localport',
+                'remotehost', 'remoteport'},
+}
+
+
+def mark(is_standard=True):
+    return ['.. rst-class:: mark', '',
+            'Standard' if is_standard else 'pysmtpd only: no effect below Python 3.12', '']
+
+
+def drop_signature(lines, class_name):
+    """Take away the paragraph that shows how a class is called: Sphinx shows that itself."""
+    text = '\n'.join(lines)
+    lines[:] = re.sub(r'^%s\(.*?\)(?:: arguments as .*?)?\n\n' % class_name, '', text,
+                      flags=re.MULTILINE | re.DOTALL).split('\n')
+
+
+def attributes_of_columns(lines, class_name):
+    """Make attributes of a docstring's two columns: "name     what it is"."""
+    column = None  # where the second one begins, within a table
+    made = []
+    for line in lines:
+        row = re.match(r'(\w+) {2,}(?=\S)', line)
+        if row:
+            made += ['', '.. attribute:: ' + row[1], '']
+            made += ['   ' + text for text in mark(row[1] in STANDARD.get(class_name, ()))]
+            column = row.end()
+            line = '   ' + line[column:]
+        elif column and line[:column].isspace():
+            line = '   ' + line[column:]
+        elif column:
+            column = None
+            made.append('')
+        made.append(line)
+    lines[:] = made
+
+
+def process_docstring(app, what, name, obj, options, lines):
+    name = name.removeprefix('smtpd.')
+    if what == 'module':
+        return
+    if what == 'class':
+        drop_signature(lines, name)
+        attributes_of_columns(lines, name)
+    lines[:0] = mark()
+
+
+def setup(app):
+    app.connect('autodoc-process-docstring', process_docstring)
