@@ -1,4 +1,6 @@
-"""An SMTP server: the smtpd module of Python's standard library, alive again.
+"""An SMTP server: the smtpd module that Python 3.12 removed, written anew.
+
+For example, a server that tells who sends mail to whom::
 
     import asyncore, smtpd
 
@@ -10,25 +12,21 @@
     asyncore.loop()
 
 `SMTPServer` listens and gives each complete message to process_message();
-`SMTPChannel` holds the dialogue with one client.  `DebuggingServer` prints,
-`PureProxy` relays, `MailmanProxy` relays and knows the lists of Mailman 3.
-`python -m smtpd` runs any of them from the command line.
+`SMTPChannel` holds the dialogue with one client.  `DebuggingServer` prints
+messages, `PureProxy` relays them, and `MailmanProxy` does so for the lists of
+Mailman 3 too.  `python -m smtpd` runs any of them from the command line.
 
-What is spoken: RFC 5321 (SMTP), RFC 1870 (SIZE), RFC 6152 (8BITMIME) and
+The protocol is RFC 5321 (SMTP) with RFC 1870 (SIZE), RFC 6152 (8BITMIME) and
 RFC 6531 (SMTPUTF8).
 
-How it is built: everything happens in the thread that runs asyncore.loop().
-What a channel reads goes, as asynchat has it, through collect_incoming_data()
-and found_terminator() where a subclass overrides one of them; where none does,
-commands are cut out of the buffer in place and data is turned into its final
-form while it arrives.  Replies to pipelined commands leave together.  Nothing
-that a client sends raises out of the loop, and a fault in a handler is answered
-with 451, so that the client keeps the message and tries again.
+Everything happens in the thread that runs asyncore.loop(), in asynchat's order.
+Nothing that a client sends raises out of the loop.  A handler that fails gets
+the client a 451, so that it keeps the message and tries again.
 """
 
-# The rooms of this house, in order: names of the module; paths and parameters
-# (pure functions); the data of a message; the channel; what wakes and serves
-# the loop; the servers; the proxies; the command line.
+# Layout of this file: names of the module; paths, parameters, replies, handlers (pure
+# functions); the data of a message; the channel; what wakes the loop; the servers; the
+# proxies; the command line.
 
 import asynchat
 import asyncore
@@ -52,24 +50,27 @@ import weakref
 
 __all__ = ['SMTPChannel', 'SMTPServer', 'DebuggingServer', 'PureProxy', 'MailmanProxy']
 
-__version__ = 'Python SMTP proxy version 0.3'  # the banner's text, not the distribution's version
+#: What the banner says after the host name.  A program may replace it.  It is not the
+#: version of the distribution.
+__version__ = 'Python SMTP proxy version 0.3'
 
+#: The name of the program in the usage text.
 program = sys.argv[0] if sys.argv else 'smtpd'
 
-NEWLINE = '\n'
-COMMASPACE = ', '
-DATA_SIZE_DEFAULT = 33554432  # octets; kept from the standard library
+NEWLINE = '\n'  #: For programs that use it.
+COMMASPACE = ', '  #: For programs that use it.
+DATA_SIZE_DEFAULT = 33554432  #: Octets; the limit that the standard library had.
 
 
 def __getattr__(name):
-    # CPython's test of __all__ refuses a plain public EMPTYSTRING, and old programs import it.
+    # Old programs import EMPTYSTRING; CPython's test of __all__ refuses it as a plain name.
     if name == 'EMPTYSTRING':
         return ''
     raise AttributeError('module %r has no attribute %r' % (__name__, name))
 
 
 class Devnull:
-    """A stream that throws away what is written to it."""
+    """A stream that discards what is written to it."""
 
     def write(self, msg):
         pass
@@ -78,19 +79,21 @@ class Devnull:
         pass
 
 
-DEBUGSTREAM = Devnull()  # -d and programs replace it at run time
+#: Where the dialogue of every session is written: any object with a write() method,
+#: such as `sys.stderr`.  The option -d and programs replace it at run time.
+DEBUGSTREAM = Devnull()
 
 
 def _debug(form, *values):
     if not isinstance(DEBUGSTREAM, Devnull):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+        with contextlib.suppress(OSError, ValueError):  # stream closed
             print(form % values, file=DEBUGSTREAM)
 
 
 def _log_info(self, message, type='info'):
-    """asyncore's log_info(), but to stderr; never raises."""
+    """asyncore's log_info(), but to standard error; never raises."""
     if type not in self.ignore_log_types:
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or no stderr
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
             text = '%s: %s\n' % (type, message)
             sys.stderr.write(text.encode('ascii', 'backslashreplace').decode('ascii'))
 
@@ -106,15 +109,15 @@ def _safe_repr(thing):
         return '<%s, whose repr() fails>' % type(thing).__name__
 
 
-# Taken at import: tests replace smtpd.socket by a mock that lacks them.
+# Taken at import: CPython's tests replace smtpd.socket with a mock that lacks them.
 _NO_DELAY = (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 _QUICK_ACK = ((socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-              if hasattr(socket, 'TCP_QUICKACK') else None)  # Linux alone has it
+              if hasattr(socket, 'TCP_QUICKACK') else None)  # Linux only
 _OUT_OF_BAND = socket.MSG_OOB
 _PEEK = socket.MSG_PEEK
 _SHUT_BOTH = socket.SHUT_RDWR
 _socketpair = socket.socketpair
-_FD_SETSIZE = 1024  # select() takes no descriptor from here on (POSIX)
+_FD_SETSIZE = 1024  # select() takes smaller descriptors only (POSIX)
 _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -122,11 +125,11 @@ _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.
 # Paths, parameters, replies, handlers: pure functions
 # ---------------------------------------------------------------------------
 
-# An atom is what the email package of the old module took for one, which is
-# more than RFC 5321's atext: anything but specials, blanks and control characters.
+# The old module parsed addresses with the email package, whose atoms allow more than
+# RFC 5321's atext: anything but specials, blanks and control characters.
 _NO_ATOM = r'\x00-\x20\x7f-\x9f()<>@,:;\\"\[\]'
 _ATOM = r'[^.{no_atom}]+'.format(no_atom=_NO_ATOM)
-_ENCODED_WORD = r'=\?[^?\s]*\?[bBqQ]\?[^?\s]*\?='  # RFC 2047; never decoded, so never taken
+_ENCODED_WORD = r'=\?[^?\s]*\?[bBqQ]\?[^?\s]*\?='  # RFC 2047; refused, since we do not decode it
 _DOT_STRING = r'(?!{word}){atom}(?:\.{atom})*'.format(word=_ENCODED_WORD, atom=_ATOM)
 # Phone companies gave out local parts with dots in odd places, and the old module took them.
 _ATOMS_AND_DOTS = r'(?!\.*{word}|\S*\.\.{word})[^{no_atom}]+'.format(
@@ -138,26 +141,26 @@ _ADDRESS_LITERAL = r'\[[^\x00-\x20\x7f-\x9f\[\]\\]*\]'
 _DOMAIN = r'(?:{dot_string}|{literal})'.format(
     dot_string=_DOT_STRING, literal=_ADDRESS_LITERAL)
 _MAILBOX = r'{local_part}@{domain}'.format(local_part=_LOCAL_PART, domain=_DOMAIN)
-_SOURCE_ROUTE = r'@{domain}(?:,@{domain})*:'.format(domain=_DOMAIN)  # taken and ignored
+_SOURCE_ROUTE = r'@{domain}(?:,@{domain})*:'.format(domain=_DOMAIN)  # accepted and ignored
 _PATH = re.compile(
     r'[ \t]*(?:<(?:{route})?(?P<path>{mailbox}|{local_part})>(?=[ \t]|$)|(?P<null><>)(?=[ \t]|$)'
     r'|(?P<bare>{mailbox}(?=[ \t]|$)|{local_part}$))\s*'.format(
         route=_SOURCE_ROUTE, mailbox=_MAILBOX, local_part=_LOCAL_PART))
 
-# What nearly every client sends: <local@domain> of letters, digits and a few signs.
+# What nearly all clients send: <local@domain> of letters, digits and a few signs.
 _PLAIN_PATH = re.compile(r'<([\w+%=]+(?:[.-][\w+%=]+)*@[a-zA-Z0-9]+(?:[.-][a-zA-Z0-9]+)*)>$',
                          re.ASCII)
 
 
-_CONTROL_CHARACTER = re.compile('[\x00-\x08\x0a-\x1f\x7f-\x9f]')  # a TAB is a blank
+_CONTROL_CHARACTER = re.compile('[\x00-\x08\x0a-\x1f\x7f-\x9f]')  # all but TAB, a blank
 
 
-@functools.lru_cache(maxsize=64)  # most lines are one of a few
+@functools.lru_cache(maxsize=64)  # the same few lines come again and again
 def _parse_command(line):
-    """Split a command line (bytes): verb, name of its method, argument or None.
+    """Split a command line (bytes) into verb, name of its method, and argument or None.
 
-    The verb is in capitals, or None if the line is empty, is not UTF-8 or has
-    control characters.  One that is not ASCII has no method: the name is ''.
+    The verb is in upper case, or None if the line is empty, is not UTF-8 or contains
+    control characters.  A verb that is not ASCII has no method: the name is ''.
     """
     try:
         text = line.decode()
@@ -175,10 +178,10 @@ def _parse_command(line):
 
 @functools.lru_cache(maxsize=64)
 def _parse_path(text):
-    """Split "path rest" into the path, verbatim but for brackets, and the rest.
+    """Split "path rest" into the path, verbatim but without brackets, and the rest.
 
-    RFC 5321, 4.1.2.  The null path stays '<>'.  ('', text) where there is no
-    well-formed path at the beginning.
+    RFC 5321, 4.1.2.  The null path stays '<>'.  Returns ('', text) if the text does not
+    begin with a well-formed path.
     """
     plain = _PLAIN_PATH.match(text)
     if plain:
@@ -190,9 +193,9 @@ def _parse_path(text):
 
 
 def _parse_parameters(parameters):
-    """Make a dict of ['KEYWORD=value', 'KEYWORD']; None if one is malformed.
+    """Turn ['KEYWORD=value', 'KEYWORD'] into a dict; None if one is malformed.
 
-    RFC 5321, 4.1.2 (esmtp-param).  A keyword without a value gets True.
+    RFC 5321, 4.1.2 (esmtp-param).  The value of a keyword without one is True.
     """
     parsed = {}
     for parameter in parameters:
@@ -204,15 +207,14 @@ def _parse_parameters(parameters):
 
 
 def _printable(text):
-    """The text with all but printable ASCII replaced by question marks."""
+    """The text with question marks for all that is not printable ASCII."""
     return re.sub(r'[^ -~]', '?', text)
 
 
 def _reply_lines(status):
-    """Make the lines of one reply of what a handler returned; [] if it is none.
+    """Turn what a handler returned into the lines of one reply; [] if it is no reply.
 
-    Several lines become one multi-line reply (RFC 5321, 4.2.1).  Bytes stay
-    the bytes that they are.
+    Several lines become a multi-line reply (RFC 5321, 4.2.1).  Bytes stay as they are.
     """
     if isinstance(status, bytes):
         return [line.encode('utf-8', 'surrogateescape')
@@ -227,13 +229,13 @@ def _reply_lines(status):
     return [code + '-' + text for text in texts[:-1]] + [code + ' ' + texts[-1]]
 
 
-_TAKES_ARGS, _TAKES_KWARGS = 4, 8  # inspect.CO_VARARGS, CO_VARKEYWORDS; inspect takes 2 MB
+_TAKES_ARGS, _TAKES_KWARGS = 4, 8  # inspect.CO_VARARGS, CO_VARKEYWORDS; importing it costs 2 MB
 
 
 def _accepted_keywords(handler, offered):
-    """Those of the keywords that a handler takes; handlers of Python 2 and 3.4 take none."""
-    handler = getattr(handler, '__func__', handler)  # faster to ask than a bound method
-    while handler is not None:  # a decorator and what it wraps must both take them
+    """The offered keywords that a handler takes; those of Python 2 and 3.4 take none."""
+    handler = getattr(handler, '__func__', handler)  # its attributes are found faster
+    while handler is not None:  # a decorator, and what it wraps, must both take them
         code = getattr(handler, '__code__', None)
         if code is not None and not code.co_flags & _TAKES_KWARGS:
             named = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
@@ -243,7 +245,7 @@ def _accepted_keywords(handler, offered):
 
 
 def _positional_arguments(channel_class):
-    """How many arguments a channel class takes, None for any; old ones take three."""
+    """The number of arguments a channel class takes, None for any number; old ones take three."""
     code = getattr(getattr(channel_class, '__init__', None), '__code__', None)
     if code is None or code.co_flags & _TAKES_ARGS:
         return None
@@ -2109,58 +2111,72 @@ def _delivery_status_notification(reporter, mailfrom, refused, headers):
 # The command line
 # ---------------------------------------------------------------------------
 
+_BUILT_IN_CLASSES = COMMASPACE.join(__all__[2:])
+
 _USAGE = """\
 An RFC 5321 smtp proxy with optional RFC 1870 and RFC 6531 extensions.
 
 Usage: %(program)s [options] [localhost:localport [remotehost:remoteport]]
 
-    -n, --nosetuid    keep the user's identity; else, when port and address
-                      are had, the process becomes the user `nobody', for
-                      which it must have been started as root
-    -c, --class NAME  the server's class: one of this module (%(classes)s)
+    -n, --nosetuid    stay the user who started it; otherwise, after binding
+                      the port, switch to user `nobody' (needs root)
+    -c, --class NAME  the server class: one of this module (%(classes)s)
                       or package.module.Class; %(default)s if not given
-    -s, --size LIMIT  octets that a message may have; 0: no limit; %(size)d
-                      if not given
+    -s, --size LIMIT  the most octets that a message may have; 0: no limit;
+                      %(size)d if not given
     -u, --smtputf8    offer the SMTPUTF8 extension (RFC 6531)
-    -d, --debug       print each dialogue to stderr
+    -d, --debug       print each dialogue to standard error
     -V, --version     print the version and exit
     -h, --help        print this and exit
 
 Version: %(version)s
 
-Listens on localhost:8025, and relays to localhost:25, unless told otherwise.
+Listens on localhost:8025 and relays to localhost:25 unless told otherwise.
 An IPv6 address stands in brackets: [::1]:8025.  Without a host (:8025) it
 listens on all interfaces (IPv4).
 """
 
 
 class Options:
-    """What the command line says."""
+    """What the command line says, from parseargs().
+
+    localhost, localport    the address to listen on
+    remotehost, remoteport  the upstream server of a proxy
+    classname               of the server: a name of this module or package.module.Class
+    size_limit              octets that a message may have, 0 for no limit; None: not given
+    setuid                  become nobody
+    enable_SMTPUTF8         offer SMTPUTF8
+    """
 
     setuid = True
     classname = 'PureProxy'
-    size_limit = None  # None: DATA_SIZE_DEFAULT
+    size_limit = None
     enable_SMTPUTF8 = False
 
 
 def usage(code, msg=''):
-    """Print the message, or the usage if there is none, to stderr, and exit."""
+    """Print the message, or the usage if there is none, to standard error; exit with `code`."""
     print(msg or _USAGE % {'program': program, 'version': __version__,
-                           'classes': COMMASPACE.join(__all__[2:]),
+                           'classes': _BUILT_IN_CLASSES,
                            'default': Options.classname, 'size': DATA_SIZE_DEFAULT},
           file=sys.stderr)
     sys.exit(code)
 
 
+def _give_up(form, *values):
+    """Exit with status 1 and one line that says what is wrong, and what was wanted."""
+    usage(1, 'smtpd: %s; try --help' % (form % values))
+
+
 def parseargs():
-    """Read sys.argv; returns an Options.  Exits with status 1 at a wrong argument."""
+    """Read sys.argv; return `Options`.  Exits with status 1 if an argument is wrong."""
     global DEBUGSTREAM
     try:
         given, arguments = getopt.getopt(
             sys.argv[1:], 'nVhc:s:du',
             ['class=', 'nosetuid', 'version', 'help', 'size=', 'debug', 'smtputf8'])
     except getopt.error as error:
-        usage(1, error)
+        _give_up('%s', error)
     options = Options()
     for name, value in given:
         if name in ('-h', '--help'):
@@ -2179,24 +2195,24 @@ def parseargs():
         else:
             options.size_limit = _natural_number(value)
             if options.size_limit is None:
-                usage(1, 'Invalid size: ' + value)
+                _give_up('%s %s: want a number of octets', name, value)
     if len(arguments) > 2:
-        usage(1, 'Invalid arguments: ' + COMMASPACE.join(arguments))
+        _give_up('%s: want two addresses at most', ' '.join(arguments))
     local, remote = (arguments + ['localhost:8025', 'localhost:25'][len(arguments):])
-    options.localhost, options.localport = _parse_address(local, 'local')
-    options.remotehost, options.remoteport = _parse_address(remote, 'remote')
+    options.localhost, options.localport = _parse_address(local)
+    options.remotehost, options.remoteport = _parse_address(remote)
     return options
 
 
-def _parse_address(text, which):
+def _parse_address(text):
     host, colon, port = text.rpartition(':')
     if not colon:
-        usage(1, 'Bad %s spec: %s' % (which, text))
+        _give_up('%s: want HOST:PORT', text)
     if host[:1] == '[' and host[-1:] == ']':
         host = host[1:-1]
     number = _natural_number(port)
     if number is None or number > 65535:
-        usage(1, 'Bad %s port: %s' % (which, text))
+        _give_up('%s: want a port from 0 to 65535', text)
     return host, number
 
 
@@ -2205,30 +2221,40 @@ def _natural_number(text):
 
 
 def _find_class(name):
-    """The class of that name, from this module or package.module.Class."""
-    module_name, _, class_name = name.rpartition('.')
+    """The server class of that name: one of this module, or package.module.Class."""
+    module_name, dot, class_name = name.rpartition('.')
     try:
-        module = importlib.import_module(module_name or __name__)
-    except (ImportError, TypeError) as error:  # TypeError: a name that begins with a dot
-        usage(1, 'Cannot import %s: %s' % (module_name, error))
+        module = importlib.import_module(module_name) if dot else sys.modules[__name__]
+    except (TypeError, ValueError):  # a name that begins with a dot, or is one
+        _refuse_class(name, 'no such module')
+    except ImportError as error:
+        if (module_name + '.').startswith('%s.' % error.name):
+            _refuse_class(name, 'no such module')
+        _give_up('%s: cannot import %s: %s', name, module_name, error)
     found = getattr(module, class_name, None)
+    if found is None:
+        _refuse_class(name, 'no such class')
     if not isinstance(found, type) or issubclass(found, asynchat.async_chat):
-        usage(1, 'Unknown class: ' + name)
+        _refuse_class(name, 'not a server class')
     return found
+
+
+def _refuse_class(name, reason):
+    _give_up('%s: %s; want %s or package.module.Class', name, reason, _BUILT_IN_CLASSES)
 
 
 def _become_nobody():
     try:
         import pwd
     except ImportError:  # Windows
-        usage(1, 'Cannot import module "pwd"; try running with -n option.')
+        _give_up('no user nobody on this system: want option -n')
     try:
         nobody = pwd.getpwnam('nobody')
         os.setgroups([])
         os.setgid(nobody.pw_gid)
         os.setuid(nobody.pw_uid)
     except (KeyError, PermissionError):
-        usage(1, 'Cannot setuid "nobody"; try running with -n option.')
+        _give_up('cannot switch to user nobody: want root, or option -n')
 
 
 def _make_server(options):
@@ -2238,13 +2264,13 @@ def _make_server(options):
         server = server_class((options.localhost, options.localport),
                               (options.remotehost, options.remoteport),
                               limit, enable_SMTPUTF8=options.enable_SMTPUTF8)
-    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
-        usage(1, '%s:%s: %s' % (options.localhost, options.localport,
-                                getattr(error, 'strerror', None) or error))
+    except (OSError, UnicodeError) as error:  # UnicodeError: the host is not a name
+        _give_up('%s:%s: %s', options.localhost, options.localport,
+                 getattr(error, 'strerror', None) or error)
     except ValueError as error:
-        usage(1, error)
-    except TypeError as error:  # other arguments: no server's class
-        usage(1, '%s: %s' % (options.classname, error))
+        _give_up('%s', str(error).rstrip('.'))
+    except TypeError as error:  # the class takes other arguments
+        _refuse_class(options.classname, 'not a server class: %s' % error)
     return server
 
 
@@ -2256,7 +2282,7 @@ def _main():
             server.channels_in_hub = True  # the socket map is ours
         if options.setuid:
             _become_nobody()
-        # A second: Ctrl-C does not wake Windows' select(), nor a poll() that it just precedes.
+        # A second: Ctrl-C does not wake select() on Windows, nor a poll() that is about to start.
         asyncore.loop(timeout=1, use_poll=True)
     except KeyboardInterrupt:
         pass
@@ -2264,9 +2290,9 @@ def _main():
         asyncore.close_all(ignore_all=True)
         try:
             sys.stdout.flush()
-        except (AttributeError, ValueError):  # there is none, or it is closed
+        except (AttributeError, ValueError):  # None, or closed
             pass
-        except OSError:  # nobody reads it: keep the interpreter from trying again
+        except OSError:  # broken pipe: keep the interpreter from trying again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
