@@ -3463,14 +3463,15 @@ class TestBecomingNobody:
         with pytest.raises(SystemExit) as ended:
             smtpd._become_nobody()
         assert ended.value.code == 1
-        assert capsys.readouterr().err == 'Cannot setuid "nobody"; try running with -n option.\n'
+        assert capsys.readouterr().err == (
+            'smtpd: cannot switch to user nobody: want root, or option -n; try --help\n')
 
     def test_without_users_one_line_says_so(self, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, 'pwd', None)
         with pytest.raises(SystemExit):
             smtpd._become_nobody()
         assert capsys.readouterr().err == (
-            'Cannot import module "pwd"; try running with -n option.\n')
+            'smtpd: no user nobody on this system: want option -n; try --help\n')
 
 
 def test_a_warning_of_asyncore_is_not_logged(capsys):

@@ -6,7 +6,7 @@ import re
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))  # up to Python 3.11 the standard library has an smtpd too
+sys.path.insert(0, os.path.dirname(HERE))  # before the standard library's smtpd, up to 3.11
 
 metadata = configparser.ConfigParser()
 metadata.read(os.path.join(HERE, '..', 'setup.cfg'), encoding='utf-8')

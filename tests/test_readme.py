@@ -1,11 +1,13 @@
-"""README.rst: each code block is run from the page itself."""
-import asyncore
+"""README.rst and the manual in docs/: each code block is run from the page itself."""
 import configparser
 import contextlib
+import inspect
 import io
+import json
 import mailbox
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -14,7 +16,9 @@ import socket
 import ssl
 import subprocess
 import sys
+import textwrap
 import threading
+import zlib
 
 import pytest
 
@@ -22,22 +26,30 @@ import smtpd
 from tests.support import HERE, RawClient, find_tool, need_module, serving
 
 README = os.path.join(HERE, 'README.rst')
+DOCUMENTS = [README, *sorted(
+    os.path.join(directory, name) for directory, _, names in os.walk(os.path.join(HERE, 'docs'))
+    for name in names if name.endswith('.rst'))]
 STUBS = os.path.join(os.path.dirname(os.path.abspath(smtpd.__file__)), 'smtpd-stubs')
 
 
-def read_readme():
-    with open(README, encoding='utf-8') as file:
+def read(path):
+    with open(path, encoding='utf-8') as file:
         return file.read()
 
 
+def page(name):
+    return read(os.path.join(HERE, 'docs', name))
+
+
 def read_blocks():
-    """{name: (language, text)} of README's code blocks."""
+    """{name: (language, text)} of the documents' code blocks."""
     blocks = {}
-    for found in re.finditer(r'^\.\. code-block:: (\w+)\n   :name: ([\w-]+)\n\n'
-                             r'((?:   .*\n|\n)+)', read_readme(), re.MULTILINE):
-        language, name, text = found.groups()
-        assert name not in blocks
-        blocks[name] = language, re.sub('^   ', '', text, flags=re.MULTILINE).strip() + '\n'
+    for document in DOCUMENTS:
+        for found in re.finditer(r'^\.\. code-block:: (\w+)\n   :name: ([\w-]+)\n\n'
+                                 r'((?:   .*\n|\n)+)', read(document), re.MULTILINE):
+            language, name, text = found.groups()
+            assert name not in blocks
+            blocks[name] = language, re.sub('^   ', '', text, flags=re.MULTILINE).strip() + '\n'
     return blocks
 
 
@@ -46,7 +58,7 @@ EXECUTED = {'mypy-ini'}  # by test_types.py; each test below adds what it execut
 
 
 def executes(*names):
-    """Says which of README's blocks the decorated test executes."""
+    """Says which blocks the decorated test executes, or compares with what really comes out."""
     EXECUTED.update(names)
     return lambda test: test
 
@@ -197,67 +209,105 @@ def run_python(tmp_path, user_environment):
     return run
 
 
-def test_every_code_block_of_the_readme_is_executed_here():
+def test_every_code_block_is_executed_here():
     assert set(BLOCKS) - EXECUTED == set()
     assert EXECUTED - set(BLOCKS) == set()
 
 
-def test_the_readme_renders_without_a_warning_and_shows_no_other_code():
+def test_no_document_shows_other_code():
+    blocks = 0
+    for document in DOCUMENTS:
+        text = read(document)
+        blocks += len(re.findall(r'^ *\.\. (?:code(?:-block)?|sourcecode|literalinclude)::', text,
+                                 re.MULTILINE))
+        assert not re.search(r'^(?!\.\.).*::$|^ *>>> ', text, re.MULTILINE), document
+    assert blocks == len(BLOCKS)
+
+
+def test_the_readme_renders_without_a_warning():
     need_module('docutils')
     import docutils.core
-    import docutils.nodes
 
     warnings_given = io.StringIO()
-    document = docutils.core.publish_doctree(
-        read_readme(), source_path=README, settings_overrides={
+    docutils.core.publish_doctree(
+        read(README), source_path=README, settings_overrides={
             'report_level': 2, 'warning_stream': warnings_given, 'syntax_highlight': 'none'})
     assert warnings_given.getvalue() == ''
-    code = [node.astext().strip() for node in document.findall(docutils.nodes.literal_block)]
-    assert sorted(code) == sorted(text.strip() for _, text in BLOCKS.values())
-    assert not list(document.findall(docutils.nodes.doctest_block))
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    text = read(README)
+    assert len(text.splitlines()) <= 250
+    links = re.findall(r'`([^`<]+) <([^`>]+)>`_', text)
+    inside = {target for name, target in links if not target.startswith('https:')}
+    assert all(os.path.isfile(os.path.join(HERE, target)) for target in inside)
+    assert inside == {target for name, target in links if name.startswith('docs/')}
 
 
 def test_the_readme_keeps_the_order_of_a_readers_questions():
     expected = [
         'pip install pysmtpd\n', 'pysmtpd; python_version >= "3.12"', 'asyncore.loop()',
-        'python -m smtpd -n -c DebuggingServer localhost:1025\n', '3.9 to 3.15', 'Mailpit',
-        'pip install pysmtpd && python -m smtpd', 'pip install tox && tox', 'The interface\n==',
-        'The command line\n==', 'Limits, and how to change them\n==', 'Recipes\n==',
-        'Differences from the standard library\n==', 'Security notes\n==',
-        'Living beside other packages\n==', 'Figures\n==', 'Not done, not known\n==']
-    text = read_readme()
+        'Which Pythons', 'What it is not', 'python3 -m venv', 'What it does better\n==',
+        'What you may notice\n==', 'The manual\n==', 'Test it\n==', 'MIT']
+    text = read(README)
     positions = [text.find(each) for each in expected]
     assert -1 not in positions
     assert positions == sorted(positions)
 
 
-def public_names(cls, base):
-    return {name for name in vars(cls) if not name.startswith('_') and not hasattr(base, name)}
+def columns_of(docstring):
+    """The names in the first of a docstring's two columns."""
+    return re.findall(r'^ *(\w+) {2,}\S', docstring, re.MULTILINE)
 
 
-def test_the_readme_tells_all_of_the_public_interface():
-    documented = set(re.findall(r'``([^`]+)``', read_readme()))
-    words = {word for each in documented for word in re.findall(r'\w+', each)}
-    names = set(smtpd.__all__)
-    names |= public_names(smtpd.SMTPServer, asyncore.dispatcher)
-    names |= {name for name in vars(smtpd.SMTPChannel)
-              if not name.startswith('_') and not hasattr(smtpd.asynchat.async_chat, name)}
-    names |= public_names(smtpd.PureProxy, smtpd.SMTPServer)
-    names |= public_names(smtpd.MailmanProxy, smtpd.PureProxy)
-    for name in sorted(names - {'ac_in_buffer', 'terminator'}):  # asynchat's
-        if name.startswith('smtp_') and name[5:].isupper():
-            name = name[5:]
-        assert name in words, name
+# Breakpoint: 3.12, it has no other smtpd.
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason='there is no old module to compare with')
+def test_the_manual_calls_standard_what_the_old_module_had():
+    marks = runpy.run_path(os.path.join(HERE, 'docs', 'conf.py'))['STANDARD']
+    program = ("""
+import asyncore, json, socket, sys, smtpd
+client, connection = socket.socketpair()
+with client:
+    server = smtpd.SMTPServer(('127.0.0.1', 0), None)
+    sys.argv[1:] = ['localhost:1', 'localhost:2']
+    made = {'SMTPServer': server, 'SMTPChannel': smtpd.SMTPChannel(server, connection, None),
+            'Options': smtpd.parseargs()}
+    print(json.dumps({name: dir(thing) for name, thing in made.items()}))
+    asyncore.close_all()
+""")
+    told = subprocess.run([sys.executable, '-I', '-W', 'ignore', '-c', program], check=True,
+                          stdout=subprocess.PIPE, timeout=60).stdout
+    for class_name, old in json.loads(told).items():
+        attributes = set(columns_of(getattr(smtpd, class_name).__doc__))
+        assert attributes & set(old) <= marks[class_name]
+        assert not (attributes - set(old)) & marks[class_name]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info < (3, 12), reason='Sphinx needs a newer Python')
+def test_the_manual_builds_and_its_reference_names_all_that_is_public(tmp_path):
+    need_module('sphinx')
+    need_module('furo')
+    subprocess.run([sys.executable, '-m', 'sphinx', '-q', '-W', '-n', '-b', 'html',
+                    os.path.join(HERE, 'docs'), str(tmp_path / 'html')],
+                   check=True, timeout=300)
+    inventory = (tmp_path / 'html' / 'objects.inv').read_bytes().split(b'\n', 4)[4]
+    objects = zlib.decompress(inventory).decode()
+    told = re.findall(r'^smtpd\.(?:\w+\.)?(\w+) py:', objects, re.MULTILINE)
+    names = {name for name, value in vars(smtpd).items() if not inspect.ismodule(value)}
+    for cls in map(vars(smtpd).get, smtpd.__all__):
+        names |= set(dir(cls)) - {*dir(smtpd.asynchat.async_chat), 'ac_in_buffer', 'terminator'}
+    public = {name for name in names if not name.startswith('_')} | {'__version__', 'EMPTYSTRING'}
+    assert public - set(told) == set()
 
 
 @pytest.mark.parametrize('attribute', [
     'SMTPChannel.command_size_limit', 'SMTPChannel.idle_timeout_seconds',
     'SMTPChannel.recipient_limit', 'SMTPChannel.error_limit', 'SMTPChannel.unsent_reply_limit',
-    'SMTPServer.listen_backlog', 'SMTPServer.accepts_per_event',
-    'PureProxy.upstream_timeout_seconds', 'PureProxy.hop_limit'])
-def test_the_defaults_in_the_readme_are_those_of_the_module(attribute):
+    'SMTPServer.listen_backlog'])
+def test_the_defaults_in_the_manual_are_those_of_the_module(attribute):
     class_name, name = attribute.split('.')
-    found = re.search(r'^``%s``(?: \[\d\]_)? +(\S+) ' % name, read_readme(), re.MULTILINE)
+    found = re.search(r'^``%s``(?: \[\d\]_)? +(\S+) ' % name, page('limits.rst'), re.MULTILINE)
     assert found[1] == str(getattr(getattr(smtpd, class_name), name))
 
 
@@ -268,8 +318,8 @@ def read_setup():
 
 
 def test_the_newest_heading_of_the_changes_is_the_version():
-    with open(os.path.join(HERE, 'CHANGES.rst'), encoding='utf-8') as file:
-        newest = re.search(r'^(\d[\w.]*) \(\d{4}-\d\d-\d\d\)\n-+$', file.read(), re.MULTILINE)
+    newest = re.search(r'^(\d[\w.]*) \(\d{4}-\d\d-\d\d\)\n-+$',
+                       read(os.path.join(HERE, 'CHANGES.rst')), re.MULTILINE)
     assert newest[1] == read_setup()['metadata']['version']
 
 
@@ -294,6 +344,7 @@ Content-Transfer-Encoding: quoted-printable
 
 Zwei Caf=E9s, bitte.
 '''.replace(b'\n', b'\r\n')
+HANDLERS_DATA = RECIPE_MESSAGE[:-2].replace(b'\r\n', b'\n')
 
 
 def post_message(address, recipients=('you@example.com',), message=RECIPE_MESSAGE):
@@ -308,17 +359,80 @@ def test_the_server_in_five_lines_prints_a_message(start, tmp_path):
     (tmp_path / 'server.py').write_text(block('five-lines'))
     with_port = start('python -u server.py')
     post_message(with_port.address)
-    assert with_port.line() == repr(RECIPE_MESSAGE[:-2].replace(b'\r\n', b'\n'))
+    assert with_port.line() == repr(HANDLERS_DATA)
 
 
-@executes('debugging')
-def test_the_debugging_server_prints_a_message(start):
-    program = start(block('debugging'))
+def test_the_example_in_the_module_s_docstring_runs(start, tmp_path):
+    example, = re.findall(r'::\n\n((?:    .*\n|\n)+)', smtpd.__doc__)
+    (tmp_path / 'server.py').write_text(textwrap.dedent(example).replace('8025', '0'))
+    program = start('python -u server.py')
     post_message(program.address)
-    lines = program.lines_to('------------ END MESSAGE ------------')
-    assert lines[0] == '---------- MESSAGE FOLLOWS ----------'
-    assert "b'Subject: =?utf-8?q?Caf=C3=A9?='" in lines
+    assert program.line() == (
+        "j@example.com -> ['you@example.com'] %d octets" % len(HANDLERS_DATA))
+
+
+def said_by(program, last):
+    """What the program printed, with the client's address as the documents show it."""
+    return '\n'.join(program.lines_to(last)).replace("X-Peer: ::1'", "X-Peer: 127.0.0.1'") + '\n'
+
+
+END_OF_MESSAGE = '------------ END MESSAGE ------------'
+
+
+@executes('try-it', 'send-one', 'printed')
+def test_the_transcript_in_the_readme_is_what_comes_out(start, run_python):
+    program = start(block('try-it').split(' && ')[2].replace('smtpd-env/bin/', ''))
+    python, *arguments = shlex.split(block('send-one', port_1025=program.port))
+    assert python == 'python3'
+    assert run_python(*arguments).stdout == ''
+    assert said_by(program, END_OF_MESSAGE) == block('printed')
     assert program.interrupt() == (0, '', '')
+
+
+class TestTutorial:
+    @executes('debugging', 'tutorial-send', 'tutorial-send-command', 'tutorial-printed')
+    def test_see_a_message(self, start, run_python, tmp_path):
+        program = start(block('debugging'))
+        name = save_block(tmp_path, 'tutorial-send', port_1025=program.port)
+        assert shlex.split(block('tutorial-send-command')) == ['python', name]
+        assert run_python(name).stdout == ''
+        assert said_by(program, END_OF_MESSAGE) == block('tutorial-printed')
+        assert program.interrupt() == (0, '', '')
+
+    @executes('tutorial-subjects', 'tutorial-subjects-command', 'tutorial-subjects-printed')
+    def test_do_something_with_messages(self, start, run_python, tmp_path):
+        save_block(tmp_path, 'tutorial-subjects')
+        program = start(block('tutorial-subjects-command'))
+        run_python(save_block(tmp_path, 'tutorial-send', port_1025=program.port))
+        assert program.line() + '\n' == block('tutorial-subjects-printed')
+
+    @executes('tutorial-channel', 'tutorial-channel-command')
+    def test_change_the_dialogue(self, start, tmp_path):
+        save_block(tmp_path, 'tutorial-subjects')
+        save_block(tmp_path, 'tutorial-channel')
+        program = start(block('tutorial-channel-command'))
+        assert post_message(program.address, ['nobody@example.com', 'you@example.com']) == {
+            'nobody@example.com': (550, b'No such user here')}
+        assert program.line() == "j@example.com to ['you@example.com'] about Café"
+
+    @executes('recipe-pytest', 'tutorial-pytest', 'tutorial-pytest-printed')
+    def test_catch_mail_in_a_test_suite(self, run_python, tmp_path):
+        name = save_block(tmp_path, 'recipe-pytest')
+        install, run = block('tutorial-pytest').splitlines()
+        assert (install, shlex.split(run)) == ('pip install pytest', ['pytest', name])
+        outcome = run_python('-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-W', 'error',
+                             '-W', 'ignore:The asyn', name)
+        assert outcome.returncode == 0, outcome.stdout
+        assert block('tutorial-pytest-printed').strip() in outcome.stdout
+
+
+@executes('wrong-arguments')
+def test_wrong_arguments_get_the_lines_that_the_manual_shows(run_python):
+    lines = block('wrong-arguments').splitlines()
+    for command, complaint in zip(lines[::2], lines[1::2]):
+        prompt, python, *arguments = shlex.split(command)
+        assert (prompt, python) == ('$', 'python')
+        assert run_python(*arguments).stdout == complaint + '\n'
 
 
 @executes('which-one')
@@ -344,48 +458,83 @@ def wheel(tmp_path):
     return tmp_path / 'wheel'
 
 
-@pytest.mark.slow
-@executes('install', 'try-it')
-def test_a_new_user_installs_and_runs_it(wheel, tmp_path, user_environment):
-    install, run = block('try-it').strip().split(' && ')
-    assert install == block('install').strip()
-    assert run == block('debugging').strip()
-    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', str(tmp_path / 'fresh')],
+@pytest.fixture
+def fresh(wheel, tmp_path, user_environment):
+    """The environment variables of a shell in a new virtual environment, tmp_path / 'env'.
+
+    Its pip finds the wheel of this source, and Python our sitecustomize, but not the source.
+    """
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', str(tmp_path / 'env')],
                    check=True)
-    python = shutil.which('python', path=str(tmp_path / 'fresh' / 'bin'))
-    pip = tmp_path / 'fresh' / 'bin' / 'pip'  # Debian's Pythons have none to put there
-    pip.write_text('#!/bin/sh\nexec %s -m pip --python %s "$@"\n' % (sys.executable, python))
+    scripts = tmp_path / 'env' / 'bin'
+    pip = scripts / 'pip'  # Debian's Pythons have none to put there
+    pip.write_text('#!/bin/sh\nPYTHONPATH= exec %s -m pip --python %s "$@"\n'
+                   % (sys.executable, scripts / 'python'))
     pip.chmod(0o755)
-    site = user_environment['PYTHONPATH'].split(os.pathsep)[0]  # without our source
-    environment = dict(user_environment, PYTHONPATH=site, PIP_QUIET='1',
-                       PIP_FIND_LINKS=str(wheel), PIP_DISABLE_PIP_VERSION_CHECK='1',
-                       PATH=os.path.dirname(python) + os.pathsep + os.environ['PATH'])
-    subprocess.run(install, shell=True, check=True, cwd=tmp_path, timeout=300,
-                   env=dict(environment, PYTHONPATH=''))
-    which = subprocess.run([python, '-W', 'ignore', *shlex.split(block('which-one'))[1:]],
-                           cwd=tmp_path, env=environment, check=True, stdout=subprocess.PIPE)
-    # Breakpoint: 3.12. Below it the standard library's own wins, as README says.
-    assert (b'site-packages' in which.stdout) is (sys.version_info >= (3, 12))
-    if sys.version_info >= (3, 12):
-        with Program([python, *shlex.split(run)[1:]], tmp_path, environment) as program:
-            post_message(program.address)
-            program.lines_to('------------ END MESSAGE ------------')
+    return dict(user_environment, PIP_QUIET='1', PIP_FIND_LINKS=str(wheel),
+                PIP_DISABLE_PIP_VERSION_CHECK='1',
+                PYTHONPATH=user_environment['PYTHONPATH'].split(os.pathsep)[0],
+                PATH=str(scripts) + os.pathsep + os.environ['PATH'])
+
+
+def which_smtpd(environment, directory):
+    return subprocess.run(
+        ['python', '-W', 'ignore', *shlex.split(block('which-one'))[1:]], check=True,
+        cwd=directory, env=environment, stdout=subprocess.PIPE, encoding='utf-8').stdout.strip()
 
 
 @pytest.mark.slow
-@executes('test-it')
-def test_tox_knows_what_to_do_on_every_python():
+@executes('install', 'tutorial-install')
+def test_a_new_user_installs_and_runs_it(fresh, tmp_path):
+    make, install, run = block('try-it').strip().split(' && ')
+    make_there, activate, install_there = block('tutorial-install').splitlines()
+    assert (make, make_there) == ('python3 -m venv smtpd-env', 'python3 -m venv env')
+    assert activate == '. env/bin/activate'
+    assert install == 'smtpd-env/bin/' + install_there
+    assert install_there == block('install').strip()
+    assert run == 'smtpd-env/bin/' + block('debugging').strip()
+    subprocess.run(install_there, shell=True, check=True, cwd=tmp_path, timeout=300, env=fresh)
+    # Breakpoint: 3.12. Below it the standard library's own wins, as README says.
+    assert ('site-packages' in which_smtpd(fresh, tmp_path)) is (sys.version_info >= (3, 12))
+    if sys.version_info >= (3, 12):
+        python = shutil.which('python', path=fresh['PATH'])
+        with Program([python, *shlex.split(run)[1:]], tmp_path, fresh) as program:
+            post_message(program.address)
+            program.lines_to(END_OF_MESSAGE)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info < (3, 12), reason='there is no standard-smtpd')
+@executes('move')
+def test_one_line_moves_from_standard_smtpd(fresh, tmp_path):
+    subprocess.run('pip install standard-smtpd', shell=True, check=True, timeout=300, env=fresh)
+    assert which_smtpd(fresh, tmp_path).endswith(os.path.join('smtpd', '__init__.py'))
+    subprocess.run(block('move'), shell=True, check=True, timeout=300, env=fresh)
+    assert which_smtpd(fresh, tmp_path).endswith(os.path.join('site-packages', 'smtpd.py'))
+
+
+@pytest.mark.slow
+@executes('test-it', 'test-quickly')
+def test_the_command_lines_that_test_know_what_to_do():
     need_module('tox')
-    install, run = block('test-it').strip().split(' && ')
-    assert (install, run) == ('pip install tox', 'tox')
-    listed = subprocess.run([sys.executable, '-m', run, 'list', '--no-desc'], cwd=HERE, check=True,
-                            stdout=subprocess.PIPE, encoding='utf-8').stdout.split()
-    assert {'py39', 'py310', 'py311', 'py312', 'py313', 'py314', 'py315'} <= set(listed)
+    make, install, run = block('test-it').strip().split(' && ')
+    assert install == 'test-env/bin/pip install tox'
+    listed = subprocess.run([sys.executable, '-m', run.rpartition('/')[2], 'list', '--no-desc'],
+                            cwd=HERE, check=True, stdout=subprocess.PIPE,
+                            encoding='utf-8').stdout.split()
+    assert {'py39', 'py310', 'py311', 'py312', 'py313', 'py314', 'py315', 'docs'} <= set(listed)
+    make_too, install, run = block('test-quickly').strip().split(' && ')
+    assert make == make_too == 'python3 -m venv test-env'
+    assert install == "test-env/bin/pip install '.[test]'"
+    listed = subprocess.run([sys.executable, '-m', *shlex.split(run.rpartition('/')[2]),
+                             '--collect-only', '-q'], cwd=HERE, check=True,
+                            stdout=subprocess.PIPE, encoding='utf-8').stdout
+    assert 'test_smtpd.py::' in listed
 
 
 @pytest.mark.slow
 @executes('benchmark')
-def test_the_benchmark_is_where_the_readme_says():
+def test_the_benchmark_is_where_the_manual_says():
     command = shlex.split(block('benchmark'))
     subprocess.run([sys.executable, *command[1:], '--help'], cwd=HERE, check=True, timeout=60,
                    stdout=subprocess.DEVNULL)
@@ -394,7 +543,7 @@ def test_the_benchmark_is_where_the_readme_says():
 # The recipes
 
 @executes('change-limits')
-def test_limits_are_changed_as_the_readme_says(start, tmp_path):
+def test_limits_are_changed_as_the_manual_says(start, tmp_path):
     save_block(tmp_path, 'change-limits')
     program = start('python -m smtpd -n -c patient.PatientServer localhost:0')
     with smtplib.SMTP(*program.address, timeout=30) as client:
@@ -402,15 +551,6 @@ def test_limits_are_changed_as_the_readme_says(start, tmp_path):
         client.docmd('MAIL', 'FROM:<a@example.com>')
         answers = [client.docmd('RCPT', 'TO:<b%d@example.com>' % number) for number in range(6)]
     assert [code for code, text in answers] == [250] * 5 + [452]
-
-
-@executes('recipe-pytest')
-def test_the_recipe_for_pytest_passes(run_python, tmp_path):
-    file_name = save_block(tmp_path, 'recipe-pytest')
-    outcome = run_python('-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-W', 'error',
-                         '-W', 'ignore:The asyn', file_name)
-    assert outcome.returncode == 0, outcome.stdout
-    assert '1 passed' in outcome.stdout
 
 
 @executes('recipe-list')
@@ -519,7 +659,7 @@ class TestRecipeAuth:
 
 @pytest.fixture
 def certificate(tmp_path):
-    """cert.pem and key.pem made as README says; returns a client's context that trusts them."""
+    """cert.pem and key.pem made as the manual says; a client's context that trusts them."""
     find_tool('openssl', 'openssl')
     subprocess.run(shlex.split(block('recipe-starttls-certificate')), cwd=tmp_path, check=True,
                    stderr=subprocess.DEVNULL)
@@ -691,6 +831,67 @@ def test_old_and_new_do_the_same(which, start, tmp_path):
         assert refusal.value.smtp_code == 552
 
 
+@executes('recipe-asyncio')
+class TestRecipeAsyncio:
+    def test_a_coroutine_takes_the_message(self, start, tmp_path):
+        program = start(['python', save_block(tmp_path, 'recipe-asyncio')])
+        post_message(program.address)
+        assert program.line() == (
+            'j@example.com -> you@example.com %d octets' % len(HANDLERS_DATA))
+        assert program.interrupt() == (0, '', '')
+
+    def test_two_clients_do_not_wait_for_each_other(self, start, tmp_path):
+        name = save_block(tmp_path, 'recipe-asyncio')
+        text = (tmp_path / name).read_text()
+        assert 'await asyncio.sleep(0.1)' in text
+        (tmp_path / name).write_text(text.replace('await asyncio.sleep(0.1)', """
+        if mailfrom.startswith('first'):
+            global second_came
+            second_came = asyncio.Event()
+            await second_came.wait()
+        else:
+            second_came.set()
+"""))
+        program = start(['python', name])
+        with RawClient(program.address) as first, RawClient(program.address) as second:
+            for client, mailfrom in (first, b'first'), (second, b'second'):
+                client.reply()
+                client.send(b'HELO c\r\nMAIL FROM:<%s@example.com>\r\nRCPT TO:<a@example.com>\r\n'
+                            b'DATA\r\n' % mailfrom)
+                for _ in range(4):
+                    last = client.reply()
+                assert last[:3] == b'354'
+            first.send(b'x\r\n.\r\n')
+            second.send(b'x\r\n.\r\n')
+            assert first.reply() == second.reply() == b'250 OK\r\n'
+
+    def test_a_coroutine_that_raises_costs_a_451(self, start, tmp_path):
+        name = save_block(tmp_path, 'recipe-asyncio')
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text.replace('await asyncio.sleep(0.1)', 'raise OSError'))
+        program = start(['python', name])
+        with pytest.raises(smtplib.SMTPDataError) as refusal:
+            post_message(program.address)
+        assert refusal.value.smtp_code == 451
+
+
+@pytest.mark.real
+@executes('recipe-systemd', 'recipe-systemd-command')
+def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path):
+    analyze = find_tool('systemd-analyze', 'systemd')
+    verify, *_, enable = block('recipe-systemd-command').splitlines()
+    unit = tmp_path / save_block(tmp_path, 'recipe-systemd')
+    assert verify == 'systemd-analyze verify /etc/systemd/system/' + unit.name
+    assert enable == 'systemctl enable --now ' + unit.name
+    text = unit.read_text()
+    assert 'ExecStart=/opt/smtpd/bin/python -m smtpd -n -c keep.MaildirServer' in text
+    unit.write_text(text.replace('/opt/smtpd/bin/python', sys.executable))
+    outcome = subprocess.run([analyze, 'verify', str(unit)], timeout=60, encoding='utf-8',
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert unit.name not in outcome.stdout
+    assert outcome.returncode == 0, outcome.stdout
+
+
 def post_until_accepted(address, message):
     """What a mail program does: 4yz and a lost connection mean "try again"."""
     for _ in range(50):
@@ -704,7 +905,7 @@ def post_until_accepted(address, message):
 
 
 class HAProxy:
-    """HAProxy, set up as README says, before two processes that keep messages in a Maildir."""
+    """HAProxy, set up as the manual says, before two processes that keep messages in a Maildir."""
 
     def __init__(self, start, tmp_path, class_name='keep.MaildirServer'):
         haproxy = find_tool('haproxy', 'haproxy')

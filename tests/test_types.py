@@ -98,7 +98,8 @@ FAULTY_LINES = [6, 8, 9, 12, 16]
 
 TARGETS = ['3.12', '3.13', '3.14', '3.15']
 TYPED_BLOCKS = sorted(name for name, (language, text) in BLOCKS.items()
-                      if language == 'python' and text.startswith('# '))
+                      if language == 'python' and text.startswith('# ')
+                      and not name.startswith('tutorial-'))
 
 
 @pytest.fixture(scope='module')
@@ -111,7 +112,7 @@ def typed_programs(tmp_path_factory):
         'import smtpd\nreveal_type(smtpd.SMTPServer.process_message)\n')
     for name in TYPED_BLOCKS:
         save_block(directory, name)
-    # README's own configuration; the rest is for packages without types, or not installed here.
+    # The manual's configuration; the rest is for packages without types, or not installed here.
     (directory / 'mypy.ini').write_text(block('mypy-ini') + '''
 [mypy-django.*,flask.*,flask_mail.*,aiosmtpd.*,pytest.*]
 ignore_missing_imports = true
