@@ -28,7 +28,7 @@ html_title = 'pysmtpd %s' % release
 html_show_sourcelink = False
 html_show_sphinx = False
 html_static_path = ['static']
-html_css_files = ['marks.css']
+html_css_files = ['manual.css']
 
 # The attributes that the standard library's module had; its methods are all there.
 STANDARD = {
