@@ -1,4 +1,4 @@
-"""Throughput of two processes behind HAProxy beside one, as a ratio: README's recipe.
+"""Throughput of two processes behind HAProxy beside one, as a ratio: the manual's recipe.
 
     python benchmarks/haproxy.py [rounds]
 
@@ -49,8 +49,8 @@ def unused_port():
         return probe.getsockname()[1]
 
 
-def readme_configuration(ports):
-    with open(os.path.join(MODULE, 'README.rst')) as file:
+def manual_configuration(ports):
+    with open(os.path.join(MODULE, 'docs', 'howto', 'haproxy.rst')) as file:
         found = re.search(r':name: recipe-haproxy-cfg\n\n((?:   .*\n|\n)+)', file.read())
     text = re.sub('^   ', '', found[1], flags=re.MULTILINE).replace('localhost:', '127.0.0.1:')
     for name, port in zip(('1025', '2501', '2502'), ports):
@@ -91,7 +91,7 @@ def measure_all(handler, rounds):
                     [sys.executable, '-m', 'smtpd', '-n', '-c', 'handlers.' + handler,
                      '127.0.0.1:%d' % port], cwd=home, env=environment))
             for number, backends in (2, ports[:1]), (3, ports[:2]):
-                text = readme_configuration([ports[number], *ports[:2]])
+                text = manual_configuration([ports[number], *ports[:2]])
                 if len(backends) == 1:
                     text = re.sub('.*server two.*\n', '', text)
                 path = os.path.join(home, '%d.cfg' % number)

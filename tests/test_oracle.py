@@ -343,12 +343,12 @@ NO_OPTIONS = {}  # not to be changed
 class Difference(typing.NamedTuple):
     """A class of differences: why we differ, what it looks like, and one example.
 
-    `readme` stands in README's "Differences from the standard library".
+    `manual` stands in the manual's "Differences from the standard library".
     """
 
     applies: typing.Callable
     reason: str
-    readme: str
+    manual: str
     steps: list  # the last one is the one in which the two differ
     old: dict  # fields of its Outcome
     ours: dict
@@ -613,14 +613,13 @@ def test_difference_occurs_and_the_table_explains_it(old_module, difference):
 
 
 @pytest.mark.parametrize('difference', DIFFERENCES, ids=lambda each: each.applies.__name__)
-def test_difference_is_told_in_the_readme(difference):
-    assert difference.readme in differences_in_the_readme()
+def test_difference_is_told_in_the_manual(difference):
+    assert difference.manual in differences_in_the_manual()
 
 
-def differences_in_the_readme():
-    with open(os.path.join(HERE, 'README.rst'), encoding='utf-8') as file:
-        _, _, section = file.read().partition('\nDifferences from the standard library\n===')
-    return ' '.join(section.partition('\n===')[0].split())
+def differences_in_the_manual():
+    with open(os.path.join(HERE, 'docs', 'differences.rst'), encoding='utf-8') as file:
+        return ' '.join(file.read().split())
 
 
 # The differences that no single step shows.  The generated dialogues cannot have them, except for
@@ -644,7 +643,7 @@ def test_difference_character_cut_in_two(old_module):
     assert (old.raised, old.channel.connected, old.server.messages) == (
         'UnicodeDecodeError', False, [])
     assert [message[3] for message in ours.server.messages] == ['Subject: x\n\n\xe9.']
-    assert 'a character cut in two by the network arrives whole' in differences_in_the_readme()
+    assert 'a character cut in two by the network arrives whole' in differences_in_the_manual()
 
 
 @has_old_module
@@ -654,7 +653,7 @@ def test_difference_character_cut_in_two_in_an_over_long_line(old_module):
     ours = one_session(smtpd, *segments).whole()
     assert (old.raised, old.closed, old.sent) == ('UnicodeDecodeError', True, b'')
     assert ours.sent == b'500 Error: line too long\r\n250 OK\r\n'
-    assert 'octets that are not UTF-8' in differences_in_the_readme()
+    assert 'octets that are not UTF-8' in differences_in_the_manual()
 
 
 @has_old_module
@@ -663,23 +662,23 @@ def test_difference_commands_behind_quit(old_module):
                 for module in (old_module, smtpd)]
     assert [session.whole().sent for session in sessions] == [b'221 Bye\r\n'] * 2
     assert [len(session.server.messages) for session in sessions] == [1, 0]
-    assert 'Commands behind QUIT are not executed' in differences_in_the_readme()
+    assert 'What a client sends after QUIT is not executed' in differences_in_the_manual()
 
 
 @has_old_module
-@pytest.mark.parametrize('status, raised, answer, readme', [
+@pytest.mark.parametrize('status, raised, answer, manual', [
     (ValueError('a fault'), 'ValueError', b'451 Internal confusion', 'A handler that raises'),
     (b'250 taken', 'TypeError', b'250 taken', 'A handler\'s reply may be bytes'),
     ('250 pr\xeat', 'UnicodeEncodeError', b'250 pr?t', 'is sent with question marks'),
     (7, 'TypeError', b'250 OK', 'What is no reply becomes ``250 OK``')])
-def test_difference_what_a_handler_does(old_module, status, raised, answer, readme):
+def test_difference_what_a_handler_does(old_module, status, raised, answer, manual):
     old = one_session(old_module, WHOLE_TRANSACTION, replies=[status])
     ours = one_session(smtpd, WHOLE_TRANSACTION, b'NOOP\r\n', replies=[status])
     assert (old.raised, old.channel.connected) == (raised, False)
     assert old.whole().sent.endswith(GO_AHEAD)
     assert ours.whole().sent.endswith(GO_AHEAD + answer + b'\r\n250 OK\r\n')
     assert ours.raised == (raised if isinstance(status, Exception) else None)
-    assert readme in differences_in_the_readme()
+    assert manual in differences_in_the_manual()
 
 
 @has_old_module
@@ -691,7 +690,7 @@ def test_difference_text_that_is_no_reply(old_module, status, old_answer, answer
     ours = one_session(smtpd, WHOLE_TRANSACTION, replies=[status])
     assert old.whole().sent.endswith(GO_AHEAD + old_answer)
     assert ours.whole().sent.endswith(GO_AHEAD + answer)
-    assert 'or have several lines' in differences_in_the_readme()
+    assert 'or have several lines' in differences_in_the_manual()
 
 
 @has_old_module
@@ -702,7 +701,7 @@ def test_difference_handler_without_the_keywords(old_module):
         session.take(WHOLE_TRANSACTION)
     assert (old.raised, old.channel.connected) == ('TypeError', False)
     assert ours.whole().sent.endswith(GO_AHEAD + b'250 taken\r\n')
-    assert 'A handler that does not take ``mail_options``' in differences_in_the_readme()
+    assert 'A handler that does not take ``mail_options``' in differences_in_the_manual()
 
 
 @has_old_module
@@ -717,7 +716,7 @@ def test_difference_limits_of_a_command_line_are_each_sessions_own(old_module):
         module.SMTPChannel.command_size_limits.clear()
     assert [answer.splitlines()[-1] for answer in answers] == [
         b'250 OK', b'500 Error: line too long']
-    assert 'an EHLO no longer changes those of others' in differences_in_the_readme()
+    assert 'an EHLO no longer changes those of others' in differences_in_the_manual()
 
 
 @has_old_module
@@ -729,19 +728,19 @@ def test_difference_received_data_is_let_go(old_module):
     ours.take(b'NOOP\r\n')
     assert old.channel.received_data == message
     assert not ours.channel.received_data
-    assert '``received_data`` is let go' in differences_in_the_readme()
+    assert '``received_data`` is let go' in differences_in_the_manual()
 
 
 @has_old_module
-@pytest.mark.parametrize('octets, answer, readme', [
+@pytest.mark.parametrize('octets, answer, manual', [
     (b'X\r\n' * 100, b'421 Error: too many errors\r\n', 'or 100 errors'),
     (WHOLE_TRANSACTION[:25] + b'RCPT TO:<c@d>\r\n' * 1001,
      b'452 Error: too many recipients\r\n', '``452`` after 1000 recipients')])
-def test_difference_limits(old_module, octets, answer, readme):
+def test_difference_limits(old_module, octets, answer, manual):
     old, ours = (one_session(module, octets).whole() for module in (old_module, smtpd))
     assert answer not in old.sent
     assert ours.sent.count(answer) == 1 and ours.sent.endswith(answer)
-    assert readme in differences_in_the_readme()
+    assert manual in differences_in_the_manual()
 
 
 # What they agree on
