@@ -59,13 +59,22 @@ class Channel(smtpd.SMTPChannel):
         if address:
             super().smtp_MAIL(arg)
 
+    def smtp_RCPT(self, arg: str) -> None:
+        super().smtp_RCPT(arg)
+
     def push(self, msg: str) -> None:
         super().push(msg)
+        super().push(msg.encode())
 
     def found_terminator(self) -> None:
         line = self._emptystring.join(self.received_lines)
         print(line, self.smtp_state == self.DATA, self.rcpttos[0], self.get_terminator())
         super().found_terminator()
+
+
+class OtherChannel(smtpd.SMTPChannel):
+    def push(self, msg: 'str | bytes') -> None:
+        super().push(msg)
 
 
 OfBytes.channel_class = Channel
@@ -84,7 +93,7 @@ class Channel(smtpd.SMTPChannel):
     def smtp_XFOO(self, arg: str) -> None:
         self.psuh('250 OK')
 
-    def smtp_MAIL(self, arg: str) -> None:
+    def smtp_MAIL(self, arg: str) -> int:
         self.smtp_server.nonsense()
 
 class Server(smtpd.SMTPServer):
