@@ -57,19 +57,19 @@ def drop_signature(lines, class_name):
 
 def attributes_of_columns(lines, class_name):
     """Make attributes of a docstring's two columns: "name     what it is"."""
-    column = None  # where the second one begins, within a table
+    is_table = False
     made = []
     for line in lines:
         row = re.match(r'(\w+) {2,}(?=\S)', line)
         if row:
             made += ['', '.. attribute:: ' + row[1], '']
             made += ['   ' + text for text in mark(row[1] in STANDARD.get(class_name, ()))]
-            column = row.end()
-            line = '   ' + line[column:]
-        elif column and line[:column].isspace():
-            line = '   ' + line[column:]
-        elif column:
-            column = None
+            is_table = True
+            line = '   ' + line[row.end():]
+        elif is_table and line.startswith('        '):
+            line = '   ' + line.strip()
+        elif is_table:
+            is_table = False
             made.append('')
         made.append(line)
     lines[:] = made

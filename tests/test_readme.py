@@ -301,14 +301,16 @@ def test_the_manual_builds_and_its_reference_names_all_that_is_public(tmp_path):
     assert public - set(told) == set()
 
 
-@pytest.mark.parametrize('attribute', [
-    'SMTPChannel.command_size_limit', 'SMTPChannel.idle_timeout_seconds',
-    'SMTPChannel.recipient_limit', 'SMTPChannel.error_limit', 'SMTPChannel.unsent_reply_limit',
-    'SMTPServer.listen_backlog'])
-def test_the_defaults_in_the_manual_are_those_of_the_module(attribute):
-    class_name, name = attribute.split('.')
+LIMITS = [(cls, name) for cls in (smtpd.SMTPChannel, smtpd.SMTPServer, smtpd.PureProxy)
+          for name in columns_of(cls.__doc__)
+          if type(getattr(cls, name, None)) is int and (cls, name) != (
+              smtpd.PureProxy, 'process_message_threads')]  # its second row would have no origin
+
+
+@pytest.mark.parametrize('cls, name', LIMITS, ids=[name for cls, name in LIMITS])
+def test_the_limits_in_the_manual_are_those_of_the_module(cls, name):
     found = re.search(r'^``%s``(?: \[\d\]_)? +(\S+) ' % name, page('limits.rst'), re.MULTILINE)
-    assert found[1] == str(getattr(getattr(smtpd, class_name), name))
+    assert found[1] == str(getattr(cls, name))
 
 
 def read_setup():
