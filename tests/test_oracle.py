@@ -77,12 +77,10 @@ class Session:
 
     def __init__(self, module, replies=(), hooks_overridden=False, **options):
         class Channel(module.SMTPChannel):
-            def handle_error(channel):
-                self.raised = sys.exc_info()[0].__name__
-                super().handle_error()
-
+            # Not handle_error(): where that is overridden, ours sends no 451.
             def log_info(channel, message, type='info'):
-                pass
+                if sys.exc_info()[0] is not None:
+                    self.raised = sys.exc_info()[0].__name__
 
             if hooks_overridden:
                 def found_terminator(channel):
@@ -256,16 +254,6 @@ def refused_for_its_path_first(case):
             and first_difference(case.old_module, [GREETING, case.step]) is None)
 
 
-def dots_or_hyphens(case):
-    if not (case.we_refuse_the_path() and case.address_of_old and case.old_took_it_verbatim()):
-        return False
-    local_part, at, domain = case.address_of_old.rpartition('@')
-    if not at:
-        local_part, domain = domain, ''
-    return (re.search(r'^\.|\.\.', local_part)
-            or any(label and not label.strip('-') for label in domain.split('.')))
-
-
 def quotes_lost(case):
     if re.match(r'""(\s|$)|<"">', case.path or ''):
         return case.old.sent.startswith(b'501 Syntax: ')  # nothing was left
@@ -395,11 +383,6 @@ DIFFERENCES = [
         refused_for_its_path_first, 'the path is no path', 'a second address',
         [GREETING, SENDER_STEP, Step(b'MAIL FROM:a <b@c>')],
         {'sent': b'503 Error: nested MAIL command\r\n'}, {'sent': OLD_MAIL_SYNTAX}),
-    Difference(
-        dots_or_hyphens, 'no address by RFC 5321, 4.1.2', '``<a..b@x>``',
-        [GREETING, Step(b'MAIL FROM:<a..b@x>')],
-        {'sent': b'250 OK\r\n', 'session': ('x', 'a..b@x', [], 0)},
-        {'sent': OLD_MAIL_SYNTAX, 'session': ('x', None, [], 0)}),
     Difference(
         quotes_lost, 'addresses are handed on verbatim', 'keep their quotes',
         [GREETING, Step(b'MAIL FROM:<"a\\b"@x>')], {'session': ('x', 'ab@x', [], 0)},
@@ -670,7 +653,7 @@ def test_difference_commands_behind_quit(old_module):
     (ValueError('a fault'), 'ValueError', b'451 Internal confusion', 'A handler that raises'),
     (b'250 taken', 'TypeError', b'250 taken', 'A handler\'s reply may be bytes'),
     ('250 pr\xeat', 'UnicodeEncodeError', b'250 pr?t', 'is sent with question marks'),
-    (7, 'TypeError', b'250 OK', 'What is no reply becomes ``250 OK``')])
+    (7, 'TypeError', b'451 Internal confusion', 'anything else that is not empty or ``None``')])
 def test_difference_what_a_handler_does(old_module, status, raised, answer, manual):
     old = one_session(old_module, WHOLE_TRANSACTION, replies=[status])
     ours = one_session(smtpd, WHOLE_TRANSACTION, b'NOOP\r\n', replies=[status])
@@ -684,7 +667,7 @@ def test_difference_what_a_handler_does(old_module, status, raised, answer, manu
 @has_old_module
 @pytest.mark.parametrize('status, old_answer, answer', [
     ('250 one\ntwo', b'250 one\ntwo\r\n', b'250-one\r\n250 two\r\n'),
-    ('no code', b'no code\r\n', b'250 OK\r\n')])
+    ('no code', b'no code\r\n', b'451 Internal confusion\r\n')])
 def test_difference_text_that_is_no_reply(old_module, status, old_answer, answer):
     old = one_session(old_module, WHOLE_TRANSACTION, replies=[status])
     ours = one_session(smtpd, WHOLE_TRANSACTION, replies=[status])
