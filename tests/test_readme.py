@@ -73,6 +73,11 @@ def block(name, **ports):
                   lambda port: str(ports.get('port_' + port[0], 0)), BLOCKS[name][1])
 
 
+def commands(name):
+    """The commands of a block that runs one after the other."""
+    return re.split(r'[\s\\]+&& ', block(name).strip())
+
+
 def save_block(directory, name, **ports):
     """Save a block under the name in its first line; returns that name."""
     text = block(name, **ports)
@@ -383,7 +388,7 @@ END_OF_MESSAGE = '------------ END MESSAGE ------------'
 
 @executes('try-it', 'send-one', 'printed')
 def test_the_transcript_in_the_readme_is_what_comes_out(start, run_python):
-    program = start(block('try-it').split(' && ')[2].replace('smtpd-env/bin/', ''))
+    program = start(commands('try-it')[2].replace('smtpd-env/bin/', ''))
     python, *arguments = shlex.split(block('send-one', port_1025=program.port))
     assert python == 'python3'
     assert run_python(*arguments).stdout == ''
@@ -488,7 +493,7 @@ def which_smtpd(environment, directory):
 @pytest.mark.slow
 @executes('install', 'tutorial-install')
 def test_a_new_user_installs_and_runs_it(fresh, tmp_path):
-    make, install, run = block('try-it').strip().split(' && ')
+    make, install, run = commands('try-it')
     make_there, activate, install_there = block('tutorial-install').splitlines()
     assert (make, make_there) == ('python3 -m venv smtpd-env', 'python3 -m venv env')
     assert activate == '. env/bin/activate'
@@ -521,13 +526,13 @@ def test_one_line_moves_from_standard_smtpd(fresh, tmp_path):
 @executes('test-it', 'test-quickly')
 def test_the_command_lines_that_test_know_what_to_do():
     need_module('tox')
-    make, install, run = block('test-it').strip().split(' && ')
+    make, install, run = commands('test-it')
     assert install == 'test-env/bin/pip install tox'
     listed = subprocess.run([sys.executable, '-m', run.rpartition('/')[2], 'list', '--no-desc'],
                             cwd=HERE, check=True, stdout=subprocess.PIPE,
                             encoding='utf-8').stdout.split()
     assert {'py39', 'py310', 'py311', 'py312', 'py313', 'py314', 'py315', 'docs'} <= set(listed)
-    make_too, install, run = block('test-quickly').strip().split(' && ')
+    make_too, install, run = commands('test-quickly')
     assert make == make_too == 'python3 -m venv test-env'
     assert install == "test-env/bin/pip install '.[test]'"
     listed = subprocess.run([sys.executable, '-m', *shlex.split(run.rpartition('/')[2]),
@@ -665,7 +670,7 @@ class TestRecipeAuth:
 def certificate(tmp_path):
     """cert.pem and key.pem made as the manual says; a client's context that trusts them."""
     find_tool('openssl', 'openssl')
-    subprocess.run(shlex.split(block('recipe-starttls-certificate')), cwd=tmp_path, check=True,
+    subprocess.run(block('recipe-starttls-certificate'), shell=True, cwd=tmp_path, check=True,
                    stderr=subprocess.DEVNULL)
     return ssl.create_default_context(cafile=str(tmp_path / 'cert.pem'))
 
