@@ -346,11 +346,13 @@ class _Transport(asynchat.async_chat):
         limit = self.idle_timeout_seconds
         if limit is not None and self._watcher is None:
             self._look_for_idleness(time.monotonic())
-        return self._gate <= _IDLE and bool(super().readable())
+        # When closing, with nothing left to send, the end of the input is to be seen.
+        return bool((self._gate <= _IDLE or self._gate == _CLOSING and not self.producer_fifo)
+                    and super().readable())
 
     def handle_read(self):
-        if super().handle_read.__func__ is not _ASYNCHAT_HANDLE_READ:  # replaced by the program
-            super().handle_read()
+        if super().handle_read.__func__ is not _ASYNCHAT_HANDLE_READ:
+            super().handle_read()  # a mixin's after us in the method order, or a patch
             return
         if self.producer_fifo and self._client_has_ended():
             self.close_when_done()
@@ -362,7 +364,10 @@ class _Transport(asynchat.async_chat):
         except OSError:
             self.handle_error()
             return
-        self.ac_in_buffer = self.ac_in_buffer + data
+        if self._unread_input:
+            self.ac_in_buffer = self.ac_in_buffer + data
+        else:
+            self._unread_input += data
         self._process_input()
 
     def _client_has_ended(self):
@@ -375,7 +380,7 @@ class _Transport(asynchat.async_chat):
         """Cut the input at its terminators, and give the pieces away, while the gate is open."""
         is_given = False
         try:
-            while self._unread_input and self._gate <= _IDLE:
+            while self._unread_input and self._gate <= _IDLE and self.connected:
                 unread, start = self._unread_input, self._input_start
                 is_direct = self._holds_replies or self._goes_past_hooks()
                 terminator = self.terminator if is_direct else self.get_terminator()
@@ -406,8 +411,10 @@ class _Transport(asynchat.async_chat):
             if is_given:
                 self._answer_fault(error)
                 raise
-            self.handle_error()
-            self.close()  # the next try would be like this one
+            try:
+                self.handle_error()
+            finally:
+                self.close()  # the next try would be like this one
         finally:
             self._last_sign_of_life = time.monotonic()
             if self._gate != _OPEN or self._holds_replies:
@@ -417,7 +424,8 @@ class _Transport(asynchat.async_chat):
         """Decide whether the replies to what is given away next are held."""
         may_hold = may_hold and len(self.producer_fifo) < _MOST_HELD
         if not self._holds_replies:
-            self._holds_replies = may_hold and self._nobody_could_tell()
+            self._holds_replies = (may_hold and not self.producer_fifo
+                                   and self._nobody_could_tell())
         elif not may_hold:
             self._send_held_replies()
 
@@ -443,8 +451,10 @@ class _Transport(asynchat.async_chat):
             self._send_held_replies()
         if self._gate == _IDLE:
             self._set_gate(_OPEN)
-        elif self._gate == _CLOSING and self.connected and self._nobody_could_tell():
-            self.initiate_send()  # asynchat would close at the loop's next turn
+        elif self._gate == _CLOSING:
+            self.ac_in_buffer = b''
+            if self.connected and self._nobody_could_tell():
+                self.initiate_send()  # asynchat would close at the loop's next turn
 
     def _cut(self, unread, start, terminator):
         """Where the next piece ends, whether its terminator follows, where the rest begins."""
@@ -554,6 +564,9 @@ class _Transport(asynchat.async_chat):
 
     def handle_error(self):
         """Write the traceback to the log; then close, unless 451 was sent."""
+        if super().handle_error.__func__ is not _ASYNCORE_HANDLE_ERROR:
+            super().handle_error()
+            return
         _log_exception(self)
         error = sys.exc_info()[1]
         if error is None or not vars(error).pop(_ANSWERED, False):
@@ -563,13 +576,16 @@ class _Transport(asynchat.async_chat):
         """Tell the client of a fault in a hook, once, unless the program has its own way to."""
         if self._unread_input and self._gate <= _IDLE:
             self._set_gate(_PAUSED)  # handle_error() comes first
-        is_ours = getattr(self.handle_error, '__func__', None) is _Transport.handle_error
-        if self._has_replied or not is_ours:
+        if self._has_replied or not self.connected or not self._handles_errors_itself():
             return
         self.push('451 Internal confusion')
         if self._is_mid_block:  # the rest of it would be taken for commands
             self.close_when_done()
         setattr(error, _ANSWERED, True)
+
+    def _handles_errors_itself(self):
+        return (getattr(self.handle_error, '__func__', None) is _Transport.handle_error
+                and super().handle_error.__func__ is _ASYNCORE_HANDLE_ERROR)
 
     log_info = _log_info
 
@@ -595,6 +611,8 @@ class _Transport(asynchat.async_chat):
         self.initiate_send()
 
 
+# As they are before anybody patches them.
+_ASYNCORE_HANDLE_ERROR = asyncore.dispatcher.handle_error
 _ASYNCHAT_HANDLE_READ = asynchat.async_chat.handle_read
 _ASYNCHAT_PUSH = asynchat.async_chat.push
 
@@ -725,9 +743,10 @@ class SMTPChannel(_Transport):
         self.conn = conn
         self.data_size_limit = data_size_limit
         self.enable_SMTPUTF8 = enable_SMTPUTF8
-        if decode_data:
-            self._decode_data = decode_data
-            self._emptystring, self._linesep, self._dotsep, self._newline = '', '\r\n', '.', NEWLINE
+        self._decode_data = decode_data
+        if isinstance(self._emptystring, str) != bool(decode_data):
+            self._emptystring, self._linesep, self._dotsep, self._newline = (
+                ('', '\r\n', '.', NEWLINE) if decode_data else (b'', b'\r\n', ord(b'.'), b'\n'))
         with contextlib.suppress(OSError, AttributeError):  # AF_UNIX; a stub
             conn.setsockopt(*_NO_DELAY)
         asynchat.async_chat.__init__(self, conn, map)
@@ -756,6 +775,7 @@ class SMTPChannel(_Transport):
         self.extended_smtp = False  # EHLO, not HELO
         self.seen_greeting = ''  # what the client called itself
         self.received_data = ''  # the last message, until the next command
+        self.received_lines = []  # pieces of the present line, or of data
         self.terminator = _END_OF_LINE
         self._begin_transaction()
 
@@ -767,8 +787,7 @@ class SMTPChannel(_Transport):
         self.mail_options = []
         self.rcpt_options = []
         self.require_SMTPUTF8 = False  # asked for in MAIL
-        self.received_lines = []  # pieces of the present line, or of data
-        self.num_bytes = 0  # octets of it, also those over the limit
+        self.num_bytes = 0  # octets of the present line, or of data, also those over the limit
         self._message_under_way = None
 
     def _set_post_data_state(self):
@@ -812,15 +831,13 @@ class SMTPChannel(_Transport):
         octets, self.num_bytes = self.num_bytes, 0
         if not isinstance(DEBUGSTREAM, Devnull):
             _debug('Data: %r', self._emptystring.join(pieces))
-        if self.smtp_state == self.DATA:
-            self._add_collected(pieces)
-            self.num_bytes = max(self.num_bytes, octets)  # some may have been dropped
-            self._end_data()
-        elif self.smtp_state == self.COMMAND:
+        if self.smtp_state == self.COMMAND:
             line = b''.join(map(_as_octets, pieces))
             if self.terminator == b'\n':  # a program's, for clients of all kinds
                 line = line.rstrip(b'\r')
             self._execute_line(line, octets)
+        elif self.smtp_state == self.DATA:
+            self._end_data(pieces, octets)
         else:
             self.push('451 Internal confusion')
 
@@ -829,7 +846,8 @@ class SMTPChannel(_Transport):
         if self._is_mid_block:
             return self._message_under_way is not None
         try:
-            return (self.found_terminator.__func__ is _FOUND_TERMINATOR
+            return (not self.received_lines
+                    and self.found_terminator.__func__ is _FOUND_TERMINATOR
                     and self.collect_incoming_data.__func__ is _COLLECT_INCOMING_DATA
                     and self.get_terminator.__func__ is _GET_TERMINATOR
                     and isinstance(DEBUGSTREAM, Devnull))
@@ -852,8 +870,7 @@ class SMTPChannel(_Transport):
         if self.smtp_state == self.COMMAND:
             self._execute_line(octets, len(octets))
         elif self.smtp_state == self.DATA:
-            self._add_to_message(octets)
-            self._end_data()
+            self._end_data([octets])
         else:
             self.push('451 Internal confusion')
 
@@ -875,11 +892,6 @@ class SMTPChannel(_Transport):
                 and self._gate != _CLOSING):
             self.push('421 Error: too many errors')
             self.close_when_done()
-
-    def _answer_fault(self, error):
-        if self.smtp_state == self.DATA and not self._is_mid_block:
-            self._set_post_data_state()
-        super()._answer_fault(error)
 
     def add_channel(self, map=None):
         server = self.smtp_server
@@ -949,19 +961,31 @@ class SMTPChannel(_Transport):
         else:
             message.write(text)
 
-    def _add_collected(self, pieces):
-        """The same for what hooks have collected, cut anywhere."""
+    def _add_pieces(self, pieces):
+        """The same for all pieces that are left of it, which may be cut anywhere."""
         pieces.reverse()  # there may be many: let go of each
         uncertain = b''
         while pieces:
             octets = uncertain + _as_octets(pieces.pop())
-            end = len(octets) - asynchat.find_prefix_at_end(octets, _END_OF_DATA)
+            end = len(octets)
+            if pieces:  # the next one may begin within CRLF or CRLF-dot
+                end -= asynchat.find_prefix_at_end(octets, _END_OF_DATA)
             uncertain = octets[end:]
-            if end:
+            if end or not pieces:
                 self._add_to_message(octets[:end])
-        self._add_to_message(uncertain)
 
-    def _end_data(self):
+    def _end_data(self, pieces, octets_received=0):
+        """Handle the message that these pieces end; its data is over, whatever happens."""
+        try:
+            self._add_pieces(pieces or [b''])
+            self.num_bytes = max(self.num_bytes, octets_received)  # some may have been dropped
+            self._handle_message()
+        except BaseException:
+            if self.smtp_state == self.DATA:
+                self._set_post_data_state()
+            raise
+
+    def _handle_message(self):
         # RFC 1870 counts the last line end, too, which was cut off with the terminator.
         size = self.num_bytes + len(_END_OF_LINE) if self.num_bytes else 0
         if self.data_size_limit and size > self.data_size_limit:
@@ -1005,6 +1029,8 @@ class SMTPChannel(_Transport):
         except _ENDS_OF_THE_LOOP:
             raise
         except BaseException as error:
+            if self.smtp_state == self.DATA:
+                self._set_post_data_state()
             self._answer_fault(error)
             self.handle_error()
 
@@ -1036,7 +1062,7 @@ class SMTPChannel(_Transport):
 
     def _getaddr(self, arg):
         """Split a path off: (address, rest); the address is '' if it is malformed."""
-        return _parse_path(arg)
+        return _parse_path(arg or '')
 
     def _getparams(self, params):
         """The parameters as a dict; None if one is malformed."""
@@ -1137,7 +1163,8 @@ class SMTPChannel(_Transport):
             self.push(refusal)
             return
         self.mail_options = options
-        self.require_SMTPUTF8 = 'SMTPUTF8' in options
+        if 'SMTPUTF8' in options:
+            self.require_SMTPUTF8 = True
         self.mailfrom = address
         _debug('sender: %s', address)
         self.push('250 OK')
