@@ -192,20 +192,6 @@ def _parse_path(text):
     return match['path'] or match['null'] or match['bare'], text[match.end():]
 
 
-def _parse_parameters(parameters):
-    """Turn ['KEYWORD=value', 'KEYWORD'] into a dict; None if one is malformed.
-
-    RFC 5321, 4.1.2 (esmtp-param).  The value of a keyword without one is True.
-    """
-    parsed = {}
-    for parameter in parameters:
-        keyword, equals, value = parameter.partition('=')
-        if not keyword.isalnum() or equals and not value:
-            return None
-        parsed[keyword] = value if equals else True
-    return parsed
-
-
 def _printable(text):
     """The text with question marks for all that is not printable ASCII."""
     return re.sub(r'[^ -~]', '?', text)
@@ -273,6 +259,10 @@ _ENDS_OF_THE_LOOP = (asyncore.ExitNow, KeyboardInterrupt, SystemExit)  # not err
 _ANSWERED = '_smtpd_answered'  # marks an exception that the client has been told of
 
 _send_lock = threading.RLock()  # some programs push from a thread of their own
+_acquire_send_lock, _release_send_lock = _send_lock.acquire, _send_lock.release
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(before=_acquire_send_lock, after_in_parent=_release_send_lock,
+                        after_in_child=_release_send_lock)
 
 
 class _Transport(asynchat.async_chat):
@@ -298,6 +288,7 @@ class _Transport(asynchat.async_chat):
 
     idle_timeout_seconds = None
     unsent_reply_limit = None
+    use_encoding = True  # asynchat's: a terminator may be text, as in Python 2's programs
 
     def __new__(cls, *args, **kwargs):
         # State is born here: a program may have an __init__() that never calls ours.
@@ -338,21 +329,19 @@ class _Transport(asynchat.async_chat):
         self._unread_input = octets
         self._input_start = 0
 
-    def set_terminator(self, term):
-        """asynchat's set_terminator(); text is taken too, as Python 2's programs give it."""
-        super().set_terminator(term.encode('ascii') if isinstance(term, str) else term)
-
     def readable(self):
         limit = self.idle_timeout_seconds
         if limit is not None and self._watcher is None:
-            self._look_for_idleness(time.monotonic())
+            now = time.monotonic()
+            if now - self._last_sign_of_life >= limit:
+                self._look_for_idleness(now)
         # When closing, with nothing left to send, the end of the input is to be seen.
         return bool((self._gate <= _IDLE or self._gate == _CLOSING and not self.producer_fifo)
                     and super().readable())
 
     def handle_read(self):
-        if super().handle_read.__func__ is not _ASYNCHAT_HANDLE_READ:
-            super().handle_read()  # a mixin's after us in the method order, or a patch
+        if not _reads_as_asynchat(type(self)):
+            super().handle_read()
             return
         if self.producer_fifo and self._client_has_ended():
             self.close_when_done()
@@ -401,10 +390,14 @@ class _Transport(asynchat.async_chat):
                 self._unread_input, self._input_start = (unread, rest) if more_follows else (b'', 0)
                 is_given = True
                 self._has_replied = False
-                self._give(unread[start:end], is_whole, is_direct)
+                if is_direct and is_whole:
+                    self._is_mid_block = False
+                    self._take_block(unread[start:end])
+                else:
+                    self._give(unread[start:end], is_whole, is_direct)
+                    if not is_whole:
+                        break
                 is_given = False
-                if not is_whole:
-                    break
         except _ENDS_OF_THE_LOOP:
             raise
         except BaseException as error:
@@ -430,16 +423,11 @@ class _Transport(asynchat.async_chat):
             self._send_held_replies()
 
     def _give(self, piece, is_whole, is_direct):
-        """Give a piece, and the terminator after it, to the hooks or to what they end in."""
-        if is_direct:
-            self._is_mid_block = not is_whole
-            if is_whole:
-                self._take_block(piece)
-            else:
-                self._take_piece(piece)
-            return
+        """Give a piece, and the terminator after it, to the hooks."""
         self._is_mid_block = True
-        if piece:
+        if is_direct:
+            self._take_piece(piece)
+        elif piece:
             self.collect_incoming_data(piece)
         if is_whole:
             self._is_mid_block = False
@@ -474,10 +462,11 @@ class _Transport(asynchat.async_chat):
                 return start, True, start + 3
             if b'.\r\n'.startswith(unread[start:]):
                 return start, False, start
-        # rfind() first: in a large message, which seldom has one, it is twice as fast.
+        # rfind() is several times as fast as find(), and there is seldom more than one.
         end = unread.rfind(terminator, start)
         if end >= 0:
-            end = unread.find(terminator, start, end + len(terminator))
+            if unread.rfind(terminator, start, end + len(terminator) - 1) >= 0:
+                end = unread.find(terminator, start)
             return end, True, end + len(terminator)
         end = max(start, length - asynchat.find_prefix_at_end(unread, terminator))
         return end, False, end
@@ -490,11 +479,14 @@ class _Transport(asynchat.async_chat):
         self._has_replied = True
         if self._holds_replies:
             return
-        with _send_lock:
+        _acquire_send_lock()  # in fewer steps than `with`
+        try:
             super().initiate_send()
             if self.producer_fifo:
                 self._set_gate(_PAUSED if self._gate <= _IDLE and self._has_backlog()
                                else self._gate)
+        finally:
+            _release_send_lock()
 
     def _send_held_replies(self):
         self._holds_replies = False
@@ -613,7 +605,6 @@ class _Transport(asynchat.async_chat):
 
 # As they are before anybody patches them.
 _ASYNCORE_HANDLE_ERROR = asyncore.dispatcher.handle_error
-_ASYNCHAT_HANDLE_READ = asynchat.async_chat.handle_read
 _ASYNCHAT_PUSH = asynchat.async_chat.push
 
 
@@ -624,6 +615,13 @@ def _join_leading_bytes(queue):
         pieces.append(queue.popleft())
     if pieces:
         queue.appendleft(b''.join(pieces))
+
+
+@functools.lru_cache(maxsize=64)
+def _reads_as_asynchat(channel_class):
+    """Whether no mixin after SMTPChannel in the method order has its own handle_read()."""
+    following = channel_class.__mro__[channel_class.__mro__.index(_Transport) + 1:]
+    return next(base for base in following if 'handle_read' in vars(base)) is asynchat.async_chat
 
 
 @functools.lru_cache(maxsize=64)
@@ -651,13 +649,19 @@ def _unstuff(octets):
     that of RFC 1870: with CRLF, without the doubled dots.
     """
     if not _NEEDS_CARE.search(octets):
-        return len(octets), octets.translate(None, b'\r')
+        return len(octets), _without_cr(octets)
     octets = octets.replace(b'\r\n.', b'\r\n')
     return len(octets), _lf_for_crlf(octets)
 
 
+def _without_cr(octets):
+    if octets.count(b'\r', 0, 1024) < 32:
+        return octets.replace(b'\r', b'')  # from CR to CR: several times as fast ...
+    return octets.translate(None, b'\r')  # ... but not where lines are short
+
+
 def _lf_for_crlf(octets):
-    without_cr = octets.translate(None, b'\r')
+    without_cr = _without_cr(octets)
     if len(octets) - len(without_cr) == octets.count(b'\r\n'):  # as nearly always
         return without_cr
     return octets.replace(b'\r\n', b'\n')
@@ -799,6 +803,7 @@ class SMTPChannel(_Transport):
         """Forget the transaction and the message (RFC 5321, 4.1.1.5)."""
         self._set_post_data_state()
         self.received_data = ''
+        self.received_lines = []
 
     # ------------------------------------------------------------------
     # From the transport: pieces and blocks of input, replies
@@ -961,23 +966,21 @@ class SMTPChannel(_Transport):
         else:
             message.write(text)
 
-    def _add_pieces(self, pieces):
-        """The same for all pieces that are left of it, which may be cut anywhere."""
+    def _add_all_but_the_last(self, pieces):
+        """The same for collected pieces, which may be cut anywhere; returns what is left."""
         pieces.reverse()  # there may be many: let go of each
-        uncertain = b''
-        while pieces:
-            octets = uncertain + _as_octets(pieces.pop())
-            end = len(octets)
-            if pieces:  # the next one may begin within CRLF or CRLF-dot
-                end -= asynchat.find_prefix_at_end(octets, _END_OF_DATA)
-            uncertain = octets[end:]
-            if end or not pieces:
+        octets = _as_octets(pieces.pop())
+        while pieces:  # the next one may begin within CRLF or CRLF-dot
+            end = len(octets) - asynchat.find_prefix_at_end(octets, _END_OF_DATA)
+            if end:
                 self._add_to_message(octets[:end])
+            octets = octets[end:] + _as_octets(pieces.pop())
+        return octets
 
     def _end_data(self, pieces, octets_received=0):
         """Handle the message that these pieces end; its data is over, whatever happens."""
         try:
-            self._add_pieces(pieces or [b''])
+            self._add_to_message(self._add_all_but_the_last(pieces) if pieces else b'')
             self.num_bytes = max(self.num_bytes, octets_received)  # some may have been dropped
             self._handle_message()
         except BaseException:
@@ -1065,15 +1068,22 @@ class SMTPChannel(_Transport):
         return _parse_path(arg or '')
 
     def _getparams(self, params):
-        """The parameters as a dict; None if one is malformed."""
-        return _parse_parameters(params)
+        """Make a dict of ['KEYWORD=value', 'KEYWORD']; None if one is malformed.
+
+        RFC 5321, 4.1.2 (esmtp-param).  A keyword without a value gets True.
+        """
+        parsed = {}
+        for parameter in params:
+            keyword, equals, value = parameter.partition('=')
+            if not keyword.isalnum() or equals and not value:
+                return None
+            parsed[keyword] = value if equals else True
+        return parsed
 
     def _refusal_of_mail_parameters(self, parameters):
         """The reply to the parameters of MAIL that we do not take, or None."""
         if parameters is None:
             return self._mail_syntax()
-        if not parameters:
-            return None
         parameters = dict(parameters)
         if not self._decode_data:  # RFC 6152
             if parameters.pop('BODY', '7BIT') not in ('7BIT', '8BITMIME'):
@@ -1157,8 +1167,9 @@ class SMTPChannel(_Transport):
         if self.mailfrom:
             self.push('503 Error: nested MAIL command')
             return
-        options = parameters.upper().split()
-        refusal = self._refusal_of_mail_parameters(self._getparams(options))
+        options = parameters.upper().split() if parameters else []
+        parameters = self._getparams(options)
+        refusal = parameters != {} and self._refusal_of_mail_parameters(parameters)
         if refusal:
             self.push(refusal)
             return
@@ -1182,7 +1193,7 @@ class SMTPChannel(_Transport):
         if not address or parameters and not self.extended_smtp:
             self.push(self._rcpt_syntax())
             return
-        options = self._getparams(parameters.upper().split())
+        options = self._getparams(parameters.upper().split() if parameters else [])
         if options is None:
             self.push(self._rcpt_syntax())
             return
