@@ -37,7 +37,7 @@ def upstream():
 
 @pytest.fixture(params=[False, True], ids=['in the map', 'in the selector'])
 def selector(request, monkeypatch):
-    monkeypatch.setattr(smtpd.SMTPServer, 'channels_in_hub', request.param)
+    monkeypatch.setattr(smtpd.SMTPServer, 'channels_in_selector', request.param)
     return request.param
 
 

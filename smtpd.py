@@ -39,14 +39,13 @@ import importlib
 import io
 import os
 import re
-import selectors
+import select
 import socket
 import sys
 import threading
 import time
 import traceback
 import warnings
-import weakref
 
 __all__ = ['SMTPChannel', 'SMTPServer', 'DebuggingServer', 'PureProxy', 'MailmanProxy']
 
@@ -90,16 +89,56 @@ def _debug(form, *values):
             print(form % values, file=DEBUGSTREAM)
 
 
+class _NoThread(Exception):
+    """There is no thread to be had, or no descriptor to wake the loop at its end."""
+
+
+_ASYNCORES_LOG_INFO = asyncore.dispatcher.log_info  # before anybody replaces it
+
+
 def _log_info(self, message, type='info'):
-    """asyncore's log_info(), but to standard error; never raises."""
-    if type not in self.ignore_log_types:
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
-            text = '%s: %s\n' % (type, message)
-            sys.stderr.write(text.encode('ascii', 'backslashreplace').decode('ascii'))
+    """asyncore's log_info(), but to standard error; never raises.
+
+    A mixin's goes before it, and so does one that was patched into asyncore.
+    """
+    ours = next(each for each in self.__class__.__mro__
+                if vars(each).get('log_info') is _log_info)
+    inherited = super(ours, self).log_info
+    if getattr(inherited, '__func__', None) is not _ASYNCORES_LOG_INFO:
+        inherited(message, type)
+    elif type not in self.ignore_log_types:
+        _write_to_stderr('%s: %s\n' % (type, message))
+
+
+def _write_to_stderr(text):
+    with contextlib.suppress(Exception):  # it is closed, full, or there is none
+        sys.stderr.write(text.encode('ascii', 'backslashreplace').decode('ascii'))
 
 
 def _log_exception(self):
-    self.log_info('exception in %s\n%s' % (_safe_repr(self), traceback.format_exc()), 'error')
+    """Write the exception that is being handled to the log; never raises."""
+    error = sys.exc_info()[1]
+    message = 'exception in %s\n%s' % (_safe_repr(self), _safe_traceback(error))
+    try:
+        self.log_info(message, 'error')
+    except Exception as fault:
+        _write_to_stderr('error: %s\n%s\n' % (message, _describe(fault)))
+
+
+def _safe_traceback(error):
+    if isinstance(error, _NoThread):  # where it came from says nothing, and there may be many
+        return _describe(error)
+    try:
+        return traceback.format_exc()
+    except Exception:  # the first one imports modules: no descriptors, no memory, no right to
+        return _describe(error)
+
+
+def _describe(error):
+    try:
+        return '%s: %s' % (type(error).__name__, error)
+    except Exception:
+        return type(error).__name__
 
 
 def _safe_repr(thing):
@@ -117,7 +156,10 @@ _OUT_OF_BAND = socket.MSG_OOB
 _PEEK = socket.MSG_PEEK
 _SHUT_BOTH = socket.SHUT_RDWR
 _socketpair = socket.socketpair
-_FD_SETSIZE = 1024  # select() takes smaller descriptors only (POSIX)
+# What select() takes: POSIX descriptors below 1024; Windows 512 sockets, of which a
+# few are left for listeners and what wakes the loop.
+_FD_SETSIZE = 1024 if os.name == 'posix' else sys.maxsize
+_MOST_SOCKETS = 500 if os.name == 'nt' else sys.maxsize
 _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -258,11 +300,8 @@ _ENDS_OF_THE_LOOP = (asyncore.ExitNow, KeyboardInterrupt, SystemExit)  # not err
 
 _ANSWERED = '_smtpd_answered'  # marks an exception that the client has been told of
 
-_send_lock = threading.RLock()  # some programs push from a thread of their own
-_acquire_send_lock, _release_send_lock = _send_lock.acquire, _send_lock.release
-if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(before=_acquire_send_lock, after_in_parent=_release_send_lock,
-                        after_in_child=_release_send_lock)
+_lock = threading.RLock()  # for what is called from other threads than the loop's
+_acquire_lock, _release_lock = _lock.acquire, _lock.release
 
 
 class _Transport(asynchat.async_chat):
@@ -479,18 +518,18 @@ class _Transport(asynchat.async_chat):
         self._has_replied = True
         if self._holds_replies:
             return
-        _acquire_send_lock()  # in fewer steps than `with`
+        _acquire_lock()  # in fewer steps than `with`
         try:
             super().initiate_send()
             if self.producer_fifo:
                 self._set_gate(_PAUSED if self._gate <= _IDLE and self._has_backlog()
                                else self._gate)
         finally:
-            _release_send_lock()
+            _release_lock()
 
     def _send_held_replies(self):
         self._holds_replies = False
-        with _send_lock:
+        with _lock:
             _join_leading_bytes(self.producer_fifo)
         has_replied = self._has_replied
         self.initiate_send()
@@ -900,8 +939,8 @@ class SMTPChannel(_Transport):
 
     def add_channel(self, map=None):
         server = self.smtp_server
-        if _is_server(server) and server._takes_into_hub(self, map):
-            server._hub_of_channels.add(self)
+        if _is_server(server) and server._takes_into_selector(self, map):
+            server._selector_of_channels.add(self)
         else:
             super().add_channel(map)
 
@@ -1338,8 +1377,27 @@ def _getfqdn():
 # What wakes the loop, and what spares it
 # ---------------------------------------------------------------------------
 
+_forks = 0  # this process has seen: those that it made, and those that it comes from
+
+
+def _before_fork():
+    global _forks
+    _forks += 1
+    _lock.acquire()  # or a child might find it taken by a thread that it has not got
+
+
+if hasattr(os, 'register_at_fork'):  # not on Windows
+    os.register_at_fork(before=_before_fork, after_in_parent=_lock.release,
+                        after_in_child=_lock.release)
+
+
+def _is_too_much_for_select(descriptor, sockets=()):
+    """Whether the loop that called us would end in select() with this descriptor in its map."""
+    return (descriptor >= _FD_SETSIZE or len(sockets) >= _MOST_SOCKETS) and _wait_is_select()
+
+
 def _wait_is_select():
-    """Whether the loop that called us waits in select()."""
+    # Only the stack tells: asyncore asks nothing of poll() that it does not ask of poll2().
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code is asyncore.poll.__code__:
@@ -1348,20 +1406,19 @@ def _wait_is_select():
     return False
 
 
-def _is_too_high_for_select(descriptor):
-    # Windows counts sockets instead, and has no small numbers.
-    return os.name == 'posix' and descriptor >= _FD_SETSIZE and _wait_is_select()
-
-
 def _refuse(connection):
     with contextlib.suppress(OSError):
         connection.send(b'421 Service not available\r\n')
     connection.close()
 
 
-def _close_sockets(*sockets):
-    for each in sockets:
-        each.close()
+def _identity(sock):
+    """What tells whether the socket's descriptor is still its own; None where nothing does."""
+    try:
+        status = os.fstat(sock.fileno())
+    except OSError:  # closed; Windows
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _give(result):
@@ -1372,73 +1429,111 @@ def _throw(error):
     raise error
 
 
-def _ignore(outcome):
-    pass
-
-
-class _BackgroundTasks(asyncore.dispatcher):
-    """Runs functions in threads; their outcomes come back in the loop's thread.
-
-    A socket pair wakes the loop.  It stands in the socket map only while a
-    task runs, so that a loop ends when its servers and channels are closed.
-    An outcome is a function that returns or raises what the task did.
-    """
+class _Reader(asyncore.dispatcher):
+    """Stands in a socket map to be read from, and lives on after a fault."""
 
     log_info = _log_info
 
+    def writable(self):
+        return False
+
+    def handle_error(self):
+        """Write the traceback to the log."""
+        _log_exception(self)
+
+
+class _Threads(_Reader):
+    """Runs calls in threads; their outcomes come back in the loop's thread.
+
+    A pair of sockets wakes the loop.  It is made when the first client comes,
+    and stands in the socket map only while there are calls, so that a loop ends
+    when its servers and channels are closed.
+
+    An outcome is a function that returns or raises what the call did.  Where no
+    thread is to be had it raises _NoThread, and comes before run() returns.
+    """
+
     def __init__(self, map):
         asyncore.dispatcher.__init__(self, map=map)
-        self.socket, self._waker = _socketpair()  # now: later no descriptor may be left
-        self.socket.setblocking(False)
-        self._waker.setblocking(False)
-        weakref.finalize(self, _close_sockets, self.socket, self._waker)
+        self._process = os.getpid()
+        self._pair = ()  # each socket and its identity: others may close their descriptors
         self._at_most = 0
         self._running = 0
-        self._queued = collections.deque()  # (task, function for its outcome)
+        self._queued = collections.deque()  # (call, function for its outcome)
         self._ended = collections.deque()  # (function for the outcome, outcome)
         self._is_abandoned = False
 
-    def start_at_most(self, count, task, take_outcome):
-        """Run task() in a thread as soon as fewer than `count` run."""
-        self._at_most = count
-        self._queued.append((task, take_outcome))
+    def is_inherited(self):
+        """Whether this is a child after fork(): the threads, and the pair, are its parent's."""
+        return self._process != os.getpid()
+
+    def run(self, at_most, call, take_outcome):
+        """Run call() in a thread as soon as fewer than `at_most` run."""
+        self._at_most = at_most
+        self._queued.append((call, take_outcome))
         self._start_queued()
 
-    def start(self, task, take_outcome):
-        """Run task() in a thread now."""
-        # The map first: the task may close the server, which closes what nobody uses.
-        self._running += 1
-        self._fileno = self.socket.fileno()
-        self.add_channel()
+    def _start_queued(self):
         try:
-            threading.Thread(target=self._run, args=(task, take_outcome), daemon=True).start()
-        except RuntimeError:  # no more threads to be had
-            self._running -= 1
+            while self._queued and self._running < self._at_most:
+                call, take_outcome = self._queued.popleft()
+                try:
+                    self._start(call, take_outcome)
+                    continue
+                except Exception as error:
+                    failure = _NoThread('no thread to be had: %s' % error)
+                take_outcome(functools.partial(_throw, failure))
+        finally:
             self._leave_if_idle()
+
+    def _start(self, call, take_outcome):
+        self._running += 1  # from now on close_when_idle() leaves the pair alone
+        try:
+            with _lock:
+                self._make_pair()
+                self._fileno = self.socket.fileno()
+                self.add_channel()
+            threading.Thread(target=self._run, args=(call, take_outcome), daemon=True).start()
+        except BaseException:
+            self._running -= 1
             raise
 
-    def _start_queued(self):
-        while self._queued and self._running < self._at_most:
-            task, take_outcome = self._queued.popleft()
-            try:
-                self.start(task, take_outcome)
-            except RuntimeError as error:
-                take_outcome(functools.partial(_throw, error))
+    def prepare(self):
+        """Make the pair while there are descriptors: later clients may take them all."""
+        with _lock, contextlib.suppress(OSError):
+            if not self._is_abandoned:
+                self._make_pair()
 
-    def _run(self, task, take_outcome):
+    def _make_pair(self):
+        if self._pair:
+            return
+        pair = _socketpair()
+        self._pair = [(each, _identity(each)) for each in pair]
+        self.socket, self._waker = pair
+        if _is_too_much_for_select(self.socket.fileno()):
+            self._close_pair()
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        for each in pair:
+            each.setblocking(False)
+
+    def _run(self, call, take_outcome):
         try:
-            outcome = functools.partial(_give, task())
+            outcome = functools.partial(_give, call())
         except BaseException as error:
             outcome = functools.partial(_throw, error)
         self._ended.append((take_outcome, outcome))
         self._wake_loop()
 
     def _wake_loop(self):
-        with contextlib.suppress(OSError):  # full: the loop is awake; closed: nobody asks
-            self._waker.send(b'.')
+        with _lock, contextlib.suppress(OSError):  # full: the loop is awake
+            if self._pair:
+                self._waker.send(b'.')
 
-    def writable(self):
-        return False
+    def readable(self):
+        if self.is_inherited():
+            self.close()
+            return False
+        return True
 
     def handle_read(self):
         with contextlib.suppress(BlockingIOError):
@@ -1452,78 +1547,123 @@ class _BackgroundTasks(asyncore.dispatcher):
             if self._ended:
                 self._wake_loop()
             self._start_queued()
-            self._leave_if_idle()
-
-    def handle_error(self):
-        _log_exception(self)
-
-    def _leave_if_idle(self):
-        if not self._running and not self._queued:
-            self.del_channel()
-            if self._is_abandoned:
-                self.close()
 
     def close_when_idle(self):
+        """Close when all calls have ended; may be called from any thread."""
         self._is_abandoned = True
-        self._leave_if_idle()
+        if self.is_inherited():
+            self.close()
+        else:
+            self._leave_if_idle()
+
+    def _leave_if_idle(self):
+        with _lock:
+            if not self._running and not self._queued:
+                self.del_channel()
+                if self._is_abandoned:
+                    self._close_pair()
 
     def close(self):
-        asyncore.dispatcher.close(self)
-        self._waker.close()
+        with _lock:
+            self.del_channel()
+            self._close_pair()
+
+    def _close_pair(self):
+        for each, identity in self._pair:
+            if _identity(each) == identity:
+                each.close()
+            else:  # the number is somebody else's by now
+                each.detach()
+        self._pair = ()
 
 
-class _Hub(asyncore.dispatcher):
+class _Selector(_Reader):
     """Stands in the socket map for all channels of a server.
 
     asyncore asks every object in the map at every turn whether it wants to
     read or write.  This one asks the kernel instead: its descriptor is an
-    epoll set (Linux) or a kqueue (BSD, macOS), which is readable while one of
-    the channels in it is ready.
+    epoll set, which is readable while one of the channels in it is ready.
+    The set is made for the first channel and closed with the last.
     """
 
-    is_possible = hasattr(selectors.DefaultSelector, 'fileno')  # not on Windows
+    is_possible = hasattr(select, 'epoll')  # Linux.  kqueue might do, but nobody has tried it.
 
-    def __init__(self, server):
-        asyncore.dispatcher.__init__(self, map=server._map)
-        self._next_look_for_idle = 0.0
+    def __init__(self, map):
+        asyncore.dispatcher.__init__(self, map=map)
         self._channels = {}  # by descriptor
         self._events = {}  # what is watched, by descriptor
-        self._selector = selectors.DefaultSelector()  # closed by the garbage collector
+        self._epoll = None
+        self._process = None  # number of the one whose set it is
+        self._next_look_for_idle = 0.0  # on the monotonic clock
+
+    def open(self):
+        """Make the epoll set, if there is none; false where it cannot be had."""
+        if self._epoll is None:
+            try:
+                epoll = select.epoll()
+            except OSError:
+                return False
+            if _is_too_much_for_select(epoll.fileno()):
+                epoll.close()
+                return False
+            self._epoll = epoll
+            self._process = os.getpid()
+            self._fileno = epoll.fileno()
+        self.add_channel()
+        return True
+
+    def _own_epoll(self):
+        """The set; in a child after fork() a new one, since the old one is its parent's too."""
+        if self._process != os.getpid():
+            with select.epoll() as epoll:  # under the number by which the socket map knows it
+                os.dup2(epoll.fileno(), self._fileno, inheritable=False)
+            self._process = os.getpid()
+            for descriptor, events in self._events.items():
+                if events:
+                    self._epoll.register(descriptor, events)
+        return self._epoll
 
     def add(self, channel):
-        self._forget(channel._fileno)  # somebody closed its socket behind our back
-        self._channels[channel._fileno] = channel
-        channel._watcher = self
-        self._fileno = self._selector.fileno()
-        self.add_channel()
-        self.watch(channel)
+        """Watch a channel from now on; open() was true."""
+        with _lock:
+            self._forget(channel._fileno)  # somebody closed its socket behind our back
+            self._channels[channel._fileno] = channel
+            channel._watcher = self
+            self.watch(channel)
 
     def discard(self, channel):
-        channel._watcher = None
-        if self._channels.get(channel._fileno) is channel:
-            self._forget(channel._fileno)
-        if not self._channels:
-            self.del_channel()
+        with _lock:
+            channel._watcher = None
+            if self._channels.get(channel._fileno) is channel:
+                self._forget(channel._fileno)
+            if not self._channels:
+                self._close_epoll()
 
     def _forget(self, descriptor):
         self._channels.pop(descriptor, None)
-        if self._events.pop(descriptor, 0):
-            self._selector.unregister(descriptor)
+        if self._events.pop(descriptor, 0) and self._process == os.getpid():
+            with contextlib.suppress(OSError):  # it is closed
+                self._epoll.unregister(descriptor)
 
     def watch(self, channel):
-        """Watch the channel for what it wants now."""
-        descriptor = channel._fileno
-        wanted = ((selectors.EVENT_READ if channel.readable() else 0)
-                  | (selectors.EVENT_WRITE if channel.writable() else 0))
+        """Watch the channel for what it wants now; called from any thread."""
+        with _lock:
+            if channel._watcher is self:
+                self._set_events(channel._fileno, (
+                    (select.EPOLLIN if channel.readable() else 0)
+                    | (select.EPOLLOUT if channel.writable() else 0)))
+
+    def _set_events(self, descriptor, wanted):
         watched = self._events.get(descriptor, 0)
         if wanted == watched:
             return
+        epoll = self._own_epoll()
         if not watched:
-            self._selector.register(descriptor, wanted, channel)
+            epoll.register(descriptor, wanted)
         elif wanted:
-            self._selector.modify(descriptor, wanted, channel)
-        else:
-            self._selector.unregister(descriptor)
+            epoll.modify(descriptor, wanted)
+        else:  # epoll tells of errors even if it is asked for nothing
+            epoll.unregister(descriptor)
         self._events[descriptor] = wanted
 
     def readable(self):
@@ -1532,59 +1672,63 @@ class _Hub(asyncore.dispatcher):
             self._next_look_for_idle = now + 1
             for channel in list(self._channels.values()):
                 channel._look_for_idleness(now)
-        return True
-
-    def writable(self):
-        return False
-
-    log_info = _log_info
-
-    def handle_error(self):
-        _log_exception(self)
+        try:
+            return self._own_epoll() is not None
+        except OSError:  # a child's, without descriptors: at the next turn
+            return False
 
     def handle_read(self):
-        for key, events in self._selector.select(0):
-            channel = key.data
-            if events & selectors.EVENT_READ and channel._watcher is self:
+        for descriptor, events in self._own_epoll().poll(0):
+            channel = self._channels.get(descriptor)
+            watched = self._events.get(descriptor, 0)
+            if watched & select.EPOLLIN and events & ~select.EPOLLOUT:
                 asyncore.read(channel)
-            if events & selectors.EVENT_WRITE and channel._watcher is self:
+            # The channel may be gone: then there is none, or another.
+            if (watched & select.EPOLLOUT and events & ~select.EPOLLIN
+                    and self._channels.get(descriptor) is channel):
                 asyncore.write(channel)
-                if channel._watcher is self:
-                    self.watch(channel)
+                self.watch(channel)
 
     def close(self):
         for channel in list(self._channels.values()):
             channel.close()
+        self._close_epoll()
+
+    def _close_epoll(self):
+        if self._epoll is not None:
+            self.del_channel()
+            self._epoll.close()
+            self._epoll = None
 
 
-class _ClosingListener(asyncore.dispatcher):
+class _ClosingListener(_Reader):
     """Closes a listening socket in the loop's own thread.
 
     That thread may be about to wait for the descriptor, and must not find it
     closed.  shutdown() wakes it, which close() alone would not.
     """
 
-    def __init__(self, server):
-        asyncore.dispatcher.__init__(self, map=server._map)
-        self.set_socket(server.socket)
-        with contextlib.suppress(OSError, AttributeError):  # macOS does not know it
-            self.socket.shutdown(_SHUT_BOTH)
-
-    def writable(self):
-        return False
+    def __init__(self, listener, map):
+        asyncore.dispatcher.__init__(self, map=map)
+        self.set_socket(listener)
+        try:
+            listener.shutdown(_SHUT_BOTH)
+        except OSError:  # macOS
+            self.close()
 
     def handle_read_event(self):
         self.close()
-
-    def __del__(self):
-        self.socket.close()
 
 
 # ---------------------------------------------------------------------------
 # The servers
 # ---------------------------------------------------------------------------
 
-class SMTPServer(asyncore.dispatcher):
+_PAUSE_SECONDS = 0.01  # between two looks for a descriptor
+_COMPLAINT_SECONDS = 60  # between two lines in the log about it
+
+
+class SMTPServer(_Reader):
     """Listens, and gives each complete message to process_message().
 
     SMTPServer(localaddr, remoteaddr, data_size_limit=33554432, map=None,
@@ -1609,16 +1753,19 @@ class SMTPServer(asyncore.dispatcher):
     process_message_threads  0 (the default): process_message() runs in the
                              loop, and all sessions wait for it; else it runs
                              in up to so many threads
-    channels_in_hub          true: channels stand not in the socket map, but in
-                             one epoll or kqueue set, so that idle ones cost
-                             nothing (default: false; python -m smtpd has it)
+    channels_in_selector     true: channels stand not in the socket map, but in
+                             one epoll set, where there is epoll, so that idle
+                             ones cost nothing (default: false; python -m smtpd
+                             has it)
     listen_backlog           connections that may wait to be accepted (1024)
-    accepts_per_event        connections accepted at one turn of the loop (100)
+    accepts_per_event        connections accepted at one turn of the loop (100);
+                             one where the listener is not of our making, or
+                             accept() is overridden
     """
 
     channel_class = SMTPChannel
     process_message_threads = 0
-    channels_in_hub = False
+    channels_in_selector = False
     listen_backlog = 1024
     accepts_per_event = 100
 
@@ -1629,10 +1776,11 @@ class SMTPServer(asyncore.dispatcher):
     _remoteaddr = None
     _name_of_this_host = None
     _loop_thread = None  # number of the one that asked us last
-    _accepts_again_at = 0.0  # on the monotonic clock
-    _background_tasks = None
-    _hub_of_channels = None
-    _closing_listener = None  # has the socket until the loop's own thread closes it
+    _own_listener = None  # the socket, where it is of our making ...
+    _forks_before_listener = 0  # ... after so many forks
+    _complains_again_at = 0.0  # on the monotonic clock
+    _threads_for_handlers = None
+    _selector_of_channels = None
 
     def __init__(self, localaddr, remoteaddr, data_size_limit=DATA_SIZE_DEFAULT,
                  map=None, enable_SMTPUTF8=False, decode_data=False):
@@ -1657,8 +1805,8 @@ class SMTPServer(asyncore.dispatcher):
         self.create_socket(family, socket.SOCK_STREAM)
         self.set_reuse_addr()
         self.bind((host or '', port))
-        self._background_tasks = _BackgroundTasks(self._map)
         self.listen(self.listen_backlog)
+        self._own_listener, self._forks_before_listener = self.socket, _forks
 
     def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
         """Do something with a message: to be overridden.
@@ -1682,10 +1830,7 @@ class SMTPServer(asyncore.dispatcher):
 
     def readable(self):
         self._loop_thread = threading.get_ident()
-        return time.monotonic() >= self._accepts_again_at
-
-    def writable(self):
-        return False
+        return True
 
     def accept(self):
         """asyncore's accept(); None, too, where the connection cannot be served now."""
@@ -1694,29 +1839,31 @@ class SMTPServer(asyncore.dispatcher):
         except OSError as error:
             if error.errno not in _OUT_OF_RESOURCES:
                 raise
-            self._pause_accepting()
+            self._wait_for_resources(error)
             return None
-        if (pair is not None and not self._has_hub_for(self.channel_class)
-                and _is_too_high_for_select(pair[0].fileno())):
+        if (pair is not None and _is_too_much_for_select(pair[0].fileno(), self._map)
+                and not self._has_selector_for(self.channel_class)):
             _refuse(pair[0])
             return None
+        if pair is not None and self.process_message_threads:
+            self._own_threads().prepare()
         return pair
 
-    def _pause_accepting(self):
-        # The connection waits in the backlog, and select() would not wait for it.
-        self.log_info('no resources to accept a connection: waiting a second', 'error')
-        self._accepts_again_at = time.monotonic() + 1
-        # No thread or no descriptor to be had either: the loop's next turn will do.
-        with contextlib.suppress(RuntimeError, OSError):
-            self._tasks_in_background().start(functools.partial(time.sleep, 1), _ignore)
-
-    def _tasks_in_background(self):
-        if self._background_tasks is None:
-            self._background_tasks = _BackgroundTasks(self._map)
-        return self._background_tasks
+    def _wait_for_resources(self, error):
+        """Pause until a session has something to say, but only for a moment."""
+        # The connection waits in the backlog, so that no loop would wait for it.
+        now = time.monotonic()
+        if now >= self._complains_again_at:
+            self._complains_again_at = now + _COMPLAINT_SECONDS
+            self.log_info('no resources to accept a connection: %s' % error, 'error')
+        speakers = [number for number, each in self._map.items() if _may_speak(each)]
+        try:
+            select.select(speakers, [], [], _PAUSE_SECONDS)
+        except (OSError, ValueError):  # numbers over 1023; none, on Windows
+            time.sleep(_PAUSE_SECONDS)
 
     def handle_accept(self):
-        for _ in range(self.accepts_per_event):
+        for _ in range(self.accepts_per_event if self._accept_ends_with_none() else 1):
             pair = self.accept()
             if pair is None:
                 return
@@ -1730,6 +1877,11 @@ class SMTPServer(asyncore.dispatcher):
             if not self.accepting:  # closed meanwhile
                 return
 
+    def _accept_ends_with_none(self):
+        """Whether accept() says when no connection waits; another's might block, or never end."""
+        return (self.socket is self._own_listener
+                and getattr(self.accept, '__func__', None) is SMTPServer.accept)
+
     def handle_accepted(self, conn, addr):
         _debug('Incoming connection from %r', addr)
         arguments = (self, conn, addr, self.data_size_limit, self._map,
@@ -1739,34 +1891,27 @@ class SMTPServer(asyncore.dispatcher):
     def _abandon_connection(self, connection):
         """Close a connection whose channel could not be made."""
         descriptor = connection.fileno()
-        for channels in self._map, self._hub_channels():
+        for channels in self._map, self._watched_channels():
             channel = channels.get(descriptor)
             if channel is not None and channel.socket is connection:
                 channel.close()
         connection.close()
 
-    log_info = _log_info
-
-    def handle_error(self):
-        """Write the traceback to the log; the listener lives on."""
-        _log_exception(self)
-
     def close(self):
         """Stop listening; may be called from any thread.  Channels live on."""
-        self.accepting = False
-        if self._is_watched_by_another_thread():
-            if self._closing_listener is None and self._fileno is not None:
-                self._closing_listener = _ClosingListener(self)
-                self._fileno = None
-        else:
-            if self._closing_listener is not None:
-                self._closing_listener.close()
-            asyncore.dispatcher.close(self)
-        tasks, self._background_tasks = self._background_tasks, None
-        if tasks is not None:
-            tasks.close_when_idle()
+        if self._fileno is not None and self._may_shut_down() and self._is_watched_elsewhere():
+            self._fileno = None
+            _ClosingListener(socket.socket(fileno=self.socket.detach()), self._map)
+        asyncore.dispatcher.close(self)
+        if self._threads_for_handlers is not None:
+            self._threads_for_handlers.close_when_idle()
 
-    def _is_watched_by_another_thread(self):
+    def _may_shut_down(self):
+        """Whether no other process has the listener, which it would be shut down for too."""
+        return self.socket is self._own_listener and self._forks_before_listener == _forks
+
+    def _is_watched_elsewhere(self):
+        """Whether another thread runs the loop."""
         return (self._loop_thread not in (None, threading.get_ident())
                 and any(thread.ident == self._loop_thread for thread in threading.enumerate()))
 
@@ -1779,22 +1924,40 @@ class SMTPServer(asyncore.dispatcher):
             self._name_of_this_host = _getfqdn()  # may take seconds: once a server
         return self._name_of_this_host
 
+    def _own_threads(self):
+        threads = self._threads_for_handlers
+        if threads is None or threads.is_inherited():
+            if threads is not None:
+                threads.close()
+            threads = self._threads_for_handlers = _Threads(self._map)
+        if not self.accepting:  # a session outlives its server
+            threads.close_when_idle()
+        return threads
+
     def _run_in_thread(self, call, take_outcome):
-        self._tasks_in_background().start_at_most(self.process_message_threads, call, take_outcome)
+        """Run call() in a thread, then take_outcome(outcome) in the loop's: see _Threads."""
+        self._own_threads().run(self.process_message_threads, call, take_outcome)
 
-    def _has_hub_for(self, channel_class):
-        return self.channels_in_hub and _Hub.is_possible and _leaves_events_alone(channel_class)
-
-    def _takes_into_hub(self, channel, map):
-        if (not self._has_hub_for(type(channel))
-                or (channel._map if map is None else map) is not self._map):
+    def _has_selector_for(self, channel_class):
+        if not (self.channels_in_selector and _Selector.is_possible
+                and _leaves_events_alone(channel_class)):
             return False
-        if self._hub_of_channels is None:
-            self._hub_of_channels = _Hub(self)
-        return True
+        if self._selector_of_channels is None:
+            self._selector_of_channels = _Selector(self._map)
+        return self._selector_of_channels.open()
 
-    def _hub_channels(self):
-        return {} if self._hub_of_channels is None else self._hub_of_channels._channels
+    def _takes_into_selector(self, channel, map):
+        return ((channel._map if map is None else map) is self._map
+                and self._has_selector_for(type(channel)))
+
+    def _watched_channels(self):
+        return {} if self._selector_of_channels is None else self._selector_of_channels._channels
+
+
+def _may_speak(thing):
+    if isinstance(thing, SMTPChannel):
+        return thing._gate <= _IDLE
+    return isinstance(thing, (_Threads, _Selector))
 
 
 def _leaves_events_alone(channel_class):
@@ -2281,11 +2444,20 @@ def _refuse_class(name, reason):
     _give_up('%s: %s; want %s or package.module.Class', name, reason, _BUILT_IN_CLASSES)
 
 
+def _import_for_tracebacks():
+    """Let traceback import what its first one takes, while this user may read it."""
+    try:
+        raise RuntimeError
+    except RuntimeError as error:
+        _safe_traceback(error)
+
+
 def _become_nobody():
     try:
         import pwd
     except ImportError:  # Windows
         _give_up('no user nobody on this system: want option -n')
+    _import_for_tracebacks()
     try:
         nobody = pwd.getpwnam('nobody')
         os.setgroups([])
@@ -2317,7 +2489,7 @@ def _main():
         options = parseargs()
         server = _make_server(options)
         if isinstance(server, SMTPServer):
-            server.channels_in_hub = True  # the socket map is ours
+            server.channels_in_selector = True  # the socket map is ours
         if options.setuid:
             _become_nobody()
         # A second: Ctrl-C does not wake select() on Windows, nor a poll() that is about to start.

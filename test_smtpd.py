@@ -179,7 +179,7 @@ class TestModule:
 
     @pytest.mark.parametrize('owner, name, value', [
         ('SMTPServer', 'process_message_threads', 0),
-        ('SMTPServer', 'channels_in_hub', False),
+        ('SMTPServer', 'channels_in_selector', False),
         ('SMTPServer', 'listen_backlog', 1024),
         ('SMTPServer', 'accepts_per_event', 100),
         ('SMTPChannel', 'COMMAND', 0),
@@ -1735,7 +1735,7 @@ class TestSocket:
         ('readable', lambda self: smtpd.SMTPChannel.readable(self)),
         ('handle_read_event', lambda self: smtpd.SMTPChannel.handle_read_event(self))])
     def test_a_channel_that_asyncore_has_to_ask_stays_outside_of_the_selector(self, name, value):
-        with serving(variant(channels_in_hub=True, channel={name: value})) as server:
+        with serving(variant(channels_in_selector=True, channel={name: value})) as server:
             with greeted(server) as one, greeted(server) as other:
                 assert one.say(b'NOOP') == other.say(b'NOOP') == b'250 OK\r\n'
                 assert len(server._map) == 3
@@ -2076,20 +2076,7 @@ class TestServerStaysUp:
             real = server.socket
             server.socket = Listener(real, number)
             turn(at_most=5)
-            assert server.socket.attempts == 1 and not server.readable()
-            server.socket = real
-            assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
-
-    def test_the_listener_outlives_a_lack_of_threads_too(self, monkeypatch, capsys):
-        def start(self):
-            raise RuntimeError("can't start new thread")
-
-        with turning() as (server, turn), RawClient(server) as client:
-            real = server.socket
-            server.socket = Listener(real, errno.ENOMEM)
-            with monkeypatch.context() as without_threads:
-                without_threads.setattr(threading.Thread, 'start', start)
-                turn(at_most=5)
+            assert server.socket.attempts == 5
             server.socket = real
             assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
 
@@ -2265,7 +2252,7 @@ class TestServerStaysUp:
             assert server._map == {} and client.rest() == b''
 
     @pytest.mark.parametrize('attribute', [
-        {}, {'channels_in_hub': True}, {'process_message_threads': 2}],
+        {}, {'channels_in_selector': True}, {'process_message_threads': 2}],
         ids=['plain', 'selector', 'threads'])
     def test_a_server_that_nobody_holds_lives_on_in_the_map(self, attribute):
         sockets = {}
@@ -3361,22 +3348,6 @@ def test_memory_that_ends_in_mid_message_ends_the_session_so_that_no_data_is_a_c
     assert not channel.connected and channel.smtp_server.messages == []
 
 
-def test_a_server_of_parts_waits_without_any_resources(monkeypatch, capsys):
-    """There is no descriptor for the pair of sockets that would wake it, either."""
-    def no_descriptor(*args):
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
-    with turning() as (server, turn), RawClient(server) as client:
-        tasks, server._background_tasks = server._background_tasks, None
-        real, server.socket = server.socket, Listener(server.socket, errno.EMFILE)
-        with monkeypatch.context() as patch:
-            patch.setattr(smtpd, '_socketpair', no_descriptor)
-            turn(at_most=5)
-        assert server.socket.attempts == 1
-        server.socket, server._background_tasks = real, tasks
-        assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
-
-
 def test_without_a_thread_to_be_had_the_client_is_told_to_try_again(monkeypatch, capsys):
     def fail(thread):
         raise RuntimeError("can't start new thread")
@@ -3520,29 +3491,29 @@ def test_an_outcome_that_fails_takes_no_other_with_it(capsys):
 
     taken = []
     sockets = {}
-    tasks = smtpd._BackgroundTasks(sockets)
+    threads = smtpd._Threads(sockets)
     before = set(threading.enumerate())
     for take_outcome in (fail, taken.append, taken.append):
-        tasks.start_at_most(3, lambda: None, take_outcome)
+        threads.run(3, lambda: None, take_outcome)
     for thread in set(threading.enumerate()) - before:
         thread.join()
     asyncore.loop(timeout=5, map=sockets)
-    tasks.close()
+    threads.close()
     assert len(taken) == 2 and 'ZeroDivisionError' in capsys.readouterr().err
 
 
 def test_a_descriptor_that_somebody_closed_and_got_again_belongs_to_the_new_channel():
     sockets = {}
     server = RecordingServer(map=sockets)
-    server.channels_in_hub = True
+    server.channels_in_selector = True
     end, client = socket.socketpair()
     with end, client:
         old = smtpd.SMTPChannel(server, end, PEER, map=sockets)
-        hub = old._watcher
-        hub.discard(old)
+        selector = old._watcher
+        selector.discard(old)
         old.socket = FakeConnection(end.fileno())
         new = smtpd.SMTPChannel(server, end, PEER, map=sockets)
-        old._watcher = hub
+        old._watcher = selector
         old.close()
         client.sendall(b'QUIT\r\n')
         asyncore.loop(timeout=5, map=sockets, count=1)
@@ -4339,21 +4310,10 @@ class Gated(RecordingServer):
             self.outside.release()
 
 
-@pytest.fixture(params=[False, True], ids=['in the map', 'in the hub'])
-def hub(request):
-    return request.param
-
-
-def with_hub(server_class, hub, **attributes):
-    return type('Hubbed' + server_class.__name__, (server_class,),
-                dict(attributes, channels_in_hub=hub, __doc__=server_class.__doc__))
-
-
-# timeout=60: a reply that does not wake the loop comes too late for the client
 @pytest.mark.parametrize('point', ['CONNECT', 'RCPT', '.', 'QUIT'])
-def test_hung_upstream_does_not_hold_up_other_sessions(upstream, hub, point):
+def test_hung_upstream_does_not_hold_up_other_sessions(upstream, selector, point):
     upstream.faults[point] = 'hang'
-    with proxy_to(upstream, with_hub(smtpd.PureProxy, hub), timeout=60) as proxy:
+    with proxy_to(upstream, smtpd.PureProxy, timeout=60) as proxy:
         with greet(proxy) as waiting, greet(proxy) as old:
             start_message(waiting)
             assert upstream.hangs.wait(20)
@@ -4374,8 +4334,8 @@ def test_hung_upstream_does_not_hold_up_other_sessions(upstream, hub, point):
             assert waiting.say(b'NOOP') == b'250 OK\r\n'
 
 
-def test_any_server_can_have_handler_threads_and_their_number_is_a_bound(hub):
-    with serving(with_hub(Gated, hub), timeout=60) as server, contextlib.ExitStack() as clients:
+def test_any_server_can_have_handler_threads_and_their_number_is_a_bound(selector):
+    with serving(Gated, timeout=60) as server, contextlib.ExitStack() as clients:
         several = [clients.enter_context(greet(server)) for _ in range(6)]
         for client in several:
             start_message(client)
@@ -4390,7 +4350,7 @@ def test_any_server_can_have_handler_threads_and_their_number_is_a_bound(hub):
         assert server.loop_thread not in server.handler_threads
 
 
-def test_replies_are_sent_from_the_loops_own_thread(hub):
+def test_replies_are_sent_from_the_loops_own_thread(selector):
     pushers = set()
 
     class Channel(smtpd.SMTPChannel):
@@ -4398,7 +4358,7 @@ def test_replies_are_sent_from_the_loops_own_thread(hub):
             pushers.add(threading.get_ident())
             super().push(msg)
 
-    with serving(with_hub(Gated, hub, channel_class=Channel), timeout=60) as server:
+    with serving(variant(Gated, channel_class=Channel), timeout=60) as server:
         server.gate.set()
         server.reply = '250 Kept\r\nand filed'
         with greet(server) as client:
@@ -4408,7 +4368,7 @@ def test_replies_are_sent_from_the_loops_own_thread(hub):
         assert server.loop_thread not in server.handler_threads
 
 
-def test_session_waits_unread_until_its_message_is_done(hub):
+def test_session_waits_unread_until_its_message_is_done(selector):
     class Channel(smtpd.SMTPChannel):
         def push(self, msg):
             self.smtp_server.events.append(msg)
@@ -4416,7 +4376,7 @@ def test_session_waits_unread_until_its_message_is_done(hub):
 
     message = (b'MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA\r\n' + PROXIED
                + b'.\r\n')
-    with serving(with_hub(Gated, hub, channel_class=Channel), timeout=60) as server:
+    with serving(variant(Gated, channel_class=Channel), timeout=60) as server:
         with greet(server) as client, greet(server) as other:
             client.send(message + b'DATA\r\n' + message)
             assert server.inside.acquire(timeout=20)
@@ -4451,11 +4411,11 @@ def test_channel_is_not_readable_while_its_message_is_under_way():
         assert channel.readable()
 
 
-def test_client_is_not_idle_while_its_message_is_under_way(hub):
+def test_client_is_not_idle_while_its_message_is_under_way(selector):
     class Channel(smtpd.SMTPChannel):
         idle_timeout_seconds = 1
 
-    with serving(with_hub(Gated, hub, channel_class=Channel), timeout=0.1) as server:
+    with serving(variant(Gated, channel_class=Channel), timeout=0.1) as server:
         with greet(server) as waiting, RawClient(server) as idle:
             start_message(waiting)
             assert server.inside.acquire(timeout=20)
@@ -4467,8 +4427,8 @@ def test_client_is_not_idle_while_its_message_is_under_way(hub):
             assert waiting.say(b'NOOP') == b'250 OK\r\n'
 
 
-def test_handler_that_raises_in_a_thread_is_451_and_the_session_goes_on(hub, capfd):
-    with serving(with_hub(Gated, hub), timeout=60) as server:
+def test_handler_that_raises_in_a_thread_is_451_and_the_session_goes_on(selector, capfd):
+    with serving(Gated, timeout=60) as server:
         server.gate.set()
         server.reply = RuntimeError('out of paper')
         with greet(server) as client:
@@ -4501,8 +4461,8 @@ def test_handle_error_of_a_failed_handler_runs_in_the_loops_own_thread():
 
 
 @pytest.mark.parametrize('leave', ['closes', 'resets', 'half-closes'])
-def test_client_that_leaves_while_its_message_is_under_way_does_no_harm(hub, leave, capfd):
-    with serving(with_hub(Gated, hub), timeout=60) as server:
+def test_client_that_leaves_while_its_message_is_under_way_does_no_harm(selector, leave, capfd):
+    with serving(Gated, timeout=60) as server:
         for _ in range(2):  # as many as there are threads
             client = greet(server)
             start_message(client)
@@ -4541,10 +4501,10 @@ def test_nothing_stays_in_the_socket_map_when_no_message_is_under_way(upstream):
         assert {type(entry) for entry in before.values()} == {smtpd.PureProxy, smtpd.SMTPChannel}
 
 
-def test_loop_ends_when_the_server_and_the_last_channel_are_closed(upstream, hub):
+def test_loop_ends_when_the_server_and_the_last_channel_are_closed(upstream, selector):
     """Also with a message under way at the time: it is delivered and answered first."""
     sockets = {}
-    proxy_class = with_hub(smtpd.PureProxy, hub)
+    proxy_class = smtpd.PureProxy
     proxy = proxy_class(('127.0.0.1', 0), upstream.address, map=sockets)
     loop = threading.Thread(target=asyncore.loop, kwargs={'map': sockets, 'timeout': 60})
     loop.start()
@@ -4562,8 +4522,8 @@ def test_loop_ends_when_the_server_and_the_last_channel_are_closed(upstream, hub
     assert sockets == {}
 
 
-def test_session_that_outlives_its_server_still_delivers(upstream, hub):
-    with proxy_to(upstream, with_hub(smtpd.PureProxy, hub)) as proxy, greet(proxy) as client:
+def test_session_that_outlives_its_server_still_delivers(upstream, selector):
+    with proxy_to(upstream, smtpd.PureProxy) as proxy, greet(proxy) as client:
         address = proxy.socket.getsockname()
         proxy.close()
         assert client.say(b'NOOP') == b'250 OK\r\n'  # the loop has seen it
@@ -4574,9 +4534,9 @@ def test_session_that_outlives_its_server_still_delivers(upstream, hub):
         assert len(upstream.messages) == 2
 
 
-def test_close_all_while_a_message_is_under_way_does_no_harm(upstream, hub, capfd):
+def test_close_all_while_a_message_is_under_way_does_no_harm(upstream, selector, capfd):
     upstream.faults['.'] = 'hang'
-    with proxy_to(upstream, with_hub(smtpd.PureProxy, hub)) as proxy, greet(proxy) as client:
+    with proxy_to(upstream, smtpd.PureProxy) as proxy, greet(proxy) as client:
         start_message(client)
         assert upstream.hangs.wait(20)
         # serving() calls close_all() with the message still under way

@@ -7,7 +7,7 @@ Measured are
 
 - ours: smtpd.py of this checkout, under plain asyncore.loop(), with the Python that runs this
   file (another one: --python).  It needs asyncore: from 3.12 on `pip install pyasyncore
-  pyasynchat`.  "In the hub" is ours with `channels_in_hub = True`;
+  pyasynchat`.  "In the selector" is ours with `channels_in_selector = True`;
 - old: the standard library's smtpd, of the same Python if it has one, else of python3.11,
   3.10 or 3.9 on PATH (or standard-smtpd, where it is installed; another Python: --old);
 - aiosmtpd, if it is installed for one of these Pythons;
@@ -47,7 +47,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ENDPOINTS = os.path.join(HERE, 'endpoints.py')
 SMTP_SOURCE = os.path.join(os.path.dirname(SMTP_SINK), 'smtp-source')
 FLAGS = ['-E', '-W', 'ignore']  # of the interpreters: as a user's, whatever this environment is
-SERVERS = ['ours', 'hub', 'old', 'aiosmtpd', 'smtp-sink']
+SERVERS = ['ours', 'selector', 'old', 'aiosmtpd', 'smtp-sink']
 
 # name: the driver's work, sessions, idle connections
 WORKS = {
@@ -65,7 +65,7 @@ WORKS = {
     'one': ('session', 1, 0),
     'split': ('split', 1, 0),
 }
-IN_HUB = ['open', 'source', 'idle 500', 'idle 5000']
+IN_SELECTOR = ['open', 'source', 'idle 500', 'idle 5000']
 MESSAGES_OF_30_MB = 3
 
 # what the row is called, work, figure, and what we aim at
@@ -74,12 +74,12 @@ ROWS = [
     ('the same, CPU µs', 'session', 'cpu', ''),
     ('4 open sessions, 1 kB, msg/s', 'open', 'rate', '3.6 x old, 1.35 x C'),
     ('the same, CPU µs a message', 'open', 'cpu', ''),
-    ('the same in the hub, msg/s', 'open hub', 'rate', ''),
-    ('the same in the hub, CPU µs a message', 'open hub', 'cpu', ''),
+    ('the same in the selector, msg/s', 'open selector', 'rate', ''),
+    ('the same in the selector, CPU µs a message', 'open selector', 'cpu', ''),
     ('4 open sessions of smtp-source, msg/s', 'source', 'rate', '3 x old'),
     ('the same, CPU µs a message', 'source', 'cpu', ''),
-    ('the same in the hub, msg/s', 'source hub', 'rate', ''),
-    ('the same in the hub, CPU µs a message', 'source hub', 'cpu', ''),
+    ('the same in the selector, msg/s', 'source selector', 'rate', ''),
+    ('the same in the selector, CPU µs a message', 'source selector', 'cpu', ''),
     ('30 MB message, MB/s', 'lines', 'speed', '2.5 x old, 0.77 x C'),
     ('the same, peak resident MB', 'lines', 'peak', '4.7 x old'),
     ('30 MB of short lines that begin with dots, MB/s', 'dots', 'speed', '8.6 x old'),
@@ -89,9 +89,9 @@ ROWS = [
     ('64 KB of pipelined NOOP, ms', 'noop', 'ms', '10 x old'),
     ('64 KB of pipelined RCPT, ms', 'rcpt', 'ms', '50 x old'),
     ('4 sessions beside 500 idle ones, msg/s', 'idle 500', 'rate', ''),
-    ('the same in the hub, msg/s', 'idle 500 hub', 'rate', '7.6 x old, 1.3 x C'),
+    ('the same in the selector, msg/s', 'idle 500 selector', 'rate', '7.6 x old, 1.3 x C'),
     ('4 sessions beside 5000 idle ones, msg/s', 'idle 5000', 'rate', ''),
-    ('the same in the hub, msg/s', 'idle 5000 hub', 'rate', '54 x C'),
+    ('the same in the selector, msg/s', 'idle 5000 selector', 'rate', '54 x C'),
     ('burst of 200 connects, all greeted, ms', 'burst', 'burst', '4 x C'),
     ('one small session with EHLO, median ms', 'one', 'ms', '66 x old, 0.9 x C'),
     ('the same, body and final dot in two writes', 'split', 'ms', '130 x old, 64 x C'),
@@ -147,7 +147,8 @@ def ask(python, server):
 
 def find_servers(options):
     pythons = [options.python] + ['python3.11', 'python3.10', 'python3.9', sys.executable]
-    choices = {'ours': [options.python], 'hub': [options.python], 'smtp-sink': [sys.executable],
+    choices = {'ours': [options.python], 'selector': [options.python],
+               'smtp-sink': [sys.executable],
                'old': [options.old] if options.old else pythons, 'aiosmtpd': pythons}
     found = {}
     for server in SERVERS:
@@ -247,7 +248,8 @@ class Bench:
         start = time.monotonic()
         for number in range(self.rounds):
             for work in works:
-                servers = [server for server in self.found if server != 'hub' or work in IN_HUB]
+                servers = [server for server in self.found
+                           if server != 'selector' or work in IN_SELECTOR]
                 turn = number % len(servers)
                 for server in servers[turn:] + servers[:turn]:
                     late = number and time.monotonic() - start > self.all_in_all
@@ -427,8 +429,8 @@ class Table:
 
     def row(self, label, work, figure, aim):
         ours = 'ours'
-        if work.endswith(' hub'):
-            work, ours = work[:-4], 'hub'
+        if work.endswith(' selector'):
+            work, ours = work[:-len(' selector')], 'selector'
         cells = [label, self.cell(work, ours, figure)]
         cells += [self.cell(work, server, figure) for server in SERVERS[2:]
                   if server in self.bench.found]
@@ -441,7 +443,7 @@ class Table:
         heads = ['work', 'ours', *(server for server in SERVERS[2:] if server in self.bench.found),
                  'x old', 'x C', 'driver busy, %']
         rows = [heads + ['aim'] if self.aims else heads]
-        rows += [self.row(*row) for row in ROWS if row[1].replace(' hub', '') in works]
+        rows += [self.row(*row) for row in ROWS if row[1].replace(' selector', '') in works]
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
                  for row in rows]

@@ -6,8 +6,8 @@ Started by compare.py, a process each:
     endpoints.py probe SERVER       print as JSON what would be measured
     endpoints.py drive ...          as driver.c does, at a third of its rate
 
-SERVER is ours, hub (ours with channels_in_hub), old (the standard library's), aiosmtpd or
-smtp-sink.  This file imports little, since its memory is measured.
+SERVER is ours, selector (ours with channels_in_selector), old (the standard library's), aiosmtpd
+or smtp-sink.  This file imports little, since its memory is measured.
 """
 import os
 import select
@@ -27,7 +27,7 @@ def import_smtpd(server):
         sys.path.insert(0, TOP)
     import smtpd
     ours = os.path.dirname(os.path.abspath(smtpd.__file__)) == TOP
-    if ours == (server == 'old') or hasattr(smtpd.SMTPServer, 'channels_in_hub') != ours:
+    if ours == (server == 'old') or hasattr(smtpd.SMTPServer, 'channels_in_selector') != ours:
         raise ImportError('another smtpd: ' + smtpd.__file__)
     return smtpd
 
@@ -36,7 +36,7 @@ def serve_smtpd(server):
     smtpd = import_smtpd(server)
 
     class Discard(smtpd.SMTPServer):
-        channels_in_hub = server == 'hub'
+        channels_in_selector = server == 'selector'
 
         def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
             return None

@@ -4,10 +4,10 @@
     python benchmarks/soak.py --commands 20000     a short form
 
 One process runs four servers in one asyncore.loop(): bytes and text, in the socket map and in
-the hub, with and without handler threads.  This one holds some sessions with each at the same
-time: commands in any order with good and odd arguments, messages, random octets, lines that are
-far too long, all cut anywhere; it reads late or little, sends an octet out of band, and ends with
-QUIT, a half-close, a close or a RST.  Handlers raise now and then.
+the selector, with and without handler threads.  This one holds some sessions with each at the
+same time: commands in any order with good and odd arguments, messages, random octets, lines that
+are far too long, all cut anywhere; it reads late or little, sends an octet out of band, and ends
+with QUIT, a half-close, a close or a RST.  Handlers raise now and then.
 
 A finding is
 
@@ -38,8 +38,8 @@ TIMEOUT = 60  # seconds without any progress of any session
 SETTINGS = [  # of the servers
     {},
     {'decode_data': True, 'data_size_limit': 5000},
-    {'channels_in_hub': True},
-    {'channels_in_hub': True, 'process_message_threads': 2, 'enable_SMTPUTF8': True},
+    {'channels_in_selector': True},
+    {'channels_in_selector': True, 'process_message_threads': 2, 'enable_SMTPUTF8': True},
 ]
 
 

@@ -202,7 +202,7 @@ class SMTPChannel(_AsyncChat):
 class SMTPServer(_Dispatcher):
     channel_class: type[SMTPChannel]
     process_message_threads: int
-    channels_in_hub: bool
+    channels_in_selector: bool
     listen_backlog: int
     accepts_per_event: int
 
