@@ -1,0 +1,704 @@
+"""Servers that meet fork(), a lack of everything, and other systems than this one."""
+import asyncore
+import contextlib
+import errno
+import gc
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+
+import pytest
+
+import smtpd
+from tests.support import (
+    FQDN,
+    PEER,
+    STRICT,
+    FakeConnection,
+    RawClient,
+    RecordingServer,
+    running,
+    serving,
+    variant,
+)
+
+BANNER = ('220 %s %s\r\n' % (FQDN, smtpd.__version__)).encode()
+TO_DATA = b'EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n'
+NEXT_MESSAGE = b'MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nx\r\n.\r\n'
+
+in_map_and_selector = pytest.mark.parametrize(
+    'selector', [False, True], ids=['in the map', 'in the selector'])
+needs_fork = pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork() here')
+needs_limits = pytest.mark.skipif(os.name != 'posix', reason='no resource limits here')
+
+
+def post(client, text=b'x'):
+    """Send a message after EHLO; returns the reply to its data."""
+    replies = [client.say(line) for line in (
+        b'MAIL FROM:<a@b>', b'RCPT TO:<c@d>', b'DATA', text + b'\r\n.')]
+    assert replies[:3] == [b'250 OK\r\n', b'250 OK\r\n',
+                           b'354 End data with <CR><LF>.<CR><LF>\r\n']
+    return replies[3]
+
+
+@contextlib.contextmanager
+def greeted(server_or_address, **kwargs):
+    with RawClient(server_or_address, **kwargs) as client:
+        assert client.reply().startswith(b'220 ')
+        assert client.say(b'EHLO x').startswith(b'250')
+        yield client
+
+
+@contextlib.contextmanager
+def script(text, options=STRICT):
+    """A process that runs a script, which first prints its port: yields it and its address.
+
+    It ends with its standard input.
+    """
+    with running([*options, '-c', PRELUDE + text], stdin=subprocess.PIPE) as process:
+        first = process.stdout.readline()
+        assert first, process.stderr.read().decode()
+        yield process, ('127.0.0.1', int(first))
+
+
+PRELUDE = '''
+import asyncore, errno, gc, os, signal, socket, sys, threading, time
+import smtpd
+signal.alarm(60)
+
+class Server(smtpd.SMTPServer):
+    def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
+        return '250 of %d' % os.getpid()
+
+def hoard(up_to=None):
+    """Take all descriptors, or those up to a number."""
+    taken = []
+    try:
+        while not (up_to and taken and taken[-1] >= up_to):
+            taken.append(os.dup(0))
+    except OSError:
+        pass
+    return taken
+
+def limit(count):
+    import resource
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
+
+class Channel(smtpd.SMTPChannel):
+    hoarded = []
+
+    def smtp_XHOARD(self, arg):
+        self.hoarded += hoard(int(arg or 0))
+        self.push('250 OK')
+
+    def smtp_XFREE(self, arg):
+        while self.hoarded:
+            os.close(self.hoarded.pop())
+        self.push('250 OK')
+
+    def smtp_XCLOSE(self, arg):
+        self.smtp_server.close()
+        self.push('250 OK')
+
+    def smtp_XFAIL(self, arg):
+        raise ZeroDivisionError('on purpose')
+
+Server.channel_class = Channel
+
+def tell_port(server):
+    print(server.socket.getsockname()[1], flush=True)
+'''
+PLAIN = [sys.executable]  # from 3.12 on, fork() beside a thread warns
+
+
+# ---------------------------------------------------------------------------------------------
+# 1, 5. The log
+
+@pytest.mark.parametrize('error', [
+    OSError(errno.EMFILE, os.strerror(errno.EMFILE)), MemoryError(), ImportError('no'),
+    RecursionError('too deep')], ids=lambda error: type(error).__name__)
+def test_a_traceback_that_cannot_be_had_ends_nothing(error, monkeypatch, capsys):
+    def format_exc():
+        raise error
+
+    def fail(self, arg):
+        raise ZeroDivisionError('on purpose')
+
+    monkeypatch.setattr(traceback, 'format_exc', format_exc)
+    with serving(variant(channel={'smtp_XFAIL': fail})) as server, greeted(server) as client:
+        assert client.say(b'XFAIL') == b'451 Internal confusion\r\n'
+        assert client.say(b'NOOP') == b'250 OK\r\n'
+    assert 'ZeroDivisionError: on purpose' in capsys.readouterr().err
+
+
+@needs_limits
+def test_a_fault_without_descriptors_ends_nothing():
+    """traceback imports modules when it is first used."""
+    text = '''
+limit(50)
+server = Server(('127.0.0.1', 0), None)
+tell_port(server)
+asyncore.loop()
+'''
+    with script(text) as (process, address), greeted(address) as client:
+        assert client.say(b'XHOARD') == b'250 OK\r\n'
+        assert client.say(b'XFAIL') == b'451 Internal confusion\r\n'
+        assert client.say(b'NOOP') == b'250 OK\r\n'
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='no user nobody here')
+def test_a_fault_is_logged_whole_though_nobody_may_read_what_that_takes():
+    """As python -m smtpd has it, started by root below a folder of root's own."""
+    text = '''
+class Locked:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        raise PermissionError(errno.EACCES, 'no right to import', name)
+
+os.setgroups = os.setgid = lambda number: None
+os.setuid = lambda number: sys.meta_path.insert(0, Locked)
+real_listen = smtpd.SMTPServer.listen
+def listen(self, num):
+    real_listen(self, num)
+    tell_port(self)
+Server.listen = listen
+smtpd.Server = Server
+sys.argv[1:] = ['-c', 'Server', '127.0.0.1:0']
+smtpd._main()
+'''
+    with script(text) as (process, address):
+        with greeted(address) as client:
+            assert client.say(b'XFAIL') == b'451 Internal confusion\r\n'
+            assert client.say(b'NOOP') == b'250 OK\r\n'
+        process.terminate()
+        log = process.stderr.read().decode()
+    assert 'Traceback' in log and 'ZeroDivisionError: on purpose' in log
+
+
+def test_a_log_info_that_is_patched_into_asyncore_gets_the_log(monkeypatch, capsys):
+    """As zope.server does."""
+    logged = []
+    monkeypatch.setattr(asyncore.dispatcher, 'log_info',
+                        lambda self, message, type='info': logged.append((message, type)))
+    server = RecordingServer(map={})
+    server.log_info('of the server')
+    smtpd.SMTPChannel(server, FakeConnection(), PEER, map={}).log_info('of a channel', 'error')
+    server.close()
+    assert logged == [('of the server', 'info'), ('of a channel', 'error')]
+    assert capsys.readouterr() == ('', '')
+
+
+def test_a_log_info_of_a_mixin_gets_the_log(capsys):
+    class Logging(asyncore.dispatcher):
+        def log_info(self, message, type='info'):
+            logged.append((message, type))
+            asyncore.dispatcher.log_info(self, message, type)
+
+    class Server(RecordingServer, Logging):
+        def log_info(self, message, type='info'):
+            super().log_info(message.upper(), type)
+
+    logged = []
+    server = Server(map={})
+    server.log_info('message', 'error')
+    server.close()
+    assert logged == [('MESSAGE', 'error')]
+    assert capsys.readouterr() == ('error: MESSAGE\n', '')  # asyncore's own prints
+
+
+def test_a_log_info_that_fails_ends_nothing(capsys):
+    def fail(self, *args):
+        raise ZeroDivisionError('on purpose')
+
+    channel = {'smtp_XFAIL': fail, 'log_info': fail}
+    with serving(variant(channel=channel)) as server, greeted(server) as client:
+        assert client.say(b'XFAIL') == b'451 Internal confusion\r\n'
+        assert client.say(b'NOOP') == b'250 OK\r\n'
+    assert 'ZeroDivisionError: on purpose' in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. fork()
+
+@needs_fork
+@in_map_and_selector
+def test_a_server_that_is_made_before_fork_answers_in_each_worker(selector):
+    text = '''
+Server.process_message_threads = 2
+Server.channels_in_selector = %r
+server = Server(('127.0.0.1', 0), None)
+workers = []
+for _ in range(2):
+    worker = os.fork()
+    if not worker:
+        signal.alarm(60)
+        asyncore.loop()
+    workers.append(worker)
+tell_port(server)
+sys.stdin.read()
+for worker in workers:
+    os.kill(worker, signal.SIGKILL)
+''' % selector
+    with script(text, PLAIN) as (process, address), contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(greeted(address)) for _ in range(10)]
+        for _ in range(5):
+            for client in clients:
+                client.send(NEXT_MESSAGE)
+            for client in clients:
+                assert [client.reply()[:3] for _ in range(4)] == [b'250', b'250', b'354', b'250']
+        process.communicate()
+
+
+@needs_fork
+@pytest.mark.parametrize('threads', [0, 1], ids='{} threads'.format)
+@in_map_and_selector
+def test_a_child_that_closes_all_leaves_its_parents_sessions_alone(selector, threads):
+    text = '''
+class Forking(Server):
+    channels_in_selector = %r
+    process_message_threads = %r
+    def process_message(self, *args, **kwargs):
+        child = os.fork()
+        if not child:
+            asyncore.close_all()
+            os._exit(len(asyncore.socket_map))
+        return '250 %%d' %% os.waitpid(child, 0)[1]
+
+server = Forking(('127.0.0.1', 0), None)
+tell_port(server)
+asyncore.loop()
+''' % (selector, threads)
+    with script(text, PLAIN) as (process, address), \
+            greeted(address) as client, greeted(address) as other:
+        assert [post(client) for _ in range(2)] == 2 * [b'250 0\r\n']
+        assert client.say(b'NOOP') == other.say(b'NOOP') == b'250 OK\r\n'
+
+
+@needs_fork
+@in_map_and_selector
+def test_a_child_serves_the_sessions_that_it_inherits(selector):
+    """And the parent keeps out of it: it waits."""
+    text = '''
+class Forking(Channel):
+    def smtp_XFORK(self, arg):
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+            self.close()
+        else:
+            self.push('250 OK')
+
+Server.channel_class = Forking
+Server.channels_in_selector = %r
+Server.process_message_threads = 1
+server = Server(('127.0.0.1', 0), None)
+tell_port(server)
+asyncore.loop()
+''' % selector
+    with script(text, PLAIN) as (process, address):
+        with greeted(address) as client, greeted(address) as other:
+            parent = post(client)
+            assert client.say(b'XFORK') == b'250 OK\r\n'
+            child = post(client)
+            assert child != parent and post(client) == post(other) == child
+            assert client.say(b'XCLOSE') == b'250 OK\r\n'
+            assert client.say(b'QUIT') == other.say(b'QUIT') == b'221 Bye\r\n'
+        with greeted(address) as client:
+            assert post(client) == parent
+
+
+@needs_fork
+def test_a_worker_that_closes_leaves_the_listener_to_the_others():
+    text = '''
+server = Server(('127.0.0.1', 0), None)
+worker = os.fork()
+if not worker:
+    signal.alarm(60)
+    waits = threading.Event()
+    def readable():
+        waits.set()
+        return smtpd.SMTPServer.readable(server)
+    server.readable = readable
+    threading.Thread(target=asyncore.loop, args=(.05, True), daemon=True).start()
+    waits.wait()
+    server.close()
+    os._exit(bool(asyncore.socket_map))
+assert os.waitpid(worker, 0)[1] == 0
+tell_port(server)
+asyncore.loop()
+'''
+    with script(text, PLAIN) as (process, address), greeted(address) as client:
+        assert client.say(b'NOOP') == b'250 OK\r\n'
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Descriptors that are others' by now
+
+@pytest.mark.skipif(os.name != 'posix', reason='sockets have no descriptors here')
+@pytest.mark.parametrize('messages', [0, 1], ids='after {} messages'.format)
+def test_close_leaves_files_alone_that_got_the_numbers_of_our_sockets(messages):
+    """python-daemon closes all descriptors that it does not know."""
+    text = '''
+Server.process_message_threads = 1
+server = Server(('127.0.0.1', 0), None)
+tell_port(server)
+while asyncore.socket_map:
+    asyncore.loop(count=1)
+    if len(asyncore.socket_map) == 1 and Channel.ended:
+        break
+    if not %(messages)d:
+        break
+os.closerange(3, server.socket.fileno())
+os.closerange(server.socket.fileno() + 1, 50)
+files = [os.open(os.devnull, os.O_RDONLY) for _ in range(20)]
+server.close()
+for file in files:
+    os.fstat(file)
+os.write(1, b'all there')
+''' % {'messages': messages}
+    with script('Channel.ended = False\n' + SMALL_END + text) as (process, address):
+        if messages:
+            with greeted(address) as client:
+                assert post(client).startswith(b'250 of')
+                assert client.say(b'QUIT') == b'221 Bye\r\n'
+        out, log = process.communicate()
+        assert out == b'all there', log.decode()
+
+
+SMALL_END = '''
+def close(self):
+    smtpd.SMTPChannel.close(self)
+    Channel.ended = True
+Channel.close = close
+'''
+
+
+# ---------------------------------------------------------------------------------------------
+# 4, 11. close()
+
+@contextlib.contextmanager
+def looping(server_class, timeout=0.05):
+    """A server whose loop ends when nothing is left in its map: yields it and the thread."""
+    waits = threading.Event()
+
+    def readable(self):
+        waits.set()
+        return server_class.readable(self)
+
+    server = type('Looping', (server_class,), {'readable': readable})(map={})
+    # poll(), since select() raises if it comes to a descriptor just when that is closed.
+    thread = threading.Thread(target=asyncore.loop, args=(timeout, True, server._map))
+    thread.start()
+    try:
+        assert waits.wait(20)
+        yield server, thread
+    finally:
+        server.close()
+        with contextlib.suppress(OSError):
+            socket.create_connection(server.port, timeout=1).close()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+class KnownPort(RecordingServer):
+    def listen(self, num):
+        super().listen(num)
+        self.port = self.socket.getsockname()
+
+
+def test_close_from_another_thread_where_a_listener_cannot_be_shut_down(monkeypatch):
+    """macOS."""
+    def shutdown(sock, how):
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+
+    monkeypatch.setattr(socket.socket, 'shutdown', shutdown)
+    with looping(KnownPort) as (server, thread):
+        listener = server.socket
+        server.close()
+        assert server._map == {} and listener.fileno() == -1
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_close_just_when_a_message_is_given_to_a_thread(capsys):
+    class Server(KnownPort):
+        asked = 0
+
+        @property
+        def process_message_threads(self):
+            self.asked += 1
+            if self.asked >= 2 and self.accepting:
+                closer = threading.Thread(target=self.close)
+                closer.start()
+                closer.join()
+            return 1
+
+    with looping(Server) as (server, thread), greeted(server) as client:
+        assert post(client) == post(client) == b'250 OK\r\n'
+        assert client.say(b'QUIT') == b'221 Bye\r\n'
+    assert capsys.readouterr() == ('', '')
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. Listeners that are not ours
+
+@in_map_and_selector
+def test_a_listener_that_blocks_is_accepted_from_once_an_event(selector):
+    """As systemd may hand one in."""
+    class Given(variant(channels_in_selector=selector)):
+        def _start_listening(self, *address):
+            pass
+
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        sockets = {}
+        server = Given(map=sockets)
+        server.set_socket(listener)
+        server.accepting = True
+        thread = threading.Thread(target=asyncore.loop, args=(.05,), kwargs={'map': sockets})
+        thread.start()
+        try:
+            with greeted(server, timeout=5) as client:
+                assert client.say(b'NOOP') == b'250 OK\r\n'
+        finally:
+            address = listener.getsockname()
+            server.close()
+            with contextlib.suppress(OSError):
+                socket.create_connection(address, timeout=1).close()
+            thread.join(20)
+
+
+def test_an_accept_that_always_has_a_connection_is_asked_once_an_event():
+    server = RecordingServer(map={})
+    connections = []
+
+    def accept():
+        connections.append(FakeConnection(1000 + len(connections)))
+        return connections[-1], PEER
+
+    server.accept = accept
+    server.handle_read_event()
+    assert len(connections) == 1
+    del server.accept
+    server.close()
+
+
+# ---------------------------------------------------------------------------------------------
+# 7, 12, 13. What the system's ways to wait cannot do
+
+@needs_limits
+def test_numbers_that_select_cannot_take_end_nothing():
+    """Neither the client's nor the selector's."""
+    text = '''
+limit(2000)
+Server.channels_in_selector = True
+server = Server(('127.0.0.1', 0), None)
+tell_port(server)
+taken = hoard(1100)
+while len(asyncore.socket_map) == 1:
+    asyncore.loop(.05, count=1)
+    if server.refused and taken:
+        for each in taken:
+            os.close(each)
+        taken = []
+'''
+    refusing = '''
+Server.refused = 0
+real_refuse = smtpd._refuse
+def refuse(connection):
+    real_refuse(connection)
+    Server.refused += 1
+smtpd._refuse = refuse
+'''
+    end = 'asyncore.loop()\n'
+    with script(refusing + text + end) as (process, address):
+        with RawClient(address) as client:
+            assert client.rest() == b'421 Service not available\r\n'
+        with greeted(address) as client:
+            assert client.say(b'NOOP') == b'250 OK\r\n'
+
+
+@needs_limits
+@in_map_and_selector
+def test_a_socket_pair_that_select_cannot_take_is_451(selector):
+    """It is made late, for the first message, where the program accepts by itself."""
+    text = '''
+limit(2000)
+class Own(Server):
+    process_message_threads = 1
+    channels_in_selector = %r
+    def __init__(self):
+        asyncore.dispatcher.__init__(self)
+        self.create_socket(socket.AF_INET, socket.SOCK_STREAM)
+        self.bind(('127.0.0.1', 0))
+        self.listen(5)
+    def accept(self):
+        return asyncore.dispatcher.accept(self)
+
+tell_port(Own())
+asyncore.loop()
+''' % selector
+    with script(text) as (process, address), greeted(address) as client:
+        assert client.say(b'XHOARD 1100') == b'250 OK\r\n'
+        assert post(client) == b'451 Internal confusion\r\n'
+        assert client.say(b'XFREE') == b'250 OK\r\n'
+        assert post(client).startswith(b'250 of')
+
+
+def test_more_sockets_than_windows_takes_are_refused(monkeypatch):
+    def select_of_windows(*lists_and_timeout):
+        if max(map(len, lists_and_timeout[:3])) > 12:
+            raise ValueError('too many file descriptors in select()')
+        return real_select(*lists_and_timeout)
+
+    real_select = select.select
+    monkeypatch.setattr(select, 'select', select_of_windows)
+    monkeypatch.setattr(smtpd, '_MOST_SOCKETS', 10, raising=False)
+    with serving() as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(RawClient(server)) for _ in range(20)]
+        answers = [client.reply() for client in clients]
+        assert answers == 9 * [BANNER] + 11 * [b'421 Service not available\r\n']
+        clients[0].close()
+        assert clients[1].say(b'NOOP') == b'250 OK\r\n'
+        assert stack.enter_context(RawClient(server)).reply() == BANNER
+
+
+def test_without_epoll_channels_stand_in_the_map():
+    """Nobody has tried kqueue."""
+    text = '''
+Server.channels_in_selector = True
+server = Server(('127.0.0.1', 0), None)
+tell_port(server)
+asyncore.loop()
+'''
+    without_epoll = '''
+import select
+for name in [name for name in vars(select) if 'epoll' in name.lower()]:
+    delattr(select, name)
+
+class Kqueue:
+    def fileno(self):
+        return 0
+    def close(self):
+        pass
+    def control(self, *args):
+        raise OSError('not tried')
+select.kqueue = Kqueue
+select.KQ_FILTER_READ, select.KQ_FILTER_WRITE, select.KQ_EV_ADD, select.KQ_EV_DELETE = 1, 2, 4, 8
+select.kevent = lambda *args: args
+'''
+    options = [*STRICT, '-c', without_epoll + PRELUDE + text]
+    with running(options) as process:
+        address = ('127.0.0.1', int(process.stdout.readline()))
+        with greeted(address) as client:
+            assert client.say(b'NOOP') == b'250 OK\r\n'
+
+
+# ---------------------------------------------------------------------------------------------
+# 8, 9. No threads, no descriptors
+
+@in_map_and_selector
+def test_without_threads_pipelined_messages_are_451_each(selector, monkeypatch, capsys):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    count = 500
+    server_class = variant(process_message_threads=1, channels_in_selector=selector)
+    with serving(server_class) as server, greeted(server) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, 'start', start)
+            sender = NEXT_MESSAGE * count
+            client.send(sender)
+            replies = [client.reply()[:3] for _ in range(4 * count)]
+            assert client.say(b'NOOP') == b'250 OK\r\n'
+        assert replies == count * [b'250', b'250', b'354', b'451']
+        assert post(client) == b'250 OK\r\n' and len(server.messages) == 1
+    log = capsys.readouterr().err
+    assert log.count("can't start new thread") == count
+    assert len(log) < 250 * count
+
+
+@needs_limits
+def test_without_descriptors_a_message_is_answered_though_its_server_is_closed():
+    text = '''
+limit(50)
+Server.process_message_threads = 1
+server = Server(('127.0.0.1', 0), None)
+tell_port(server)
+asyncore.loop()
+'''
+    with script(text) as (process, address), greeted(address) as client:
+        assert client.say(b'XCLOSE') == b'250 OK\r\n'
+        assert client.say(b'XHOARD') == b'250 OK\r\n'
+        assert post(client) == b'451 Internal confusion\r\n'
+        assert client.say(b'XFREE') == b'250 OK\r\n'
+        assert post(client).startswith(b'250 of')
+        assert client.say(b'QUIT') == b'221 Bye\r\n'
+        assert process.wait(20) == 0
+
+
+@needs_limits
+@pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])
+@in_map_and_selector
+def test_without_descriptors_connections_wait_and_need_no_thread(selector, use_poll):
+    text = '''
+limit(50)
+class Counting(Server):
+    process_message_threads = 1
+    channels_in_selector = %r
+    handled = 0
+
+    def process_message(self, *args, **kwargs):
+        self.handled += 1
+        return '250 %%d threads' %% (started - self.handled)
+
+started = 0
+real_start = threading.Thread.start
+def start(thread):
+    global started
+    started += 1
+    real_start(thread)
+threading.Thread.start = start
+server = Counting(('127.0.0.1', 0), None)
+tell_port(server)
+asyncore.loop(use_poll=%r)
+''' % (selector, use_poll)
+    with script(text) as (process, address), greeted(address) as client:
+        assert client.say(b'XHOARD') == b'250 OK\r\n'
+        with RawClient(address) as waiting:
+            for _ in range(20):
+                assert post(client) == b'250 0 threads\r\n'
+            assert not select.select([waiting.socket], [], [], 0)[0]
+            assert client.say(b'XFREE') == b'250 OK\r\n'
+            assert waiting.reply().startswith(b'220 ')
+        assert client.say(b'QUIT') == b'221 Bye\r\n'
+        process.terminate()
+        log = process.stderr.read().decode()
+    assert log.count('no resources') == len(log.splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# 10. What is closed is freed
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='needs Linux /proc')
+@pytest.mark.parametrize('threads', [0, 1], ids='{} threads'.format)
+@in_map_and_selector
+def test_a_server_that_is_closed_frees_its_descriptors_without_the_garbage_collector(
+        selector, threads):
+    server_class = variant(channels_in_selector=selector, process_message_threads=threads)
+    counts = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(5):
+            with looping(type('Server', (server_class, KnownPort), {})) as (server, thread):
+                with greeted(server) as client:
+                    assert post(client) == b'250 OK\r\n'
+                    assert client.say(b'QUIT') == b'221 Bye\r\n'
+            counts.append(len(os.listdir('/proc/self/fd')))
+    finally:
+        gc.enable()
+    assert counts == 5 * counts[:1]
