@@ -1,0 +1,23 @@
+"""The short form of each work of stress.py; the long one is for the command line."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import HERE, environment
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith('linux'), reason='counts in /proc')]
+
+
+@pytest.mark.parametrize('work', [
+    'prefork --messages 400', 'starved --descriptors 40 256 --seconds 0.5',
+    'random --seconds 5 --seed 1', 'cycles --cycles 100'], ids=lambda work: work.split()[0])
+def test_servers_in_bad_hours(work):
+    # -W: from Python 3.12 on fork() warns of threads, and 3.10 and 3.11 of asyncore.
+    command = [sys.executable, '-W', 'ignore', os.path.join(HERE, 'tests', 'stress.py')]
+    done = subprocess.run([*command, *work.split()], env=environment(), timeout=240,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
