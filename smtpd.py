@@ -1895,6 +1895,7 @@ class SMTPServer(_Reader):
             channel = channels.get(descriptor)
             if channel is not None and channel.socket is connection:
                 channel.close()
+                channel.del_channel()  # a program's close() may leave it there
         connection.close()
 
     def close(self):
