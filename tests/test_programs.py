@@ -1,0 +1,131 @@
+"""The oracle over programs (see programs.py), with seeds that never change.
+
+Up to Python 3.11 the old module is this Python's own; later ones have none, and take
+python3.11's.
+"""
+
+import os
+import shutil
+import sys
+
+import pytest
+
+import smtpd
+from tests import programs
+from tests.support import HERE, missing
+
+PROGRAMS = 1000
+
+
+def old_python():
+    if sys.version_info < (3, 12):  # Breakpoint: 3.12
+        return sys.executable
+    python = os.environ.get('PYSMTPD_TEST_PYTHON311') or shutil.which('python3.11')
+    if not python:
+        missing('python3.11 (or its path in PYSMTPD_TEST_PYTHON311)')
+    return python
+
+
+@pytest.fixture(scope='module')
+def old():
+    with programs.Worker(old_python()) as worker:
+        yield worker
+
+
+@pytest.fixture(scope='module')
+def ours():
+    with programs.Worker(sys.executable, os.path.abspath(smtpd.__file__)) as worker:
+        yield worker
+
+
+def a_program(client, *, attributes=None, server=None, **methods):
+    """One that the client sends these lines to; a method's body is given as a string."""
+    return {**programs.EMPTY_PROGRAM, 'attributes': attributes or {}, 'server': server or {},
+            'methods': {name: [body] for name, body in methods.items()},
+            'client': [['feed', each] if isinstance(each, str) else each for each in client]}
+
+
+def octets_sent(trace):
+    """What the client got after the banner, and whether the connection was closed."""
+    texts = [event[1] for event in trace if event[0] == 'sent']
+    sent = ''.join(texts).partition('\r\n')[2]
+    return sent.replace('\r\n', '|'), ['closed'] in trace
+
+
+MESSAGE = ['EHLO x\r\n', 'MAIL FROM:<a@b>\r\n', 'RCPT TO:<c@d>\r\n', 'DATA\r\n', 'x\r\n.\r\n']
+EHLO = '250-mx.example|250-SIZE 33554432|250-8BITMIME|250 HELP|'
+
+# What real programs do, and what their clients got of the old module.
+KNOWN_PROGRAMS = {
+    'a command that ends the session and falls through': (
+        a_program(['XFOO\r\n'], smtp_XFOO="self.smtp_QUIT(0)\nself.push('500 not sent')"),
+        ('221 Bye|', True)),
+    'a push() that closes after an error': (
+        a_program(['BAD\r\nNOOP\r\n'],
+                  push="super().push(msg)\nif msg[:1] == '5':\n    self.close()"),
+        ('500 Error: command "BAD" not recognized|', True)),
+    'STARTTLS that makes the transport anew': (
+        a_program(['STARTTLS\r\nNOOP\r\n'], found_terminator=programs.COPIED_FOUND_TERMINATOR,
+                  smtp_STARTTLS="self.push('220 ready')\n"
+                  'asynchat.async_chat.__init__(self, self.conn, self._map)'),
+        ('220 ready|', False)),
+    'a long answer in a state of its own': (
+        a_program(['EHLO x\r\n', 'AUTH\r\n', 'A' * 1500 + '\r\n', 'MAIL FROM:<a@b>\r\n'],
+                  smtp_AUTH="self.smtp_state = 99\nself.push('334 go on')",
+                  found_terminator=programs.OWN_DIALOGUE + '\nsuper().found_terminator()'),
+        (EHLO + '334 go on|235 1500|250 OK|', False)),
+    'a terminator that is text': (
+        a_program(['NOOP\r\n'], __init__="super().__init__(*args)\nself.terminator = 'XX'"),
+        ('', True)),
+    'a get_terminator() that raises': (
+        a_program(['NOOP\r\n'], get_terminator="raise ValueError('x')"), ('', True)),
+    'a handle_error() of its own': (
+        a_program(['XFOO\r\n'], smtp_XFOO="raise ValueError('x')",
+                  handle_error="self.push('554 my own words')"),
+        ('554 my own words|', False)),
+    'state of its own in _set_rset_state()': (
+        a_program(['XFOO\r\n'], _set_rset_state='super()._set_rset_state()\nself.mine = []',
+                  smtp_XFOO="self.push('250 %r' % self.mine)"),
+        ('250 []|', False)),
+    'a command that answers and then raises': (
+        a_program(['XFOO\r\nNOOP\r\n'], smtp_XFOO="self.push('250 ok')\nraise ValueError('x')"),
+        ('250 ok|', True)),
+    'push() and send() by turns': (
+        a_program(['EHLO x\r\n'], push="super().push(msg)\nself.send(b'(sent)')"),
+        ('(sent)250-mx.example|(sent)250-SIZE 33554432|(sent)250-8BITMIME|(sent)250 HELP|(sent)',
+         False)),
+}
+
+
+@pytest.mark.parametrize('name', KNOWN_PROGRAMS)
+def test_the_client_of_a_known_program_gets_what_it_got(name, old, ours):
+    program, expected = KNOWN_PROGRAMS[name]
+    assert octets_sent(old.run(program)) == expected
+    assert octets_sent(ours.run(program)) == expected
+
+
+def test_a_limit_that_is_none_never_hangs_a_session(old, ours):
+    program = a_program(['NO', 'OP\r\n'], attributes={'command_size_limit': 'None'})
+    assert octets_sent(old.run(program)) == ('', True)
+    assert octets_sent(ours.run(program)) in [('', True), ('451 Internal confusion|', False)]
+
+
+def test_generated_programs_behave_alike(old, ours):
+    """Run python tests/programs.py for more of them, and to shrink what this finds."""
+    faults = []
+    for seed, case, _ in programs.compare_seeds(0, PROGRAMS, old, ours):
+        if case is not None:
+            faults.append('--show %d' % seed)
+            print(programs.shown_case(case))
+    assert not faults
+
+
+def test_every_row_of_the_table_has_words_in_the_documentation():
+    path = os.path.join(HERE, 'docs', 'differences.rst')
+    if not os.path.exists(path):
+        path = os.path.join(HERE, 'README.rst')
+    with open(path, encoding='utf-8') as file:
+        text = file.read().partition('Differences from the standard library\n=')[2]
+    text = ' '.join(text.split())
+    assert [row.reason for row in programs.ALLOWED
+            if not row.readme or row.readme not in text] == []
