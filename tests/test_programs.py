@@ -129,3 +129,32 @@ def test_every_row_of_the_table_has_words_in_the_documentation():
     text = ' '.join(text.split())
     assert [row.reason for row in programs.ALLOWED
             if not row.readme or row.readme not in text] == []
+
+
+# Rows of the table that are a promise: what the client got, and what it gets.
+PROMISES = {
+    'nothing is executed after close_when_done()': (
+        a_program(['QUIT\r\nXFOO\r\n'], smtp_XFOO='self.socket.send(b"too late")'),
+        ('221 Bye|too late', True), ('221 Bye|', True)),
+    'nothing is executed after close()': (
+        a_program(['XFOO\r\nXFOO\r\n'],
+                  smtp_XFOO="self.close()\nworld.add_text('sent', 'closed')"),
+        ('closedclosed', True), ('closed', True)),
+    'a command that fails gets 451': (
+        a_program(['XFOO\r\nNOOP\r\n'], smtp_XFOO="raise ValueError('x')"),
+        ('', True), ('451 Internal confusion|250 OK|', False)),
+    'half a line that a hook failed at is not taken for a command': (
+        a_program(['NOOP', 'RSET\r\n'], collect_incoming_data="raise ValueError('x')"),
+        ('', True), ('451 Internal confusion|', True)),
+    'text as a terminator': (
+        a_program(['XFOO\r\nNOOP\r\n'],
+                  smtp_XFOO="self.set_terminator('\\r\\n')\nself.push('250 ok')"),
+        ('250 ok|', True), ('250 ok|250 OK|', False)),
+}
+
+
+@pytest.mark.parametrize('name', PROMISES)
+def test_what_is_better_than_it_was(name, old, ours):
+    program, before, now = PROMISES[name]
+    assert octets_sent(old.run(program)) == before
+    assert octets_sent(ours.run(program)) == now
