@@ -5,8 +5,9 @@ the options of the channel, and what the client does.  make_program(seed) invent
 one; source_of(program) shows it as Python; run(program) gives its trace: what the
 client got and when, which overridden methods were called with which arguments and
 which state they saw, the messages, the log's errors, the debugging output, the
-socket map.  judge() compares two traces; what may differ stands in the table ALLOWED.  Programs run on a fake socket, in one thread, in a loop of our own, so that
-a trace depends on nothing but the program and the module.
+socket map.  judge() compares two traces; what may differ stands in the table ALLOWED.
+Programs run on a fake socket, in one thread, in a loop of our own, so that a trace
+depends on nothing but the program and the module.
 
     python tests/programs.py --seeds 1000:21000 --old python3.11 --new python3.13
 
