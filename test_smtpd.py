@@ -73,6 +73,7 @@ from tests.support import (
     WaitingServer,
     WireUpstream,
     both_modes,
+    channel_with,
     channels_of,
     command_line,
     count_lines,
@@ -1009,36 +1010,42 @@ class TestHandlers:
         out, err = capsys.readouterr()
         assert out == '' and len(err.splitlines()) == 1
 
-    def test_text_goes_out_as_utf_8_where_the_client_asked_for_it(self):
-        channel = make_channel(StubServer('550 caf\xe9'), enable_SMTPUTF8=True)
+    @pytest.mark.parametrize('returned, reply', [
+        ('550 caf\xe9', b'550 caf\xc3\xa9\r\n'), ('550 caf\udce9', b'550 caf?\r\n')], ids=ascii)
+    def test_text_goes_out_as_utf_8_where_the_client_asked_for_it(self, returned, reply):
+        channel = make_channel(StubServer(returned), enable_SMTPUTF8=True)
         feed(channel, TO_DATA.replace(b'<a@b>', b'<a@b> SMTPUTF8'))
-        assert feed(channel, b'x\r\n.\r\n') == '550 caf\xe9\r\n'.encode()
-
-    def test_text_that_no_utf_8_can_have_is_no_failure(self):
-        channel = make_channel(StubServer('550 caf\udce9'), enable_SMTPUTF8=True)
-        feed(channel, TO_DATA.replace(b'<a@b>', b'<a@b> SMTPUTF8'))
-        assert feed(channel, b'x\r\n.\r\n') == b'550 caf?\r\n'
+        assert feed(channel, b'x\r\n.\r\n') == reply
 
     @three_ways
     @both_modes
     def test_a_handler_that_raises_is_answered_with_451(self, way, decode_data, capsys):
-        server = StubServer(ZeroDivisionError('caf\xe9 \udcff'))
+        server = StubServer(ZeroDivisionError('caf\xe9 \udcff \\'))
         channel = make_channel(server, decode_data=decode_data)
         feed(channel, TO_DATA)
         assert way(channel, [b'text\r\n', b'.\r\n', b'NOOP\r\n', b'MAIL FROM:<a@b>\r\n']) == [
             'S: 451 Internal confusion', 'S: 250 OK', 'S: 250 OK']
         out, err = capsys.readouterr()
         assert out == ''
-        assert 'Traceback' in err and 'ZeroDivisionError' in err and 'process_message' in err
+        assert 'Traceback' in err and 'process_message' in err
+        assert 'ZeroDivisionError: caf\\xe9 \\udcff \\\n' in err
 
-    def test_a_command_that_raises_is_answered_with_451(self, capsys):
-        class Channel(smtpd.SMTPChannel):
-            def smtp_FAIL(self, arg):
-                raise KeyError(arg)
+    def test_each_command_that_raises_is_answered_with_451(self, capsys):
+        def smtp_FAIL(self, arg):
+            raise KeyError(arg)
 
-        channel = make_channel(channel_class=Channel)
-        assert feed(channel, b'FAIL x\r\nNOOP\r\n') == b'451 Internal confusion\r\n250 OK\r\n'
-        assert "KeyError: 'x'" in capsys.readouterr().err
+        assert feed(channel_with(smtp_FAIL=smtp_FAIL), b'FAIL x\r\nFAIL y\r\nNOOP\r\n') == (
+            2 * b'451 Internal confusion\r\n' + b'250 OK\r\n')
+        err = capsys.readouterr().err
+        assert err.count('Traceback') == 2 and "KeyError: 'x'" in err and "KeyError: 'y'" in err
+
+    def test_what_ends_the_loop_goes_through_after_a_command_that_failed(self, capsys):
+        def smtp_RAISE(self, arg):
+            raise {'EXIT': asyncore.ExitNow}.get(arg, ZeroDivisionError)
+
+        with pytest.raises(asyncore.ExitNow):
+            feed(channel_with(smtp_RAISE=smtp_RAISE), b'RAISE\r\nRAISE EXIT\r\n')
+        assert 'ZeroDivisionError' in capsys.readouterr().err
 
     @pytest.mark.parametrize('stderr', [
         None, io.TextIOWrapper(io.BytesIO(), 'ascii'),
@@ -1051,14 +1058,17 @@ class TestHandlers:
         feed(channel, TO_DATA)
         assert feed(channel, b'x\r\n.\r\nNOOP\r\n') == b'451 Internal confusion\r\n250 OK\r\n'
 
+    def test_what_is_logged(self, capsys):
+        channel = make_channel()
+        channel.log_info('unhandled event', 'warning')  # asyncore's, which say nothing
+        channel.log_info('caf\xe9 \\')
+        assert capsys.readouterr() == ('', 'info: caf\\xe9 \\\n')
+
     def test_log_info_may_be_overridden(self, capsys):
         log = []
-
-        class Channel(smtpd.SMTPChannel):
-            def log_info(self, message, type='info'):
-                log.append((type, message))
-
-        channel = make_channel(StubServer(ZeroDivisionError()), Channel)
+        channel = make_channel(StubServer(ZeroDivisionError()), variant(
+            smtpd.SMTPChannel,
+            log_info=lambda self, message, type='info': log.append((type, message))))
         feed(channel, TO_DATA + b'x\r\n.\r\n')
         [(type, message)] = log
         assert type == 'error' and 'ZeroDivisionError' in message
@@ -1068,12 +1078,12 @@ class TestHandlers:
         """It finds the exception, and alone decides what the client hears."""
         found = []
 
-        class Channel(smtpd.SMTPChannel):
-            def handle_error(self):
-                found.append(sys.exc_info()[0])
-                self.push('554 my own words')
+        def handle_error(self):
+            found.append(sys.exc_info()[0])
+            self.push('554 my own words')
 
-        channel = make_channel(StubServer(ZeroDivisionError()), Channel)
+        channel = make_channel(StubServer(ZeroDivisionError()),
+                               variant(smtpd.SMTPChannel, handle_error=handle_error))
         feed(channel, TO_DATA)
         assert feed(channel, b'x\r\n.\r\nNOOP\r\n') == b'554 my own words\r\n250 OK\r\n'
         assert found == [ZeroDivisionError]
@@ -1095,21 +1105,12 @@ class TestHandlers:
             assert feed(channel, b'x\r\n.\r\nNOOP\r\n') == b'451 Internal confusion\r\n250 OK\r\n'
         assert 'NotImplementedError' in capsys.readouterr().err
 
-    def test_handlers_of_python_2_are_called_without_keywords(self):
-        """The most reported break of the old module."""
-        got = []
-
-        class Server:
-            def process_message(self, peer, mailfrom, rcpttos, data):
-                got.append((peer, mailfrom, rcpttos, data))
-
-        channel = make_channel(Server())
-        feed(channel, TO_DATA)
-        assert feed(channel, b'text\r\n.\r\nNOOP\r\n') == 2 * b'250 OK\r\n'
-        assert got == [(PEER, 'a@b', ['c@d'], b'text')]
-
     def test_handlers_get_the_keywords_that_they_take(self):
+        """Those of Python 2 take none: the most reported break of the old module."""
         got = []
+
+        def with_none(peer, mailfrom, rcpttos, data):
+            got.append((peer, mailfrom, rcpttos, data))
 
         def with_one(peer, mailfrom, rcpttos, data, mail_options=None):
             got.append(mail_options)
@@ -1131,7 +1132,8 @@ class TestHandlers:
         def wrapping(*args, **kwargs):
             return positional(*args, **kwargs)
 
-        handlers = [with_one, with_both, positional, with_any, functools.partial(with_any),
+        handlers = [with_none, types.MethodType(lambda self, *four: with_none(*four), self),
+                    with_one, with_both, positional, with_any, functools.partial(with_any),
                     wrapping_with_any, wrapping]
         for handler in handlers:
             server = StubServer()
@@ -1139,18 +1141,18 @@ class TestHandlers:
             channel = make_channel(server)
             feed(channel, TO_DATA.replace(b'<a@b>', b'<a@b> SIZE=9'))
             assert feed(channel, b'x\r\n.\r\n') == b'250 OK\r\n'
-        assert got == [['SIZE=9'], (['SIZE=9'], []), 4, ['mail_options', 'rcpt_options'],
-                       ['mail_options', 'rcpt_options'], 'wrapping', 4]
+        assert got == 2 * [(PEER, 'a@b', ['c@d'], b'x')] + [
+            ['SIZE=9'], (['SIZE=9'], []), 4, ['mail_options', 'rcpt_options'],
+            ['mail_options', 'rcpt_options'], 'wrapping', 4]
 
     def test_a_type_error_inside_a_handler_is_not_taken_for_its_signature(self, capsys):
         calls = []
 
-        class Server:
-            def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
-                calls.append(kwargs)
-                raise TypeError("unexpected keyword argument 'mail_options'")
+        def process_message(peer, mailfrom, rcpttos, data, **kwargs):
+            calls.append(kwargs)
+            raise TypeError("unexpected keyword argument 'mail_options'")
 
-        channel = make_channel(Server())
+        channel = make_channel(types.SimpleNamespace(process_message=process_message))
         feed(channel, TO_DATA)
         assert feed(channel, b'x\r\n.\r\n') == b'451 Internal confusion\r\n'
         assert len(calls) == 1 and 'TypeError' in capsys.readouterr().err
@@ -1164,40 +1166,87 @@ class ShortOfMemory(io.BytesIO):
 
 
 class TestSession:
-    @three_ways
-    def test_options_of_a_refused_mail_leave_no_trace(self, way):
+    @pytest.mark.parametrize('options', [
+        b'SMTPUTF8 SIZE=99999999', b'SMTPUTF8 X=Y', b'BODY=7BIT SMTPUTF8=1'])
+    def test_options_of_a_refused_mail_leave_no_trace(self, options):
         channel = make_channel(enable_SMTPUTF8=True)
-        way(channel, [b'EHLO x\r\n', b'MAIL FROM:<a@b> SMTPUTF8 SIZE=99999999\r\n'])
+        feed(channel, b'EHLO x\r\n')
+        assert feed(channel, b'MAIL FROM:<a@b> ' + options + b'\r\n')[:1] == b'5'
         assert not channel.require_SMTPUTF8 and not channel.mail_options
-        way(channel, [b'MAIL FROM:<a@b> SMTPUTF8 X=Y\r\n',
-                      b'MAIL FROM:<a@b> BODY=7BIT SMTPUTF8=1\r\n'])
-        assert not channel.require_SMTPUTF8 and not channel.mail_options
-        assert way(channel, [b'MAIL FROM:<a@b>\r\n']) == ['S: 250 OK']
+        assert feed(channel, b'MAIL FROM:<a@b>\r\n') == b'250 OK\r\n'
         assert not channel.require_SMTPUTF8 and channel.mail_options == []
 
-    @three_ways
-    def test_options_of_a_refused_rcpt_leave_no_trace(self, way):
+    def test_options_of_a_refused_rcpt_leave_no_trace(self):
         channel = make_channel()
-        way(channel, [b'EHLO x\r\n', *FROM_AND_TO, b'RCPT TO:<e@f> X=Y\r\n',
-                      b'DATA\r\n', b'x\r\n.\r\n'])
+        feed(channel, TO_DATA[:-6] + b'RCPT TO:<e@f> X=Y\r\nDATA\r\nx\r\n.\r\n')
         [(_, _, rcpttos, _, keywords)] = channel.smtp_server.messages
         assert (rcpttos, keywords['rcpt_options']) == (['c@d'], [])
 
-    @three_ways
-    def test_options_end_with_the_transaction(self, way):
+    @pytest.mark.parametrize('end', [b'RSET\r\n', b'RCPT TO:<c@d>\r\nDATA\r\nx\r\n.\r\n'])
+    def test_options_end_with_the_transaction(self, end):
         channel = make_channel(enable_SMTPUTF8=True)
-        for end in ([b'RSET\r\n'], [b'RCPT TO:<c@d>\r\n', b'DATA\r\n', b'x\r\n.\r\n']):
-            way(channel, [b'EHLO x\r\n', b'MAIL FROM:<a@b> SMTPUTF8\r\n', *end])
-            assert not channel.require_SMTPUTF8
-            way(channel, [*FROM_AND_TO, b'DATA\r\n', b'x\r\n.\r\n'])
-            assert channel.smtp_server.messages[-1][4]['mail_options'] == []
+        feed(channel, b'EHLO x\r\nMAIL FROM:<a@b> SMTPUTF8\r\n' + end)
+        assert not channel.require_SMTPUTF8
+        feed(channel, *FROM_AND_TO, b'DATA\r\nx\r\n.\r\n')
+        assert channel.smtp_server.messages[-1][4]['mail_options'] == []
 
     @three_ways
-    def test_what_comes_behind_quit_is_not_executed(self, way):
+    def test_what_comes_after_quit_is_not_executed(self, way):
         channel = make_channel()
         forged = [TO_DATA, b'forged\r\n.\r\n', b'NOOP\r\n']
         assert way(channel, [b'QUIT\r\n', *forged]) == ['S: 221 Bye']
         assert channel.smtp_server.messages == [] and channel.conn.closed
+
+    def test_a_read_event_without_data_is_nothing(self):
+        channel = make_channel()
+        channel.handle_read()
+        assert channel.connected and channel.conn.sent == b''
+
+    @pytest.mark.parametrize('has_repr', [True, False], ids=['plain', 'without a repr'])
+    def test_a_connection_that_breaks_is_closed_and_the_log_says_why(self, has_repr, capsys):
+        channel = channel_with(**{} if has_repr else {'__repr__': WithoutRepr.__repr__})
+        feed(channel, OSError(errno.ETIMEDOUT, 'timed out'))
+        assert channel.conn.closed and not channel.connected
+        out, err = capsys.readouterr()
+        assert out == '' and 'timed out' in err
+
+    def test_a_connection_that_fails_in_send_ends_its_session_alone(self, monkeypatch, capsys):
+        channel = make_channel()
+        monkeypatch.setattr(channel.conn, 'send', unittest.mock.Mock(
+            side_effect=OSError(errno.EINVAL, 'no more')))
+        feed(channel, b'NOOP\r\nNOOP\r\n')
+        assert channel.conn.closed
+        assert 'no more' in capsys.readouterr().err
+
+    @pytest.mark.parametrize('before', [b'RSET\r\n', TO_DATA], ids=['in a command', 'in data'])
+    def test_a_hook_that_raises_in_mid_line_ends_the_session(self, before, capsys):
+        """The rest of the line would be taken for a command."""
+        def collect_incoming_data(self, data):
+            if data.startswith(b'poison'):
+                raise ZeroDivisionError
+            smtpd.SMTPChannel.collect_incoming_data(self, data)
+
+        channel = channel_with(collect_incoming_data=collect_incoming_data)
+        feed(channel, before)
+        assert feed(channel, b'poison', b'\r\nNOOP\r\n.\r\n') == b'451 Internal confusion\r\n'
+        assert channel.conn.closed and channel.smtp_server.messages == []
+        assert 'ZeroDivisionError' in capsys.readouterr().err
+
+    @pytest.mark.parametrize('hooked', [False, True], ids=['plain', 'with hooks'])
+    def test_memory_that_ends_in_mid_message_ends_the_session(self, hooked, monkeypatch, capsys):
+        """The rest of the data would be taken for commands."""
+        def collect_incoming_data(self, data):
+            if b'y' in data:
+                raise MemoryError
+            smtpd.SMTPChannel.collect_incoming_data(self, data)
+
+        monkeypatch.setattr(smtpd, 'io', types.SimpleNamespace(BytesIO=ShortOfMemory))
+        channel = channel_with(
+            **{'collect_incoming_data': collect_incoming_data} if hooked else {})
+        feed(channel, TO_DATA)
+        answer = feed(channel, b'first\r\n', b'y' * 120, b'\r\n' + TO_DATA + b'forged\r\n.\r\n')
+        assert answer == b'451 Internal confusion\r\n'
+        assert not channel.connected and channel.smtp_server.messages == []
 
     def test_each_channel_has_its_own_command_size_limits(self):
         extended, plain = make_channel(), make_channel()
@@ -1209,10 +1258,7 @@ class TestSession:
         assert not smtpd.SMTPChannel.command_size_limits
 
     def test_limits_set_on_the_class_count(self):
-        class Channel(smtpd.SMTPChannel):
-            command_size_limit = 20
-
-        assert feed(make_channel(channel_class=Channel), b'NOOP\r\n' + b'x' * 21 + b'\r\n') == (
+        assert feed(channel_with(command_size_limit=20), b'NOOP\r\n' + b'x' * 21 + b'\r\n') == (
             b'250 OK\r\n500 Error: line too long\r\n')
         channel = make_channel()
         channel.command_size_limits['XLONG'] = 1000
@@ -1224,8 +1270,7 @@ class TestSession:
         feed(channel, b'EHLO x\r\nMAIL FROM:<a@b>\r\n')
         sent = way(channel, [b'RCPT TO:<r%d@x>\r\n' % n for n in range(1002)]
                    + [b'DATA\r\n', b'x\r\n.\r\n'])
-        assert sent[:1000] == ['S: 250 OK'] * 1000
-        assert sent[1000:] == ['S: 452 Error: too many recipients'] * 2 + [
+        assert sent == ['S: 250 OK'] * 1000 + ['S: 452 Error: too many recipients'] * 2 + [
             DATA[1], 'S: 250 OK']
         assert channel.smtp_server.messages[0][2] == ['r%d@x' % n for n in range(1000)]
 
@@ -1238,22 +1283,32 @@ class TestSession:
         assert channel.conn.closed
 
     def test_errors_are_counted_anew_after_each_message(self):
-        class Channel(smtpd.SMTPChannel):
-            error_limit = 3
-
-        channel = make_channel(channel_class=Channel)
+        channel = channel_with(error_limit=3)
         feed(channel, b'HELO x\r\n')
         for _ in range(5):
             sent = feed(channel, b'FOO\r\nFOO\r\n', *FROM_AND_TO, b'DATA\r\nx\r\n.\r\n')
             assert sent.endswith(READY + b'250 OK\r\n')
         assert feed(channel, b'FOO\r\n' * 4).endswith(b'421 Error: too many errors\r\n')
 
+    def test_good_bye_is_said_once(self):
+        pushed = []
+
+        def push(self, msg):
+            pushed.append(msg)
+            smtpd.SMTPChannel.push(self, msg)
+
+        def smtp_XTWO(self, arg):
+            self.push('554 one')
+            self.push('554 two')
+
+        feed(channel_with(error_limit=1, push=push, smtp_XTWO=smtp_XTWO), b'XTWO\r\n')
+        assert pushed[1:] == ['554 one', '421 Error: too many errors', '554 two']
+
     @pytest.mark.parametrize('attribute, lines', [
         ('error_limit', [b'FOO\r\n'] * 300),
         ('recipient_limit', [TO_DATA[:-6]] + [b'RCPT TO:<c@d>\r\n'] * 2500)])
     def test_none_turns_a_limit_off(self, attribute, lines):
-        channel = make_channel(channel_class=variant(smtpd.SMTPChannel, **{attribute: None}))
-        sent = feed(channel, b''.join(lines))
+        sent = feed(channel_with(**{attribute: None}), b''.join(lines))
         assert len(re.findall(rb'(?m)^...[ ]', sent)) == len(lines) + (lines[0][:4] == b'EHLO') * 2
         assert b'421' not in sent and b'452' not in sent
 
@@ -1265,11 +1320,6 @@ class TestSession:
 SESSION = (
     EHLO + MESSAGE + ('C: RSET', 'S: 250 OK') + UNKNOWN_TABLE['an unknown verb']
     + MESSAGE + ('C: QUIT', 'S: 221 Bye'))
-
-
-def channel_with(**attributes):
-    """A channel whose class has these attributes."""
-    return make_channel(channel_class=variant(smtpd.SMTPChannel, **attributes))
 
 
 def takes_chunk(self):
@@ -3284,68 +3334,20 @@ class TestArguments:
 # What happens seldom
 # =============================================================================
 
-def test_a_connection_that_breaks_is_closed_and_the_log_says_why(capsys):
-    channel = make_channel()
-    feed(channel, OSError(errno.ETIMEDOUT, 'timed out'))
-    assert channel.conn.closed and not channel.connected
-    out, err = capsys.readouterr()
-    assert out == '' and 'timed out' in err
+def test_a_server_of_parts_waits_without_any_resources(monkeypatch, capsys):
+    """There is no descriptor for the pair of sockets that would wake it, either."""
+    def no_descriptor(*args):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-
-def test_a_log_without_a_repr_is_a_log(capsys):
-    class Shy(smtpd.SMTPChannel):
-        def __repr__(self):
-            raise ZeroDivisionError
-
-    feed(make_channel(channel_class=Shy), OSError(errno.ETIMEDOUT, 'timed out'))
-    assert 'timed out' in capsys.readouterr().err
-
-
-def test_two_commands_that_fail_in_one_packet_are_both_answered(capsys):
-    class Failing(smtpd.SMTPChannel):
-        def smtp_FAIL(self, arg):
-            raise ZeroDivisionError
-
-    channel = make_channel(channel_class=Failing)
-    assert feed(channel, b'FAIL\r\nFAIL\r\nNOOP\r\n') == (
-        b'451 Internal confusion\r\n' * 2 + b'250 OK\r\n')
-    assert capsys.readouterr().err.count('Traceback') == 2
-
-
-@pytest.mark.parametrize('state', ['command', 'data'])
-def test_a_hook_that_raises_in_mid_line_ends_the_session_so_that_nothing_is_taken_for_a_command(
-        state, capsys):
-    class Failing(smtpd.SMTPChannel):
-        def collect_incoming_data(self, data):
-            if data.startswith(b'poison'):
-                raise ZeroDivisionError
-            super().collect_incoming_data(data)
-
-    server = StubServer()
-    channel = make_channel(server, Failing)
-    if state == 'data':
-        feed(channel, b'EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n')
-    assert feed(channel, b'poison', b'\r\nNOOP\r\n.\r\n') == b'451 Internal confusion\r\n'
-    assert channel.conn.closed and server.messages == []
-    assert 'ZeroDivisionError' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize('hooked', [False, True], ids=['in place', 'through a hook'])
-def test_memory_that_ends_in_mid_message_ends_the_session_so_that_no_data_is_a_command(
-        hooked, monkeypatch, capsys):
-    class Channel(smtpd.SMTPChannel):
-        if hooked:
-            def collect_incoming_data(self, data):
-                if b'y' in data:
-                    raise MemoryError
-                super().collect_incoming_data(data)
-
-    monkeypatch.setattr(smtpd, 'io', types.SimpleNamespace(BytesIO=ShortOfMemory))
-    channel = make_channel(channel_class=Channel)
-    feed(channel, TO_DATA)
-    answer = feed(channel, b'first\r\n', b'y' * 120, b'\r\n' + TO_DATA + b'forged\r\n.\r\n')
-    assert answer == b'451 Internal confusion\r\n'
-    assert not channel.connected and channel.smtp_server.messages == []
+    with turning() as (server, turn), RawClient(server) as client:
+        tasks, server._background_tasks = server._background_tasks, None
+        real, server.socket = server.socket, Listener(server.socket, errno.EMFILE)
+        with monkeypatch.context() as patch:
+            patch.setattr(smtpd, '_socketpair', no_descriptor)
+            turn(at_most=5)
+        assert server.socket.attempts == 1
+        server.socket, server._background_tasks = real, tasks
+        assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
 
 
 def test_without_a_thread_to_be_had_the_client_is_told_to_try_again(monkeypatch, capsys):
@@ -3443,33 +3445,6 @@ class TestBecomingNobody:
             smtpd._become_nobody()
         assert capsys.readouterr().err == (
             'smtpd: no user nobody on this system: want option -n; try --help\n')
-
-
-def test_a_warning_of_asyncore_is_not_logged(capsys):
-    channel = make_channel()
-    channel.log_info('unhandled event', 'warning')
-    channel.log_info('something', 'info')
-    assert capsys.readouterr() == ('', 'info: something\n')
-
-
-def test_a_read_event_without_data_is_nothing():
-    channel = make_channel()
-    channel.handle_read()
-    assert channel.connected and channel.conn.sent == b''
-
-
-def test_exitnow_goes_through_behind_a_command_that_failed(capsys):
-    class Ending(smtpd.SMTPChannel):
-        def smtp_FAIL(self, arg):
-            raise ZeroDivisionError
-
-        def smtp_EXIT(self, arg):
-            raise asyncore.ExitNow
-
-    channel = make_channel(channel_class=Ending)
-    with pytest.raises(asyncore.ExitNow):
-        feed(channel, b'FAIL\r\nEXIT\r\n')
-    assert 'ZeroDivisionError' in capsys.readouterr().err
 
 
 def test_exitnow_goes_through_while_a_connection_is_set_up():

@@ -171,6 +171,11 @@ def in_pieces(wire, size):
 # ---------------------------------------------------------------------------------------------
 # Channels as existing programs have them
 
+def channel_with(**attributes):
+    """A channel whose class has these attributes."""
+    return make_channel(channel_class=variant(smtpd.SMTPChannel, **attributes))
+
+
 class OwnInit(smtpd.SMTPChannel):
     """Sets all that the old module's instances had, and never calls the base's __init__."""
 
