@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -29,8 +30,7 @@ import time
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KEPT_IN = os.path.join(TOP, '.mutants')
-COPIED = ['smtpd.py', 'smtpd-stubs', 'conftest.py', 'setup.cfg', 'test_smtpd.py', 'tests',
-          'README.rst', 'docs', 'CHANGES.rst', 'benchmarks']
+COPIED = ['smtpd.py', 'smtpd-stubs', 'conftest.py', 'setup.cfg', 'test_smtpd.py', 'tests']
 NOT_SLOW = 'not slow and not real'
 # Coverage sees what a test runs in its own process alone; these start others.
 IN_PROCESSES = ('CommandLine', 'InAProcess')
@@ -357,7 +357,7 @@ def main():
     parser.add_argument('tests', nargs='*', default=['test_smtpd.py'], help='files for pytest')
     parser.add_argument('--count', type=int, default=400, help='mutants, from all functions')
     parser.add_argument('--seed', type=int, default=1, help='chooses them')
-    parser.add_argument('--function', default='', help='only where the name has this in it')
+    parser.add_argument('--function', default='', help='a regular expression for their names')
     parser.add_argument('--processes', type=int, default=2)
     parser.add_argument('--seconds', type=float, default=float('inf'), help='stop after that')
     parser.add_argument('--list', action='store_true', help='run nothing: tell what is known')
@@ -367,7 +367,7 @@ def main():
     with open(os.path.join(TOP, 'smtpd.py'), encoding='utf-8') as file:
         module = file.read()
     mutants = [mutant for mutant in spread(make_mutants(module), options.count, options.seed)
-               if options.function in mutant.function]
+               if re.search(options.function, mutant.function)]
     path = os.path.join(KEPT_IN, 'results.jsonl')
     results = read_results(path)
     digest = digest_of_tests()
