@@ -1909,14 +1909,20 @@ class TestEndOfSession:
         assert capsys.readouterr() == ('', '')
 
     @in_map_and_selector
-    def test_idle_sessions_end_with_421(self):
-        server_class = variant(channel={'idle_timeout_seconds': 0.2})
-        with serving(server_class) as server:
-            with greeted(server) as in_command, greeted(server) as in_data:
-                in_data.send(ONE_MESSAGE[:-6])
-                assert in_command.rest() == TIMED_OUT
-                assert in_data.rest() == ANSWERED_TO_DATA + TIMED_OUT
-            assert server.messages == []
+    @pytest.mark.parametrize('sent, answered', [
+        (b'NOOP\r\nNO', b'250 OK\r\n'), (ONE_MESSAGE[:-6], ANSWERED_TO_DATA)],
+        ids=['in a command', 'in data'])
+    @pytest.mark.parametrize('closed', [False, True], ids=['', 'the server is closed'])
+    def test_idle_sessions_end_with_421(self, closed, sent, answered, clock):
+        with turning() as (server, turn), RawClient(server) as client:
+            client.send(sent)
+            assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
+            turn(at_most=5)
+            if closed:
+                server.close()
+            clock.seconds += 301
+            assert turn(until=lambda: not channels_of(server))
+            assert client.rest() == answered + TIMED_OUT and server.messages == []
 
     @in_map_and_selector
     def test_a_client_is_not_idle_while_a_handler_takes_its_time(self, clock):
@@ -2034,15 +2040,6 @@ class TestEndOfSession:
                 assert turn(until=lambda: has_input(client)) and client.reply() == b'250 OK\r\n'
                 clock.seconds += seconds  # counted anew after each sign of life
                 assert not turn(until=lambda: has_input(client), at_most=10)
-
-    @in_map_and_selector
-    def test_idle_sessions_end_after_the_server_is_closed_too(self):
-        server_class = variant(channel={'idle_timeout_seconds': 0.2})
-        with turning(server_class) as (server, turn), RawClient(server) as client:
-            assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
-            server.close()
-            assert turn(until=lambda: has_input(client), at_most=100)
-            assert client.rest() == TIMED_OUT
 
     @in_map_and_selector
     @pytest.mark.parametrize('attribute, sent, last', [
@@ -2496,14 +2493,17 @@ class TestHandlerThreads:
             turn(at_most=3)
         assert capsys.readouterr() == ('', '')
 
-    def test_idle_time_does_not_count_while_a_handler_runs(self):
-        with self.serving(channel={'idle_timeout_seconds': 0.2}) as server:
-            with RawClient(server) as idle, RawClient(server) as client:
-                client.send(ONE_MESSAGE)
-                server.wait_until_entered()
-                assert idle.rest().endswith(TIMED_OUT)
-                server.go.set()
-                assert client.rest() == BANNER + ANSWERED + TIMED_OUT
+    def test_idle_time_does_not_count_while_a_handler_runs(self, clock):
+        with self.serving() as server, RawClient(server) as idle, RawClient(server) as client:
+            client.send(ONE_MESSAGE)
+            server.wait_until_entered()
+            clock.seconds += 301
+            assert idle.rest() == BANNER + TIMED_OUT
+            server.go.set()
+            assert read_replies(client, 6) == BANNER + ANSWERED
+            assert client.say(b'NOOP') == b'250 OK\r\n' and is_served(server)
+            clock.seconds += 301
+            assert client.rest() == TIMED_OUT
 
 
 # ---------------------------------------------------------------------------
