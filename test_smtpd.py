@@ -989,7 +989,8 @@ JUNK = {
     'an int': 250, 'True': True, 'an object': object(), 'a list': ['250 OK'],
     'an object without a repr': WithoutRepr(),
     'text without a code': 'thanks', 'bytes without a code': b'thanks',
-    'a code of two digits': '25 OK', 'an impossible code': '999 x'}
+    'a code of two digits': '25 OK', 'an impossible code': '999 x',
+    'a code that SMTP has not': '100 x', 'a code of other digits': '2\u0665\u0660 OK'}
 
 
 class TestHandlers:
@@ -1202,6 +1203,30 @@ class TestSession:
         channel.handle_read()
         assert channel.connected and channel.conn.sent == b''
 
+    @pytest.mark.parametrize('outcome', [[b'!'], BlockingIOError(), ValueError('TLS has none')],
+                             ids=repr)
+    def test_an_out_of_band_byte_is_taken_away(self, outcome, capsys):
+        channel = make_channel()
+        channel.conn.recv = unittest.mock.Mock(side_effect=outcome)
+        channel.handle_expt_event()
+        assert channel.conn.recv.call_args_list == [unittest.mock.call(1, socket.MSG_OOB)]
+        assert channel.connected and capsys.readouterr() == ('', '')
+
+    def test_small_packets_are_not_held_back(self, monkeypatch):
+        """By Nagle's rule, neither ours nor the client's, which may wait for an ACK of ours."""
+        options = []
+        monkeypatch.setattr(FakeConnection, 'setsockopt', lambda self, *args: options.append(args))
+        channel = make_channel()
+        assert options == [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)]
+        feed(channel, TO_DATA)
+        del options[:]
+        feed(channel, b'a piece of a message')
+        assert options == ([(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)]
+                           if hasattr(socket, 'TCP_QUICKACK') else [])
+        del options[:]
+        feed(channel, b'x' * channel.ac_in_buffer_size)  # more waits already
+        assert options == []
+
     @pytest.mark.parametrize('has_repr', [True, False], ids=['plain', 'without a repr'])
     def test_a_connection_that_breaks_is_closed_and_the_log_says_why(self, has_repr, capsys):
         channel = channel_with(**{} if has_repr else {'__repr__': WithoutRepr.__repr__})
@@ -1396,6 +1421,12 @@ class TestExistingPrograms:
         channel = make_channel()
         assert feed(channel, b'NOOP\r\n' * 20) == b'250 OK\r\n' * 20
         assert len(channel.conn.sends) <= 2
+
+    def test_no_more_of_them_than_one_send_takes(self):
+        channel = make_channel()
+        assert feed(channel, b'HELP\r\n' * 5000).count(b'\r\n') == 5000
+        assert 2 < len(channel.conn.sends) < 100
+        assert max(map(len, channel.conn.sends)) < 65536
 
     def test_replies_leave_before_the_handler_is_called(self):
         """It may take its time."""
@@ -2941,6 +2972,13 @@ class TestDebuggingServer:
             '---------- MESSAGE FOLLOWS ----------\n' + printed
             + '------------ END MESSAGE ------------\n')
 
+    @pytest.mark.parametrize('peer, host', [
+        (('::1', 4711, 0, 0), '::1'), ('/run/mail', '/run/mail'), ('', ''), ((), '()')], ids=repr)
+    def test_the_host_of_any_peer(self, peer, host, capsys):
+        with debugging_server() as server:
+            server.process_message(peer, 'a@b', ['c@d'], b'\nx')
+        assert "b'X-Peer: %s'" % host in capsys.readouterr().out.splitlines()
+
     def test_characters_that_stdout_cannot_encode(self, monkeypatch):
         written = io.BytesIO()
         for encoding, text, printed in [('ascii', '\nx\xe4\u20ac', b'x\\xe4\\u20ac'),
@@ -3220,8 +3258,11 @@ class TestCommandLine:
                 def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
                     print('got', mailfrom, rcpttos, data, self._remoteaddr, flush=True)
         '''))
+        env = environment(tmp_path)
+        if sys.implementation.name == 'pypy':  # its stderr comes in blocks
+            env['PYTHONUNBUFFERED'] = '1'
         with command_line('-d', '-c', 'mail.servers.inbox.Inbox', remote='upstream:2525',
-                          env=environment(tmp_path)) as (process, address):
+                          env=env) as (process, address):
             assert send_message(address).endswith(b'250 OK\r\n221 Bye\r\n')
             assert read_until(process.stdout, b'\n') == (
                 b"got a@b ['c@d'] b'Subject: x\\n\\ntext' ('upstream', 2525)\n")
