@@ -1116,7 +1116,10 @@ class TestHandlers:
         def with_one(peer, mailfrom, rcpttos, data, mail_options=None):
             got.append(mail_options)
 
-        def with_both(peer, mailfrom, rcpttos, data, mail_options, rcpt_options):
+        def with_both(peer, mailfrom, rcpttos, data, mail_options, *, rcpt_options):
+            got.append((mail_options, rcpt_options))
+
+        def by_name_alone(peer, mailfrom, rcpttos, data, *, rcpt_options, mail_options):
             got.append((mail_options, rcpt_options))
 
         def positional(*args):
@@ -1134,8 +1137,8 @@ class TestHandlers:
             return positional(*args, **kwargs)
 
         handlers = [with_none, types.MethodType(lambda self, *four: with_none(*four), self),
-                    with_one, with_both, positional, with_any, functools.partial(with_any),
-                    wrapping_with_any, wrapping]
+                    with_one, with_both, by_name_alone, positional, with_any,
+                    functools.partial(with_any), wrapping_with_any, wrapping]
         for handler in handlers:
             server = StubServer()
             server.process_message = handler  # on the instance, as some programs do
@@ -1143,7 +1146,7 @@ class TestHandlers:
             feed(channel, TO_DATA.replace(b'<a@b>', b'<a@b> SIZE=9'))
             assert feed(channel, b'x\r\n.\r\n') == b'250 OK\r\n'
         assert got == 2 * [(PEER, 'a@b', ['c@d'], b'x')] + [
-            ['SIZE=9'], (['SIZE=9'], []), 4, ['mail_options', 'rcpt_options'],
+            ['SIZE=9'], (['SIZE=9'], []), (['SIZE=9'], []), 4, ['mail_options', 'rcpt_options'],
             ['mail_options', 'rcpt_options'], 'wrapping', 4]
 
     def test_a_type_error_inside_a_handler_is_not_taken_for_its_signature(self, capsys):
@@ -1233,7 +1236,8 @@ class TestSession:
         feed(channel, OSError(errno.ETIMEDOUT, 'timed out'))
         assert channel.conn.closed and not channel.connected
         out, err = capsys.readouterr()
-        assert out == '' and 'timed out' in err
+        assert out == '' and 'timed out' in err and 'SMTPChannel' in err.splitlines()[0]
+        assert (', whose repr() fails>\n' in err) is not has_repr
 
     def test_a_connection_that_fails_in_send_ends_its_session_alone(self, monkeypatch, capsys):
         channel = make_channel()

@@ -99,7 +99,8 @@ def changes_of_expression(node):
         elif isinstance(value, (int, float)):
             yield ast.Constant(value + 1)
         elif isinstance(value, (str, bytes)):
-            yield ast.Constant(value[:-1] if len(value) > 1 else type(value)(value * 2))
+            other = 'x' if isinstance(value, str) else b'x'
+            yield ast.Constant(value[:-1] if len(value) > 1 else value + other)
 
 
 def changes_of_statement(node):
