@@ -96,7 +96,7 @@ class _NoThread(Exception):
 _ASYNCORES_LOG_INFO = asyncore.dispatcher.log_info  # before anybody replaces it
 
 
-def _log_info(self, message, type='info'):
+def _log_info(self, message, *args, **kwargs):
     """asyncore's log_info(), but to standard error; never raises.
 
     A mixin's goes before it, and so does one that was patched into asyncore.
@@ -105,8 +105,13 @@ def _log_info(self, message, type='info'):
                 if vars(each).get('log_info') is _log_info)
     inherited = super(ours, self).log_info
     if getattr(inherited, '__func__', None) is not _ASYNCORES_LOG_INFO:
-        inherited(message, type)
-    elif type not in self.ignore_log_types:
+        inherited(message, *args, **kwargs)
+    else:
+        _log_to_stderr(self, message, *args, **kwargs)
+
+
+def _log_to_stderr(self, message, type='info'):
+    if type not in self.ignore_log_types:
         _write_to_stderr('%s: %s\n' % (type, message))
 
 

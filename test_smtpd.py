@@ -3379,22 +3379,6 @@ class TestArguments:
 # What happens seldom
 # =============================================================================
 
-def test_a_server_of_parts_waits_without_any_resources(monkeypatch, capsys):
-    """There is no descriptor for the pair of sockets that would wake it, either."""
-    def no_descriptor(*args):
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
-    with turning() as (server, turn), RawClient(server) as client:
-        tasks, server._background_tasks = server._background_tasks, None
-        real, server.socket = server.socket, Listener(server.socket, errno.EMFILE)
-        with monkeypatch.context() as patch:
-            patch.setattr(smtpd, '_socketpair', no_descriptor)
-            turn(at_most=5)
-        assert server.socket.attempts == 1
-        server.socket, server._background_tasks = real, tasks
-        assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
-
-
 def test_without_a_thread_to_be_had_the_client_is_told_to_try_again(monkeypatch, capsys):
     def fail(thread):
         raise RuntimeError("can't start new thread")
