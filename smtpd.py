@@ -37,6 +37,7 @@ import functools
 import getopt
 import importlib
 import io
+import math
 import os
 import re
 import select
@@ -781,6 +782,7 @@ class SMTPChannel(_Transport):
         '_decode_data',  # received_lines and messages are text
         '_errors_since_message',  # 5yz replies
         '_message_under_way',  # a BytesIO, where data goes past the hooks
+        '_relay',  # takes the steps of this session to a proxy's upstream
     )
 
     def __init__(self, server, conn, addr, data_size_limit=DATA_SIZE_DEFAULT,
@@ -814,6 +816,7 @@ class SMTPChannel(_Transport):
         super()._begin_anew()
         self._decode_data = False
         self._errors_since_message = 0
+        self._relay = None
         self.smtp_server = None
         self.conn = None
         self.peer = None
@@ -954,6 +957,11 @@ class SMTPChannel(_Transport):
             self._watcher.discard(self)
         super().del_channel(map)
 
+    def close(self):
+        super().close()
+        if self._relay is not None:
+            self._relay.end()
+
     # ------------------------------------------------------------------
     # A command line
     # ------------------------------------------------------------------
@@ -1046,7 +1054,9 @@ class SMTPChannel(_Transport):
         self.received_data = message
         if self._holds_replies:
             self._send_held_replies()  # the handler may take its time
-        self._run_aside(self._handler_call(message), self._end_message)
+        call = (functools.partial(self._relay.deliver, message) if self._is_relayed()
+                else self._handler_call(message))
+        self._run_aside(call, self._end_message)
 
     def _handler_call(self, message):
         handler = self.smtp_server.process_message
@@ -1222,7 +1232,13 @@ class SMTPChannel(_Transport):
             self.require_SMTPUTF8 = True
         self.mailfrom = address
         _debug('sender: %s', address)
-        self.push('250 OK')
+        server = self.smtp_server
+        if _is_server(server) and server._relay_for:
+            self._relay = server._relay_for(self)
+        if self._relay is None:
+            self.push('250 OK')
+        else:
+            self._ask_upstream('mail', address, options)
 
     def smtp_RCPT(self, arg):
         """RFC 5321, 4.1.1.3."""
@@ -1249,7 +1265,10 @@ class SMTPChannel(_Transport):
             return
         self.rcpttos.append(address)
         _debug('recips: %s', self.rcpttos)
-        self.push('250 OK')
+        if self._relay is None:
+            self.push('250 OK')
+        else:
+            self._ask_upstream('rcpt', address)
 
     def smtp_DATA(self, arg):
         """RFC 5321, 4.1.1.4."""
@@ -1264,7 +1283,37 @@ class SMTPChannel(_Transport):
             return
         self.smtp_state = self.DATA
         self.set_terminator(_END_OF_DATA)
-        self.push('354 End data with <CR><LF>.<CR><LF>')
+        if self._is_relayed():
+            self._ask_upstream('data')
+        else:
+            self.push('354 End data with <CR><LF>.<CR><LF>')
+
+    def _is_relayed(self):
+        """Whether a proxy's upstream has agreed to the transaction as it stands now."""
+        return self._relay is not None and self._relay.knows(self.mailfrom, self.rcpttos)
+
+    def _ask_upstream(self, step, *arguments):
+        """Let a proxy's upstream reply to a step that we have nothing against."""
+        call = functools.partial(getattr(self._relay, step), *arguments)
+        reply = self._relay.answer_at_once(call)
+        if reply is not None:
+            self._take_upstream_reply(step, reply)
+            return
+        if self._holds_replies:
+            self._send_held_replies()  # the upstream may take its time
+        self._run_aside(call, functools.partial(self._take_upstream_reply, step))
+
+    def _take_upstream_reply(self, step, reply):
+        if reply[:1] not in '23':  # then the step was not taken
+            if step == 'mail':
+                self.mailfrom = None
+                self.mail_options = []
+            elif step == 'data':
+                self._set_post_data_state()
+            elif self.rcpttos:
+                self.rcpttos.pop()
+        for line in _reply_lines(reply) if NEWLINE in reply else [reply]:
+            self.push(line)
 
     def smtp_RSET(self, arg):
         """RFC 5321, 4.1.1.5."""
@@ -1786,6 +1835,7 @@ class SMTPServer(_Reader):
     _complains_again_at = 0.0  # on the monotonic clock
     _threads_for_handlers = None
     _selector_of_channels = None
+    _relay_for = None  # PureProxy's: makes what takes a channel's steps upstream
 
     def __init__(self, localaddr, remoteaddr, data_size_limit=DATA_SIZE_DEFAULT,
                  map=None, enable_SMTPUTF8=False, decode_data=False):
@@ -2018,50 +2068,75 @@ def _host_of(peer):
 # The proxies
 # ---------------------------------------------------------------------------
 
-# What only proxies need: who receives has no use for the email package.  They import it
-# before root becomes nobody, who may not be able to read the files.
-_MODULES_OF_PROXIES = ('smtplib', 'encodings.idna', 'email.generator', 'email.message',
-                       'email.mime.multipart', 'email.mime.text', 'email.utils')
+# Imported before root becomes nobody, who may not be able to read the files.
+_MODULES_OF_PROXIES = ('encodings.idna', 'hashlib')
 
 _NULL_PATH = '<>'
 _NOT_AVAILABLE = b'Upstream not available'
+_TOO_MANY_HOPS = 554, b'Error: too many hops'
 _TRACE_HEADER = re.compile(rb'^(?:received|x-peer)[ \t]*:', re.IGNORECASE | re.MULTILINE)
+_REPLY_LINE = re.compile(rb'([2-5][0-9][0-9])(?:([ -])(.*))?', re.DOTALL)
+_MOST_OF_A_REPLY = 65536  # octets; no server means as much as that
+_MOST_OF_A_LINE = 506  # octets of text; RFC 5321, 4.5.3.1.5: 512 with code and CRLF
+_MOST_DELIVERIES = 1000  # messages to remember
+_BLOCK = 65536  # octets of a message; a time limit holds for each
+_EXTENSIONS = {'SIZE': b'SIZE', 'BODY': b'8BITMIME'}  # that offer the parameter
+_A_MOMENT = 0.001  # seconds; the least that poll() can wait
+
+
+class _ThreadsUnlessOverridden:
+    """process_message_threads of the proxies.
+
+    0 where the program has a process_message() or _deliver() of its own, which
+    may not expect threads.
+    """
+
+    def __init__(self, threads):
+        self.threads = threads
+
+    def __get__(self, proxy, owner):
+        return self.threads if _relays_step_by_step(proxy, owner) else 0
 
 
 class PureProxy(SMTPServer):
-    """Relays each message to `remoteaddr`; the upstream's answer is the client's.
+    """Relays each step of a session to `remoteaddr`, whose replies are the client's.
 
     PureProxy(localaddr, remoteaddr): arguments as SMTPServer's, but that
     enable_SMTPUTF8 is refused with ValueError.  Listening on a public address
     makes an open relay.
 
-    The client gets 451 while the upstream cannot be reached.  If it refuses
-    some recipients and takes others, the reverse-path gets a delivery status
-    notification (RFC 3464).
+    MAIL, RCPT, DATA and the message go upstream when the client sends them, in
+    one upstream session for each client's.  451 while the upstream cannot be
+    reached, when it breaks off, and for what is no reply to the step.
 
-    Class attributes that may be overridden, besides SMTPServer's:
+    A program that overrides process_message() or _deliver() is given each
+    message as a whole instead.  process_message() adds the X-Peer header and
+    calls _deliver(mailfrom, rcpttos, data), which sends the message upstream
+    and returns {recipient: (code, text)} of those that were refused.
 
-    process_message_threads   32; 0 in a subclass that overrides
-                              process_message() or _deliver(), since its code
-                              may not expect threads, unless it sets this too
-    upstream_timeout_seconds  to wait for the upstream at each step (60)
-    hop_limit                 trace headers that a message may have (25); a
-                              message with more runs in circles: 554
+    Class attributes that may be overridden, besides SMTPServer's (the time
+    limits are RFC 5321's, 4.5.3.2):
+
+    process_message_threads           32; 0 in a program that overrides
+                                      process_message() or _deliver(), unless
+                                      it sets this too
+    upstream_timeout_seconds          to connect (60)
+    upstream_command_timeout_seconds  for the reply to connecting, EHLO, MAIL,
+                                      RCPT and RSET (300)
+    upstream_data_timeout_seconds     for the reply to DATA (120)
+    upstream_block_timeout_seconds    to send each 64 KB of a message (180)
+    upstream_final_timeout_seconds    for the reply to a message (600)
+    hop_limit                         trace headers that a message may have
+                                      (50); one with more runs in circles: 554
     """
 
-    process_message_threads = 32  # more than hop_limit: in a circle each hop needs one
-    upstream_timeout_seconds = 60
-    hop_limit = 25
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        if cls.__module__ == __name__:
-            return
-        definer = next(base for base in cls.__mro__ if 'process_message_threads' in vars(base))
-        is_ours = definer.__module__ == __name__
-        if is_ours and (cls.process_message is not definer.process_message
-                        or cls._deliver is not definer._deliver):
-            cls.process_message_threads = 0
+    process_message_threads = _ThreadsUnlessOverridden(32)
+    upstream_timeout_seconds = 60  # an unreachable host should not take minutes
+    upstream_command_timeout_seconds = 300
+    upstream_data_timeout_seconds = 120
+    upstream_block_timeout_seconds = 180
+    upstream_final_timeout_seconds = 600
+    hop_limit = 50  # Postfix: hopcount_limit
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -2073,68 +2148,50 @@ class PureProxy(SMTPServer):
 
     def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
         octets = _lf_lines(_as_octets(data))
-        headers_end = _end_of_headers(octets)
-        if len(_TRACE_HEADER.findall(octets, 0, headers_end)) >= self.hop_limit:
-            return '554 Error: too many hops'
-        peer_header = b'X-Peer: ' + _host_of(peer).encode('ascii', 'backslashreplace')
-        if octets[-1:] == b'\n':
-            octets += b'\n'  # or else _deliver() would take the last, empty line for a line end
-        if headers_end < len(octets):
-            peer_header += b'\n'
-        elif octets:
-            peer_header = b'\n' + peer_header
-        headers = octets[:headers_end] + peer_header
-        octets = headers + octets[headers_end:]
+        if self._has_too_many_hops(octets):
+            return _reply_text(_TOO_MANY_HOPS)
+        deliveries = _deliveries_of(self)
+        left = deliveries.left(mailfrom, rcpttos, octets)
+        traced = _with_peer_header(octets, peer)
         if isinstance(data, str):
-            data = octets.decode('utf-8', 'surrogateescape')
-        else:
-            data = octets
-        refused = self._deliver(mailfrom, rcpttos, data)
+            traced = traced.decode('utf-8', 'surrogateescape')
+        refused = left and self._deliver(mailfrom, left, traced) or {}
+        deliveries.note(mailfrom, left, octets, refused)
         if not refused:
             return None
-        if all(recipient in refused for recipient in rcpttos):
-            return _reply_for_all(refused)
-        if mailfrom != _NULL_PATH:
-            try:
-                self._notify(mailfrom, refused, headers)
-            except Exception:  # the message is delivered: 451 would double it
-                _log_exception(self)
-        return None
+        code, text = _worst_of(refused)
+        return _reply_text((code if code >= 500 else 451, text))
 
     def _deliver(self, mailfrom, rcpttos, data):
         """Send a message upstream; return {recipient: (code, text)} of those refused."""
-        import smtplib
         octets = _as_octets(data)
-        return self._hand_over(smtplib.SMTP, self._remoteaddr,
-                               lambda upstream: _transact(upstream, mailfrom, rcpttos, octets),
-                               rcpttos)
-
-    def _hand_over(self, client_class, address, dialogue, rcpttos):
-        """dialogue(client)'s result; all recipients refused with 451 if it breaks off."""
-        client = None
+        session = self._new_upstream_session()
         try:
-            client = client_class(*address, local_hostname=self._own_name(),
-                                  timeout=self.upstream_timeout_seconds)
-            client.sock.setsockopt(*_NO_DELAY)
-            client.command_encoding = 'utf-8'  # paths go verbatim
-            client.ehlo_or_helo_if_needed()
-            result = dialogue(client)
-            with contextlib.suppress(OSError):  # delivered is delivered
-                client.putcmd('QUIT')  # its answer may take long (Postfix does not wait either)
-            return result
-        except OSError as error:  # SMTPException is one
-            self.log_info('%s:%s: %s' % (*address, error), 'error')
-            return dict.fromkeys(rcpttos, (451, _NOT_AVAILABLE))
+            reply = session.mail(mailfrom, [] if octets.isascii() else ['BODY=8BITMIME'])
+            if not _is_success(reply):
+                return dict.fromkeys(rcpttos, reply)
+            replies = {each: session.rcpt(each) for each in dict.fromkeys(rcpttos)}
+            accepted = [each for each, reply in replies.items() if _is_success(reply)]
+            if accepted:
+                replies.update(session.deliver(octets, accepted))
+            return _refused_of(replies)
         finally:
-            if client is not None:
-                client.close()
+            session.quit()
 
-    def _notify(self, mailfrom, refused, headers):
-        """Tell the sender which recipients did not get the message."""
-        report = _delivery_status_notification(self._own_name(), mailfrom, refused, headers)
-        lost = self._deliver(_NULL_PATH, [mailfrom], report)
-        if lost:
-            self.log_info('no delivery status notification for %s: %s' % (mailfrom, lost), 'error')
+    def _new_upstream_session(self):
+        return _UpstreamSession(self, self._remoteaddr)
+
+    def _relay_for(self, channel):
+        """What takes the steps of this channel upstream; None where the program sees to it."""
+        if _relays_step_by_step(self, type(self)):
+            return channel._relay or _Relay(self, channel)
+        if channel._relay is not None:  # overridden since the last message
+            channel._relay.end()
+        return None
+
+    def _has_too_many_hops(self, octets):
+        traces = _TRACE_HEADER.findall(octets, 0, _end_of_headers(octets))
+        return len(traces) >= self.hop_limit
 
 
 class MailmanProxy(PureProxy):
@@ -2142,36 +2199,616 @@ class MailmanProxy(PureProxy):
 
     MailmanProxy(localaddr, remoteaddr): arguments as PureProxy's.
 
-    Mailman's LMTP server is asked for each recipient; those that it takes are
-    delivered to it, the others go to `remoteaddr`.  The client gets 451 while
-    Mailman cannot be reached.
+    Mailman's LMTP server is asked for each recipient; what it does not know is
+    asked of `remoteaddr`.  While Mailman cannot be reached each recipient gets
+    451, since nobody knows which are lists.  If a message has reached some of
+    its recipients and not others, the client gets 451, and its next try goes
+    to the others only.
 
     Class attribute that may be overridden, besides PureProxy's:
 
     mailman_lmtp_address   (host, port), ('localhost', 8024) unless changed
     """
 
-    process_message_threads = PureProxy.process_message_threads
     mailman_lmtp_address = ('localhost', 8024)  # Mailman's default
 
-    def _deliver(self, mailfrom, rcpttos, data):
-        """As PureProxy's; lists come last, so that no retry doubles a post."""
-        import smtplib
-        octets = _as_octets(data)
-        lists = self._hand_over(smtplib.LMTP, self.mailman_lmtp_address,
-                                lambda mailman: _known_recipients(mailman, mailfrom, rcpttos),
-                                rcpttos)
-        if isinstance(lists, dict):
-            return lists
-        others = [recipient for recipient in rcpttos if recipient not in lists]
-        refused = super()._deliver(mailfrom, others, data) if others else {}
-        if others and len(refused) == len(set(others)) and _reply_for_all(refused)[:1] == b'4':
-            return dict.fromkeys(rcpttos, refused[others[0]])
-        for each in dict.fromkeys(lists):
-            refused.update(self._hand_over(
-                smtplib.LMTP, self.mailman_lmtp_address,
-                lambda mailman, each=each: _transact(mailman, mailfrom, [each], octets), [each]))
-        return refused
+    def _new_upstream_session(self):
+        return _MailmanSession(_UpstreamSession(self, self.mailman_lmtp_address, ['LHLO']),
+                               super()._new_upstream_session())
+
+
+_HANDLERS_OF_OURS = (
+    SMTPServer.process_message, PureProxy.process_message, PureProxy._deliver)
+
+
+def _relays_step_by_step(proxy, proxy_class):
+    """False if a class, a patch or the proxy itself overrides process_message() or _deliver()."""
+    places = proxy_class.__mro__ if proxy is None else (proxy, *proxy_class.__mro__)
+    return all(vars(place).get(name, PureProxy._deliver) in _HANDLERS_OF_OURS
+               for place in places for name in ('process_message', '_deliver'))
+
+
+def _deliveries_of(proxy):
+    return vars(proxy).setdefault('_deliveries', _Deliveries())
+
+
+class _Relay:
+    """Takes the steps of one client's session upstream.
+
+    mail(), rcpt(), data() and deliver() block: they are for the server's
+    threads, and return the reply to the client.
+    """
+
+    def __init__(self, proxy, channel):
+        self._proxy = proxy
+        self._channel = channel
+        self._session = proxy._new_upstream_session()
+        self._mailfrom = None  # what the upstream has agreed to
+        self._rcpttos = []
+        self._lock = threading.RLock()  # one step at a time
+        self._is_hurried = False  # the client has just asked, and is not waited for
+        self._is_ended = False
+        self._is_delivering = False
+
+    def knows(self, mailfrom, rcpttos):
+        """False if the program has changed the transaction since the upstream saw it."""
+        return mailfrom == self._mailfrom and rcpttos == self._rcpttos
+
+    def answer_at_once(self, step):
+        """The reply of an upstream that is quick; None if a thread must call step() again."""
+        # A thread takes longer than the reply of an upstream on this machine.
+        if not self._session.is_quick() or not self._lock.acquire(blocking=False):
+            return None
+        self._is_hurried = True
+        self._session.hurry(True)
+        try:
+            return step()
+        except _NotYet:
+            return None
+        finally:
+            self._is_hurried = False
+            self._session.hurry(False)
+            self._lock.release()
+
+    def mail(self, mailfrom, options):
+        self._mailfrom, self._rcpttos = mailfrom, []
+        if not any(each.startswith('BODY=') for each in options):
+            options = [*options, 'BODY=8BITMIME']  # it may be: nobody knows yet
+        return self._take(self._session.mail, mailfrom, options)
+
+    def rcpt(self, recipient):
+        reply = self._take(self._session.rcpt, recipient)
+        if reply[:1] == '2':
+            self._rcpttos.append(recipient)
+        return reply
+
+    def data(self):
+        return self._take(self._session.data)
+
+    def deliver(self, message):
+        return self._take(self._deliver, _lf_lines(_as_octets(message)))
+
+    def end(self):
+        """The client has gone: let the upstream go, but from a message that it has."""
+        self._is_ended = True
+        if self._lock.acquire(blocking=False):
+            self._session.quit()
+            self._lock.release()
+        elif not self._is_delivering:
+            self._session.interrupt()  # its thread ends what it does, and comes back here
+
+    def _take(self, step, *arguments):
+        try:
+            with self._lock:
+                if self._is_ended or not self._is_hurried and _has_gone(self._channel):
+                    return _reply_text((451, _NOT_AVAILABLE))
+                return _reply_text(step(*arguments))
+        finally:
+            if self._is_ended:
+                self.end()
+
+    def _deliver(self, octets):
+        if self._proxy._has_too_many_hops(octets):
+            self._session.close()
+            return _TOO_MANY_HOPS
+        deliveries = _deliveries_of(self._proxy)
+        left = deliveries.left(self._mailfrom, self._rcpttos, octets)
+        self._is_delivering = True
+        try:
+            replies = self._session.deliver(_with_peer_header(octets, self._channel.peer), left)
+        finally:
+            self._is_delivering = False
+        refused = _refused_of(replies)
+        deliveries.note(self._mailfrom, left, octets, refused)
+        if not refused:
+            return next(iter(replies.values()), (250, b'OK'))
+        code, text = _worst_of(refused)
+        return (code if len(refused) == len(replies) else 451), text
+
+
+def _has_gone(channel):
+    """Whether the client has closed the connection, and nothing of its commands is left."""
+    if channel.ac_in_buffer:
+        return False
+    try:
+        return not channel.socket.recv(1, _PEEK)
+    except (BlockingIOError, ValueError, AttributeError):  # ValueError: TLS has no peek; a stub
+        return False
+    except OSError:
+        return True
+
+
+class _Deliveries:
+    """Remembers who got a message that the client will send again, since others did not."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._delivered = {}  # sets of recipients by message, the oldest first
+
+    def left(self, mailfrom, rcpttos, octets):
+        """The recipients that have not got the message yet."""
+        if not self._delivered:
+            return rcpttos
+        delivered = self._delivered.get(_digest(mailfrom, octets), ())
+        return [each for each in rcpttos if each.lower() not in delivered]
+
+    def note(self, mailfrom, rcpttos, octets, refused):
+        """The message has now been delivered to all but those refused."""
+        delivered = {each.lower() for each in rcpttos if each not in refused}
+        if not delivered or not refused and not self._delivered:
+            return
+        message = _digest(mailfrom, octets)
+        with self._lock:
+            delivered |= self._delivered.pop(message, set())
+            if refused:
+                self._delivered[message] = delivered
+            if len(self._delivered) > _MOST_DELIVERIES:
+                del self._delivered[next(iter(self._delivered))]
+
+
+def _digest(mailfrom, octets):
+    import hashlib
+    digest = hashlib.sha256(mailfrom.encode('utf-8', 'surrogateescape') + b'\n')
+    digest.update(octets)
+    return digest.digest()
+
+
+class _MailmanSession:
+    """A client's session with Mailman and, for what Mailman does not know, with the upstream.
+
+    Methods as _UpstreamSession's.
+    """
+
+    def __init__(self, mailman, upstream):
+        self._mailman = mailman
+        self._upstream = upstream
+        self.mail(None)
+
+    def mail(self, mailfrom, options=()):
+        # RCPT shows who must be asked: mail for lists alone needs no upstream.
+        self._mail = mailfrom, options
+        self._replies_to_mail = {}
+        self._lists = {}  # by address in lower case: as the client wrote it first, reply
+        self._upstream.accepted = {}
+        return 250, b'OK'
+
+    def rcpt(self, recipient):
+        address = recipient.lower()
+        if address in self._lists:  # in any spelling it is posted once
+            return self._lists[address][1]
+        reply = self._ask(self._mailman, recipient)
+        if _is_success(reply):
+            self._lists[address] = recipient, reply
+        return self._ask(self._upstream, recipient) if reply[0] >= 500 else reply
+
+    def _ask(self, session, recipient):
+        if session not in self._replies_to_mail:
+            self._replies_to_mail[session] = session.mail(*self._mail)
+        reply = self._replies_to_mail[session]
+        return session.rcpt(recipient) if _is_success(reply) else reply
+
+    def data(self):
+        if self._upstream.accepted:
+            return self._upstream.data()
+        return 354, b'End data with <CR><LF>.<CR><LF>'
+
+    def deliver(self, octets, recipients):
+        others = [each for each in recipients if each.lower() not in self._lists]
+        replies = self._upstream.deliver(octets, others)
+        reply = replies[others[0]] if others else (250, b'OK')
+        if not _is_success(reply):
+            return dict.fromkeys(recipients, reply)
+        # One transaction for each list: to some faults Mailman gives one reply for all its
+        # recipients, and not one for each (RFC 2033, 4.2): the others would never come.
+        posts = {}
+        for each in recipients:
+            address = each.lower()
+            if address in self._lists:
+                if address not in posts and not 400 <= reply[0] < 500:  # else at the next try
+                    spelling = self._lists[address][0]
+                    reply = self._mailman.deliver(octets, [spelling])[spelling]
+                    posts[address] = reply
+                replies[each] = posts.get(address, reply)
+        return replies
+
+    def is_quick(self):
+        return False
+
+    def interrupt(self):
+        self._mailman.interrupt()
+        self._upstream.interrupt()
+
+    def close(self):
+        self._mailman.close()
+        self._upstream.close()
+
+    def quit(self):
+        self._mailman.quit()
+        self._upstream.quit()
+
+
+class _UpstreamSession:
+    """One client's session with one upstream: its connection, its transaction.
+
+    Each step blocks, and returns the reply, (code, text): 451 if the upstream
+    is lost, from there on until the next mail().
+    """
+
+    def __init__(self, proxy, address, hellos=('EHLO', 'HELO')):
+        self._proxy = proxy
+        self._address = address
+        self._hellos = hellos
+        self._connection = None
+        self._mail = None  # reverse-path and parameters
+        self.accepted = {}  # replies by recipient
+
+    def mail(self, mailfrom, options=()):
+        """Begin a transaction, on a new connection if the old one has ended."""
+        self._mail = mailfrom, options
+        self.accepted = {}
+        return self._guarded(self._begin)
+
+    def is_quick(self):
+        return self._connection is not None and self._connection.is_quick
+
+    def hurry(self, is_hurried):
+        if self._connection is not None:
+            self._connection.is_hurried = is_hurried
+
+    def _begin(self):
+        if self._connection is not None:
+            with contextlib.suppress(OSError):
+                reply = self._connection.mail(*self._mail)
+                if reply[0] != 421:
+                    return reply
+            is_hurried = self._connection.is_hurried
+            self.close()
+            if is_hurried:
+                raise _NotYet
+        self._connection = _Connection(self._proxy, self._address, self._hellos)
+        return self._connection.mail(*self._mail)
+
+    def rcpt(self, recipient):
+        reply = self.accepted.get(recipient)
+        if self._connection is None:
+            reply = 451, _NOT_AVAILABLE
+        elif reply is None:
+            reply = self._guarded(self._connection.rcpt, recipient)
+            if _is_success(reply):
+                self.accepted[recipient] = reply
+        return reply
+
+    def data(self):
+        if self._connection is None:
+            return 451, _NOT_AVAILABLE
+        return self._guarded(self._connection.data)
+
+    def deliver(self, octets, recipients):
+        """Send the message to those recipients; {recipient: reply}, the same for all."""
+        recipients = list(dict.fromkeys(recipients))
+        if not recipients:
+            return {}
+        reply = self._guarded(self._send, octets, recipients)
+        self.accepted = {}
+        return dict.fromkeys(recipients, reply)
+
+    def _send(self, octets, recipients):
+        # It may have closed while the client sent its data, and may have more recipients
+        # than are left: as nothing has been sent yet, another transaction does no harm.
+        if (self._connection is None or not self._connection.is_silent()
+                or list(self.accepted) != recipients):
+            replies = [self._begin(), *map(self._connection.rcpt, recipients)]
+            refusal = next((each for each in replies if not _is_success(each)), None)
+            if refusal:
+                return 451, refusal[1]
+        if not self._connection.is_in_data:
+            reply = self._connection.data()
+            if reply[0] != 354:
+                return reply
+        return self._connection.send_message(octets)
+
+    def _guarded(self, step, *arguments):
+        try:
+            reply = step(*arguments)
+        except _RunsInCircle:
+            reply = _TOO_MANY_HOPS
+        except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
+            self._proxy.log_info(
+                '%s:%s: mail from %s: %s' % (*self._address, self._mail[0], error), 'error')
+            self.close()
+            reply = 451, _NOT_AVAILABLE
+        if reply[0] == 421:
+            self.close()
+            reply = 451, reply[1]
+        return reply
+
+    def interrupt(self):
+        """End what another thread waits for."""
+        connection = self._connection
+        if connection is not None:
+            connection.interrupt()
+
+    def quit(self):
+        if self._connection is not None:
+            self._connection.quit()
+            self.close()
+
+    def close(self):
+        """Cut the connection: a message under way gets no final dot, and is none."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+class _UpstreamLost(ConnectionError):
+    """The upstream has closed, or what it says can no longer be told from another reply."""
+
+
+class _RunsInCircle(Exception):
+    """The upstream is the proxy itself."""
+
+
+class _NotYet(Exception):
+    """The reply does not come at once: the same step, called again, will wait for it."""
+
+
+class _Connection:
+    """A connection to an SMTP or LMTP server.
+
+    Not smtplib's: that waits for ever for a reply that never ends, takes a
+    reply to nothing for the next command's, changes paths, and leaves a bare
+    CR in a message, after which a dot could end it.
+
+    Each method blocks for a limited time, and raises OSError if the server is
+    lost: nothing that it may still say counts.
+    """
+
+    def __init__(self, proxy, address, hellos):
+        self._proxy = proxy
+        self._input = b''
+        self._awaited = None  # the command that has no reply yet, and when it was sent
+        self._extensions = frozenset()
+        self._has_transaction = False
+        self.is_in_data = False
+        self.is_quick = False  # it has replied to the last command within a moment
+        self.is_hurried = False  # to wait for a moment only, then raise _NotYet
+        self._socket = socket.create_connection(address, proxy.upstream_timeout_seconds)
+        try:
+            if _leads_to_itself(proxy, self._socket):
+                raise _RunsInCircle
+            self._socket.setsockopt(*_NO_DELAY)
+            self._socket.setblocking(False)  # to wait only where there is something to wait for
+            self._greet(hellos)
+        except BaseException:
+            self.close()
+            raise
+
+    def _greet(self, hellos):
+        reply = self._read_reply(self._proxy.upstream_command_timeout_seconds)
+        if _is_success(reply):
+            for verb in hellos:
+                reply = self._command('%s %s' % (verb, self._proxy._own_name()))
+                if _is_success(reply):
+                    lines = reply[1].upper().split(b'\n')[1:]
+                    self._extensions = frozenset(line.split()[0] for line in lines if line.strip())
+                    return
+        raise _UpstreamLost(_reply_text(reply))
+
+    def mail(self, mailfrom, options):
+        if self.is_in_data or self._has_transaction and not _is_success(self._command('RSET')):
+            raise _UpstreamLost('has not finished the message before')
+        self._has_transaction = False
+        parameters = [' ' + each for each in options
+                      if _EXTENSIONS.get(each.partition('=')[0]) in self._extensions]
+        reply = self._command('MAIL FROM:%s%s' % (_in_brackets(mailfrom), ''.join(parameters)))
+        self._has_transaction = _is_success(reply)
+        return reply
+
+    def rcpt(self, recipient):
+        return self._command('RCPT TO:' + _in_brackets(recipient))
+
+    def data(self):
+        reply = self._command('DATA', self._proxy.upstream_data_timeout_seconds, [354])
+        self.is_in_data = reply[0] == 354
+        return reply
+
+    def send_message(self, octets):
+        """Send the message, after data(); return the reply to it."""
+        octets = _lf_lines(octets).replace(b'\n', b'\r\n').replace(b'\r\n.', b'\r\n..')
+        if octets[:1] == b'.':
+            octets = b'.' + octets
+        rest = len(octets) // _BLOCK * _BLOCK
+        for start in range(0, rest, _BLOCK):
+            if not self._has_sent(octets[start:start + _BLOCK]):
+                return self._early_refusal()
+        last = octets[rest:] + (b'.\r\n' if octets.endswith(_END_OF_LINE) else _END_OF_DATA)
+        if not self.is_silent():
+            return self._early_refusal()
+        try:
+            if not self._has_sent(last):
+                return self._early_refusal()
+            reply = self._read_reply(self._proxy.upstream_final_timeout_seconds)
+            _check(reply)
+        except OSError as error:  # RFC 1047
+            raise _UpstreamLost('lost after the final dot: the message may have been delivered, '
+                                'and will be once more: %s' % error) from error
+        self.is_in_data = self._has_transaction = False
+        return reply
+
+    def _has_sent(self, block):
+        """False if the server has said something before, or has closed."""
+        if not self.is_silent():
+            return False
+        try:
+            self._send(block, self._proxy.upstream_block_timeout_seconds)
+        except ConnectionError:
+            return False
+        return True
+
+    def _early_refusal(self):
+        """The reply to a message that is not yet whole."""
+        reply = self._read_reply(self._proxy.upstream_block_timeout_seconds)
+        return _check(reply, [])
+
+    def _command(self, line, seconds=None, good=range(200, 300)):
+        if '\r' in line or '\n' in line:
+            raise ValueError('a line end in %r' % line)
+        if seconds is None:
+            seconds = self._proxy.upstream_command_timeout_seconds
+        if self._awaited is None:
+            if not self.is_silent():
+                raise _UpstreamLost('closed, or talks unasked: %r' % self._input[:100])
+            self._send(line.encode('utf-8', 'surrogateescape') + _END_OF_LINE, seconds)
+            self._awaited = line, time.monotonic()
+        reply = self._read_reply(seconds)
+        self.is_quick = time.monotonic() - self._awaited[1] < _A_MOMENT
+        self._awaited = None
+        return _check(reply, good)
+
+    def is_silent(self):
+        """Whether the server is there, and has said nothing since its last reply."""
+        return not (self._input or _is_ready(self._socket, _READABLE, 0))
+
+    def _send(self, octets, seconds):
+        deadline = time.monotonic() + seconds
+        sent = 0
+        while sent < len(octets):
+            try:
+                sent += self._socket.send(octets[sent:])
+            except BlockingIOError:
+                self._wait(_WRITABLE, deadline)
+
+    def _wait(self, event, deadline):
+        seconds = deadline - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError('timed out')
+        if self.is_hurried:
+            if not _is_ready(self._socket, event, _A_MOMENT):
+                raise _NotYet
+        else:
+            _is_ready(self._socket, event, seconds)
+
+    def _read_reply(self, seconds):
+        """(code, text); the lines of the text are joined by LF."""
+        deadline = time.monotonic() + seconds
+        texts = []
+        start = 0
+        while True:
+            end = self._input.find(b'\n', start)
+            if end < 0:
+                if len(self._input) > _MOST_OF_A_REPLY:
+                    raise _UpstreamLost('a reply without an end')
+                self._wait(_READABLE, deadline)
+                self._receive()
+                continue
+            line = self._input[start:end].rstrip(b'\r')
+            match = _REPLY_LINE.fullmatch(line)
+            if not match:
+                raise _UpstreamLost('no reply: %r' % line[:100])
+            code, mark, text = match.groups()
+            texts.append(text or b'')
+            start = end + 1
+            if mark != b'-':
+                self._input = self._input[start:]
+                return int(code), b'\n'.join(texts)
+
+    def _receive(self):
+        octets = self._socket.recv(4096)
+        if not octets:
+            raise _UpstreamLost('closed the connection')
+        self._input += octets
+
+    def interrupt(self):
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(_SHUT_BOTH)
+
+    def quit(self):
+        if not (self.is_in_data or self._awaited):
+            with contextlib.suppress(OSError):
+                self._socket.send(b'QUIT\r\n')  # Postfix does not wait for the reply either
+
+    def close(self):
+        self._socket.close()
+
+
+_READABLE, _WRITABLE = 0, 1
+
+
+def _is_ready(sock, event, seconds):
+    """Wait until the socket is readable, or writable; false if it is not in time."""
+    if not hasattr(select, 'poll'):  # Windows, whose select() takes any descriptor
+        sockets = [[], []]
+        sockets[event] = [sock]
+        return any(select.select(*sockets, [], seconds))
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT if event else select.POLLIN)
+    return bool(poll.poll(math.ceil(seconds * 1000)))
+
+
+def _leads_to_itself(proxy, connection):
+    """Whether the proxy has connected to the address that it listens on."""
+    try:
+        listening = proxy.socket.getsockname()
+        here, there = connection.getsockname(), connection.getpeername()
+    except (OSError, AttributeError):  # closed meanwhile, or never opened
+        return False
+    is_any = listening[0] in ('0.0.0.0', '::') and here[0] == there[0]
+    return there[1] == listening[1] and (there[0] == listening[0] or is_any)
+
+
+def _check(reply, good=range(200, 300)):
+    """The reply, if it is a good one or a refusal."""
+    if reply[0] < 400 and reply[0] not in good:
+        raise _UpstreamLost('out of step: ' + _reply_text(reply))
+    return reply
+
+
+def _is_success(reply):
+    return 200 <= reply[0] < 300  # RFC 5321, 4.3.2: by the first digit
+
+
+def _refused_of(replies):
+    return {each: reply for each, reply in replies.items() if not _is_success(reply)}
+
+
+def _worst_of(refused):
+    """One reply for all: a "try again" if there is one, else the last."""
+    replies = [reply if 400 <= reply[0] < 600 else (451, _NOT_AVAILABLE)
+               for reply in refused.values()]
+    return next((reply for reply in replies if reply[0] < 500), replies[-1])
+
+
+@functools.lru_cache(maxsize=64)
+def _reply_text(reply):
+    """(code, text) as process_message() returns replies."""
+    code, text = reply
+    lines = _as_octets(text).decode('ascii', 'replace').split('\n')
+    return NEWLINE.join('%d %s' % (code, _printable(line.strip()[:_MOST_OF_A_LINE]))
+                        for line in lines)
+
+
+def _in_brackets(path):
+    return path if path == _NULL_PATH else '<%s>' % path
 
 
 def _as_octets(data):
@@ -2189,129 +2826,17 @@ def _end_of_headers(octets):
     return octets.find(b'\n\n') + 1 or len(octets)
 
 
-def _transact(client, mailfrom, rcpttos, octets):
-    """One mail transaction; returns {recipient: (code, text)} of those refused."""
-    options = ''
-    if not octets.isascii() and client.has_extn('8bitmime'):
-        options = ' BODY=8BITMIME'
-    reply = client.docmd('MAIL', 'FROM:%s%s' % (_in_brackets(mailfrom), options))
-    if not _is_success(reply):
-        return dict.fromkeys(rcpttos, reply)
-    refused = {}
-    accepted = []
-    for recipient in dict.fromkeys(rcpttos):
-        reply = client.docmd('RCPT', 'TO:' + _in_brackets(recipient))
-        if _is_success(reply):
-            accepted.append(recipient)
-        else:
-            refused[recipient] = reply
-    if accepted:
-        reply = _send_data(client, octets)
-        if not _is_success(reply):
-            refused.update(dict.fromkeys(accepted, reply))
-    return refused
-
-
-def _is_success(reply):
-    return 200 <= reply[0] < 300  # RFC 5321, 4.3.2: by the first digit
-
-
-def _send_data(client, octets):
-    """The DATA command; returns the final reply."""
-    # Not smtplib's data(): it leaves a bare CR, behind which a dot could end the message,
-    # and takes a hundred times the memory of a message of short lines.
-    reply = client.docmd('DATA')
-    if reply[0] != 354:
-        return reply if reply[0] >= 400 else (451, _NOT_AVAILABLE)
-    octets = _lf_lines(octets).replace(b'\n', b'\r\n').replace(b'\r\n.', b'\r\n..')
-    if octets[:1] == b'.':
-        octets = b'.' + octets
-    last = len(octets) // 65536 * 65536
-    for start in range(0, last, 65536):  # the time limit holds for each piece
-        client.send(octets[start:start + 65536])
-    end = b'.\r\n' if octets.endswith(_END_OF_LINE) else _END_OF_DATA
-    client.send(octets[last:] + end)
-    return client.getreply()
-
-
-def _known_recipients(mailman, mailfrom, rcpttos):
-    """Those of the recipients that Mailman's LMTP server takes; raises if it cannot say."""
-    import smtplib
-    known = []
-    code, text = mailman.docmd('MAIL', 'FROM:' + _in_brackets(mailfrom))
-    if code != 250:
-        raise smtplib.SMTPResponseException(code, text)
-    for recipient in rcpttos:
-        code, text = mailman.docmd('RCPT', 'TO:' + _in_brackets(recipient))
-        if code == 250:
-            known.append(recipient)
-        elif not 500 <= code < 600:
-            raise smtplib.SMTPResponseException(code, text)
-    return known
-
-
-def _in_brackets(path):
-    return path if path == _NULL_PATH else '<%s>' % path
-
-
-def _reply_for_all(refused):
-    """One reply for all refused recipients: a "try again" if there is one, else the last."""
-    replies = [_refusal(reply) for reply in refused.values()]
-    code, text = next((reply for reply in replies if reply[0] < 500), replies[-1])
-    return b'%d %s' % (code, _as_octets(text))
-
-
-def _refusal(reply):
-    """The reply, or a "try again" if it is none that may stand for a refusal."""
-    return reply if 400 <= reply[0] < 600 else (451, _NOT_AVAILABLE)
-
-
-def _one_line(code, text):
-    text = _as_octets(text).decode('ascii', 'replace')
-    return '%d %s' % (code, _printable(text.replace('\n', ' ')))
-
-
-def _enhanced_status(reply):
-    """RFC 3463's code out of a reply, or one made of its first digit."""
-    match = re.match(r'[0-9]{3} ([45]\.[0-9]{1,3}\.[0-9]{1,3})\b', reply)
-    return match[1] if match else reply[0] + '.0.0'
-
-
-def _delivery_status_notification(reporter, mailfrom, refused, headers):
-    """RFC 3464's report of what became of some recipients, as bytes."""
-    import email.message
-    import email.mime.multipart
-    import email.mime.text
-    import email.utils
-
-    def fields(*pairs):
-        part = email.message.Message()
-        for name, value in pairs:
-            part[name] = value
-        return part
-
-    replies = {recipient: _one_line(*_refusal(reply)) for recipient, reply in refused.items()}
-    report = email.mime.multipart.MIMEMultipart('report', report_type='delivery-status')
-    report['From'] = 'Mail Delivery System <MAILER-DAEMON@%s>' % reporter
-    report['To'] = mailfrom
-    report['Date'] = email.utils.formatdate()
-    report['Message-ID'] = email.utils.make_msgid(domain=reporter)
-    report['Subject'] = 'Undelivered mail returned to sender'
-    report['Auto-Submitted'] = 'auto-replied'  # RFC 3834
-    report.attach(email.mime.text.MIMEText(
-        'Your message could not be delivered to:\n\n'
-        + ''.join('<%s>: %s\n' % each for each in replies.items())))
-    status = email.message.Message()
-    status['Content-Type'] = 'message/delivery-status'
-    status.set_payload([fields(('Reporting-MTA', 'dns; ' + reporter))] + [
-        fields(('Final-Recipient', 'rfc822; ' + recipient), ('Action', 'failed'),
-               ('Status', _enhanced_status(reply)), ('Diagnostic-Code', 'smtp; ' + reply))
-        for recipient, reply in replies.items()])
-    report.attach(status)
-    report.attach(email.mime.text.MIMEText(
-        headers.decode('utf-8', 'replace'), 'rfc822-headers',
-        'us-ascii' if headers.isascii() else 'utf-8'))
-    return report.as_bytes()
+def _with_peer_header(octets, peer):
+    """The message with X-Peer after its headers."""
+    headers_end = _end_of_headers(octets)
+    peer_header = b'X-Peer: ' + _host_of(peer).encode('ascii', 'backslashreplace')
+    if octets[-1:] == b'\n':
+        octets += b'\n'  # or else _deliver() would take the last, empty line for a line end
+    if headers_end < len(octets):
+        peer_header += b'\n'
+    elif octets:
+        peer_header = b'\n' + peer_header
+    return octets[:headers_end] + peer_header + octets[headers_end:]
 
 
 # ---------------------------------------------------------------------------

@@ -229,6 +229,10 @@ class DebuggingServer(SMTPServer): ...
 
 class PureProxy(SMTPServer):
     upstream_timeout_seconds: float
+    upstream_command_timeout_seconds: float
+    upstream_data_timeout_seconds: float
+    upstream_block_timeout_seconds: float
+    upstream_final_timeout_seconds: float
     hop_limit: int
     def _deliver(
         self, mailfrom: str, rcpttos: list[str], data: _Data
