@@ -4,13 +4,14 @@ PYSMTPD_TEST_MODULE_DIR names the directory of the smtpd.py to be tested, if not
 the one above this; PYSMTPD_TEST_REQUIRE_ALL=1 makes failures of skips.
 """
 import asynchat
-import asyncio
 import asyncore
 import contextlib
 import errno
+import functools
 import gc
 import importlib.util
 import os
+import re
 import select
 import shutil
 import signal
@@ -19,7 +20,6 @@ import struct
 import subprocess
 import sys
 import threading
-import warnings
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -631,194 +631,65 @@ def missing(what):
 
 
 # ---------------------------------------------------------------------------------------------
-# Upstreams that misbehave on purpose: aiosmtpd, and one of bare sockets for the exact octets
-
-with warnings.catch_warnings():
-    warnings.simplefilter('ignore')  # aiosmtpd's own, from Python 3.15 on
-    import aiosmtpd.lmtp
-    import aiosmtpd.smtp
+# A server that misbehaves on purpose
 
 SENDER = b'<sender@example.com>'
 RECIPIENT = b'<rcpt@example.com>'
 PROXIED = b'Subject: hello\r\n\r\nText.\r\n'
 BOTH_MODES = pytest.mark.parametrize('decode_data', [False, True], ids=['bytes', 'decoded'])
 
-
-class Misbehaving:
-    """Mixed into aiosmtpd's protocols: before each command, looks whether a fault is due."""
-
-    upstream = None
-    greeted = False
-
-    def connection_made(self, transport):
-        self.upstream.transports.append(transport)
-        fault = self.upstream.faults.get('CONNECT')
-        if fault is None:
-            self.greeted = True
-            super().connection_made(transport)
-        elif fault == 'break off':
-            transport.abort()
-        else:
-            self.upstream.hangs.set()
-
-    def connection_lost(self, error):
-        if self.greeted:
-            super().connection_lost(error)
-
-    def data_received(self, data):
-        if self.greeted:
-            super().data_received(data)
-
-    async def fault_at(self, point):
-        """The reply that the test asked for at this point, if any."""
-        fault = self.upstream.faults.get(point)
-        if fault == 'break off':
-            self.transport.abort()
-            await asyncio.Event().wait()  # till the lost connection cancels this
-        elif fault == 'hang':
-            self.upstream.hangs.set()
-            await self.upstream.released.wait()
-            fault = None
-        return fault
-
-    async def obey_or(self, point, command, arg):
-        fault = await self.fault_at(point)
-        if fault is not None:
-            await self.push(fault)
-        else:
-            await command(arg)
-
-    async def smtp_EHLO(self, arg):
-        await self.obey_or('EHLO', super().smtp_EHLO, arg)
-
-    async def smtp_HELO(self, arg):
-        await self.obey_or('HELO', super().smtp_HELO, arg)
-
-    async def smtp_MAIL(self, arg):
-        await self.obey_or('MAIL', super().smtp_MAIL, arg)
-
-    async def smtp_RCPT(self, arg):
-        await self.obey_or('RCPT', super().smtp_RCPT, arg)
-
-    async def smtp_DATA(self, arg):
-        await self.obey_or('DATA', super().smtp_DATA, arg)
-
-    async def smtp_QUIT(self, arg):
-        await self.obey_or('QUIT', super().smtp_QUIT, arg)
-
-
-class MisbehavingSMTP(Misbehaving, aiosmtpd.smtp.SMTP):
-    pass
-
-
-class MisbehavingLMTP(Misbehaving, aiosmtpd.lmtp.LMTP):
-    async def smtp_LHLO(self, arg):
-        await self.obey_or('LHLO', super().smtp_LHLO, arg)
+CLOSE, HANG, ENDLESS = 'break off', 'hang', 'never end'
 
 
 class Upstream:
-    """An aiosmtpd server in a thread.
+    """An SMTP or LMTP server of bare sockets and threads; keeps the octets as they come.
 
-    `faults` maps a point of the session (CONNECT, EHLO, MAIL, RCPT, DATA, ".", QUIT) to
-    'break off', 'hang' or a reply; `refused` maps a recipient to the reply it gets.
+    `faults` maps a step (CONNECT, a verb, BODY for the middle of a message, "." for its end)
+    to the reply that it gets, CLOSE, HANG (until release()) or ENDLESS, or to a list of these,
+    None among them, one for each time; `refused` maps a recipient to its reply.  If `known` is
+    set, recipients that it does not match are refused.
     """
 
-    def __init__(self, protocol=MisbehavingSMTP, host='127.0.0.1'):
-        self.protocol = protocol
-        self.host = host
-        self.faults = {}
+    def __init__(self, host='127.0.0.1', known=None, **faults):
+        self.faults = faults
         self.refused = {}
-        self.asked_for = []
-        self.transports = []
+        self.known = known
+        self.extensions = ['SIZE 40000000', '8BITMIME']
+        self.commands = []
+        self.connections = 0
+        self.bodies = []
         self.messages = []
         self.arrived = threading.Condition()
         self.hangs = threading.Event()
-        self.ready = threading.Event()
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.serve()), daemon=True)
+        self.released = threading.Event()
+        self.address = host, 0
 
     def __enter__(self):
-        self.thread.start()
-        assert self.ready.wait(20)
+        self.start()
         return self
 
     def __exit__(self, *exc):
-        self.loop.call_soon_threadsafe(self.closing.set)
-        self.thread.join(20)
-        assert not self.thread.is_alive()
+        self.stop()
 
     @property
-    def address(self):
-        return self.host, self.port
+    def port(self):
+        return self.address[1]
 
-    def release(self):
-        """Let a session go on that hangs, and all that come later."""
-        self.loop.call_soon_threadsafe(self.released.set)
-
-    async def serve(self):
-        self.loop = asyncio.get_running_loop()
-        self.closing, self.released = asyncio.Event(), asyncio.Event()
-        server = await self.loop.create_server(self.make_protocol, self.host, 0)
-        self.port = server.sockets[0].getsockname()[1]
-        self.ready.set()
-        await self.closing.wait()
-        server.close()
-        for transport in self.transports:
-            transport.abort()
-        await asyncio.sleep(0)  # abort() closes at the loop's next turn
-
-    def make_protocol(self):
-        session = self.protocol(self, data_size_limit=None, hostname='upstream.example',
-                                loop=self.loop)
-        session.upstream = self
-        return session
-
-    async def handle_RCPT(self, server, session, envelope, address, options):
-        self.asked_for.append(address)
-        if address in self.refused:
-            return self.refused[address]
-        envelope.rcpt_tos.append(address)
-        return '250 OK'
-
-    async def handle_DATA(self, server, session, envelope):
-        fault = await server.fault_at('.')
-        if fault is not None:
-            return fault
-        with self.arrived:
-            self.messages.append((envelope.mail_from, envelope.rcpt_tos, envelope.content))
-            self.arrived.notify_all()
-        return '250 2.0.0 Kept'
-
-    def wait_for(self, count):
-        """The messages, once there are so many."""
-        with self.arrived:
-            assert self.arrived.wait_for(lambda: len(self.messages) >= count, 20), self.messages
-            return list(self.messages)
-
-
-class WireUpstream:
-    """An upstream of bare sockets: keeps the octets as they come, answers from a table."""
-
-    REPLIES = {b'CONNECT': b'220 upstream.example', b'DATA': b'354 Go on', b'QUIT': b'221 Bye'}
-
-    def __init__(self, **replies):
-        self.replies = dict(self.REPLIES)
-        self.replies.update((verb.encode(), reply) for verb, reply in replies.items())
-        self.commands = []
-        self.bodies = []
+    def start(self):
+        family = socket.AF_INET6 if ':' in self.address[0] else socket.AF_INET
+        self.listener = socket.create_server(self.address, family=family, backlog=100)
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        self.address = self.listener.getsockname()[:2]
         self.ends = threading.Event()
         self.sockets = []
-        self.listener = socket.create_server(('127.0.0.1', 0), backlog=100)
-        self.address = self.listener.getsockname()[:2]
         self.threads = [threading.Thread(target=self.accept, daemon=True)]
-
-    def __enter__(self):
         self.threads[0].start()
-        return self
 
-    def __exit__(self, *exc):
+    def stop(self):
         self.ends.set()
         self.listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
         self.threads[0].join(20)
+        self.release()
         for connection in self.sockets:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -827,12 +698,18 @@ class WireUpstream:
             assert not thread.is_alive()
         self.listener.close()
 
+    def release(self):
+        """Let the sessions go on that hang, and all that come later."""
+        self.released.set()
+
     def accept(self):
         while True:
             try:
                 connection = self.listener.accept()[0]
             except OSError:
                 return
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.connections += 1
             self.sockets.append(connection)
             self.threads.append(
                 threading.Thread(target=self.session, args=(connection,), daemon=True))
@@ -840,32 +717,103 @@ class WireUpstream:
 
     def session(self, connection):
         with connection, connection.makefile('rb') as file, contextlib.suppress(OSError):
-            self.answer(connection, b'CONNECT')
+            self.answer(connection, 'CONNECT', '220 upstream.example')
+            mailfrom, recipients = None, []
             for line in file:
                 self.commands.append(line)
-                verb = line.split()[0].upper()
-                self.answer(connection, verb)
-                if verb == b'DATA' and self.replies[verb].startswith(b'354'):
-                    lines = []
-                    for each in file:
-                        if each == b'.\r\n':
-                            self.bodies.append(b''.join(lines))
-                            self.answer(connection, b'END')
-                            break
-                        lines.append(each)
-                elif verb == b'QUIT':
-                    return
+                verb = line.split()[0].decode().upper()
+                path = re.search(b':<?(.*?)>?( [^<>]*)?\r\n|$', line)[1]
+                path = path and path.decode()
+                if verb in ('EHLO', 'LHLO'):
+                    reply = '\r\n'.join(
+                        ['250-upstream.example', *('250-' + each for each in self.extensions),
+                         '250 HELP'])
+                    self.answer(connection, verb, reply)
+                elif verb == 'MAIL':
+                    if self.answer(connection, verb,
+                                   '250 OK' if mailfrom is None else '503 5.5.1 Nested'):
+                        mailfrom, recipients = path, []
+                elif verb == 'RCPT':
+                    if self.answer(connection, verb, self.verdict(mailfrom, path)):
+                        recipients.append(path)
+                elif verb == 'DATA':
+                    reply = '354 Go on' if recipients else '503 5.5.1 No recipients'
+                    if self.answer(connection, verb, reply):
+                        body = self.read_body(connection, file)
+                        self.answer(connection, '.', '250 OK',
+                                    functools.partial(self.keep, mailfrom, recipients, body))
+                        mailfrom = None
+                else:
+                    self.answer(connection, verb, '221 Bye' if verb == 'QUIT' else '250 OK')
+                    if verb == 'QUIT':
+                        return
+                    mailfrom = None
 
-    def answer(self, connection, verb):
-        reply = self.replies.get(verb, b'250 OK')
-        if reply is not None:
-            connection.sendall(reply + b'\r\n')
-            return
-        while not self.ends.wait(0.02):  # a reply that never ends
-            connection.sendall(b'250-and\r\n')
+    def verdict(self, mailfrom, path):
+        if mailfrom is None:
+            return '503 5.5.1 No sender'
+        if self.known and not re.search(self.known, path, re.I):
+            return self.refused.get(path, '550 Requested action not taken: mailbox unavailable')
+        return self.refused.get(path, '250 OK')
+
+    def read_body(self, connection, file):
+        lines = []
+        for line in file:
+            if line == b'.\r\n':
+                return b''.join(lines)
+            if not lines:
+                self.answer(connection, 'BODY', None)
+            lines.append(line)
+        raise ConnectionError('the end without a dot')
+
+    def keep(self, mailfrom, recipients, body):
+        with self.arrived:
+            self.bodies.append(body)
+            content = (b'\r\n' + body).replace(b'\r\n.', b'\r\n')[2:]
+            self.messages.append((mailfrom, recipients, content))
+            self.arrived.notify_all()
+
+    def answer(self, connection, step, reply, before=None):
+        """Send the reply, or what the test wants instead; whether it is a good one."""
+        fault = self.faults.get(step)
+        if isinstance(fault, list):
+            fault = fault.pop(0) if fault else None
+        if fault == HANG:
+            self.hangs.set()
+            while not self.released.wait(0.01) and not self.ends.is_set():
+                self.raise_if_left(connection)
+            self.raise_if_left(connection)
+        elif fault == CLOSE:
+            connection.shutdown(socket.SHUT_RDWR)
+            raise ConnectionError
+        elif fault == ENDLESS:
+            while True:
+                connection.sendall(b'250-and\r\n' * 100)
+        elif fault is not None:
+            reply = fault
+        if reply is None:
+            return True
+        if before and re.match('2[0-9]{2} ', reply):
+            before()
+        connection.sendall(reply.encode('latin-1') + b'\r\n')
+        if step == 'BODY' or reply.startswith('421'):
+            connection.shutdown(socket.SHUT_WR)  # it may still read
+            raise ConnectionError
+        return reply[:1] in '23'
+
+    def raise_if_left(self, connection):
+        ready = select.select([connection], [], [], 0)[0]
+        if ready and not connection.recv(1, socket.MSG_PEEK):
+            raise ConnectionError('the proxy has gone')
 
     def verbs(self, verb):
         return [line for line in self.commands if line.upper().startswith(verb)]
+
+    def wait_for(self, count):
+        """The messages, once there are so many."""
+        with self.arrived:
+            assert self.arrived.wait_for(lambda: len(self.messages) >= count, 20), self.messages
+            return list(self.messages)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -891,11 +839,22 @@ def stuffed(octets):
 
 def start_message(client, octets=PROXIED, sender=SENDER, recipients=(RECIPIENT,)):
     """Send a whole message, do not wait for the reply."""
-    assert client.say(b'MAIL FROM:' + sender) == b'250 OK\r\n'
+    assert client.say(b'MAIL FROM:' + sender).startswith(b'250 ')
     for recipient in recipients:
-        assert client.say(b'RCPT TO:' + recipient) == b'250 OK\r\n'
+        assert client.say(b'RCPT TO:' + recipient).startswith(b'250 ')
     assert client.say(b'DATA').startswith(b'354 ')
     client.send(stuffed(octets))
+
+
+def steps(client, message=PROXIED, sender=SENDER, recipients=(RECIPIENT,)):
+    """One transaction, as far as the replies let it go; the replies in order."""
+    replies = [client.say(b'MAIL FROM:' + sender)]
+    replies += [client.say(b'RCPT TO:' + each) for each in recipients]
+    replies.append(client.say(b'DATA'))
+    if replies[-1].startswith(b'354'):
+        client.send(stuffed(message))
+        replies.append(client.reply())
+    return [reply.decode()[:-2] for reply in replies]
 
 
 def relay_message(client, *args, **kwargs):

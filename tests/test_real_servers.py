@@ -36,6 +36,8 @@ from tests.support import (
     relay_message,
     running_server,
     serving,
+    steps,
+    stuffed,
     waits,
     with_x_peer,
 )
@@ -203,7 +205,7 @@ KINDS = {
 @pytest.mark.parametrize('kind', KINDS)
 def test_message_arrives_byte_for_byte_in_a_real_postfix(postfix, decode_data, kind):
     with proxy_to(postfix, decode_data=decode_data) as proxy:
-        assert post(proxy, KINDS[kind], recipients=OTHERS) == b'250 OK\r\n'
+        assert post(proxy, KINDS[kind], recipients=OTHERS).startswith(b'250 ')
     assert sorted(postfix.receive(2)) == [
         ('sender@example.com', recipient, with_x_peer(KINDS[kind])) for recipient in OTHER_NAMES]
 
@@ -213,17 +215,19 @@ def test_message_arrives_byte_for_byte_in_a_real_postfix(postfix, decode_data, k
                                   'CamelCase@Example.COM', '"a(comment)"@example.com'])
 def test_paths_arrive_verbatim_in_a_real_postfix(postfix, path):
     with proxy_to(postfix) as proxy:
-        assert post(proxy, sender=b'<%s>' % path.encode(), recipients=(b'<%s>' % path.encode(),)) \
-            == b'250 OK\r\n'
+        in_brackets = b'<%s>' % path.encode()
+        assert post(proxy, sender=in_brackets, recipients=(in_brackets,)).startswith(b'250 ')
     assert postfix.receive(1) == [(path, path, with_x_peer(PROXIED))]
 
 
 @pytest.mark.real
 def test_refusal_of_a_real_postfix_reaches_the_client(postfix):
     with proxy_to(postfix) as proxy:
-        assert post(proxy, recipients=(b'<unknown@example.com>',)) == (
-            b'550 5.1.1 <unknown@example.com>: Recipient address rejected: '
-            b'User unknown in virtual mailbox table\r\n')
+        with greet(proxy) as client:
+            assert client.say(b'MAIL FROM:<a@example.com>').startswith(b'250 ')
+            assert client.say(b'RCPT TO:<unknown@example.com>') == (
+                b'550 5.1.1 <unknown@example.com>: Recipient address rejected: '
+                b'User unknown in virtual mailbox table\r\n')
     assert_queue_stays_empty(postfix)
 
 
@@ -236,28 +240,14 @@ def test_message_too_large_for_a_real_postfix_reaches_the_client(postfix):
 
 
 @pytest.mark.real
-@BOTH_MODES
-def test_notification_arrives_through_a_real_postfix(postfix, decode_data):
-    recipients = b'<c@example.com>', b'<unknown@example.com>'
-    with proxy_to(postfix, decode_data=decode_data) as proxy:
-        assert post(proxy, KINDS['8-bit'], recipients=recipients) == b'250 OK\r\n'
-        messages = {recipient: (sender, content)
-                    for sender, recipient, content in postfix.receive(2)}
-    assert messages['c@example.com'] == ('sender@example.com', with_x_peer(KINDS['8-bit']))
-    sender, content = messages['sender@example.com']
-    assert sender == ''
-    notification = email.message_from_bytes(content)
-    assert notification.get_content_type() == 'multipart/report'
-    block = notification.get_payload()[1].get_payload()[1]
-    assert re.fullmatch('rfc822; *unknown@example.com', block['Final-Recipient'], re.I)
-    assert block['Status'] == '5.1.1'
-
-
-@pytest.mark.real
-def test_null_reverse_path_arrives_in_a_real_postfix_and_is_not_notified(postfix):
-    with proxy_to(postfix) as proxy:
-        assert post(proxy, sender=b'<>', recipients=(b'<unknown@example.com>', RECIPIENT)) \
-            == b'250 OK\r\n'
+def test_each_recipient_hears_what_a_real_postfix_says(postfix):
+    with proxy_to(postfix) as proxy, greet(proxy) as client:
+        assert client.say(b'MAIL FROM:<>').startswith(b'250 2.1.0 Ok')
+        assert client.say(b'RCPT TO:<unknown@example.com>').startswith(b'550 5.1.1 <unknown@')
+        assert client.say(b'RCPT TO:<rcpt@example.com>').startswith(b'250 2.1.5 Ok')
+        assert client.say(b'DATA').startswith(b'354 ')
+        client.send(stuffed(PROXIED))
+        assert re.fullmatch(rb'250 2\.0\.0 Ok: queued as \w+\r\n', client.reply())
     assert postfix.receive(1) == [('', 'rcpt@example.com', with_x_peer(PROXIED))]
     assert_queue_stays_empty(postfix)
 
@@ -266,11 +256,11 @@ def test_null_reverse_path_arrives_in_a_real_postfix_and_is_not_notified(postfix
 @pytest.mark.slow
 def test_postfix_that_is_stopped_is_451_and_the_retry_arrives():
     with running_postfix() as postfix, proxy_to(postfix) as proxy, greet(proxy) as client:
-        assert relay_message(client) == b'250 OK\r\n'
+        assert relay_message(client).startswith(b'250 ')
         postfix.kill()
-        assert relay_message(client).startswith(b'451 ')
+        assert client.say(b'MAIL FROM:<a@example.com>') == b'451 Upstream not available\r\n'
         assert postfix.start()
-        assert relay_message(client) == b'250 OK\r\n'
+        assert relay_message(client).startswith(b'250 ')
         assert postfix.receive(2) == [
             ('sender@example.com', 'rcpt@example.com', with_x_peer(PROXIED))] * 2
 
@@ -315,27 +305,27 @@ def smtp_sink(*options):
 
 
 SINK_TABLE = [
-    ('takes all', (), rb'250 OK'),
-    ('no ESMTP', ('-e',), rb'250 OK'),
-    ('refuses EHLO', ('-f', 'EHLO'), rb'250 OK'),
-    ('refuses MAIL', ('-f', 'MAIL'), rb'500 5\.3\.0 Error: command failed'),
-    ('refuses RCPT', ('-f', 'RCPT'), rb'500 5\.3\.0 Error: command failed'),
-    ('refuses DATA', ('-f', 'DATA'), rb'500 5\.3\.0 Error: command failed'),
-    ('refuses the message', ('-f', '.'), rb'500 5\.3\.0 Error: command failed'),
-    ('refuses RCPT for now', ('-r', 'RCPT'), rb'450 4\.3\.0 Error: command failed'),
-    ('refuses DATA for now', ('-r', 'DATA'), rb'450 4\.3\.0 Error: command failed'),
-    ('refuses the message for now', ('-r', '.'), rb'450 4\.3\.0 Error: command failed'),
-    ('refuses QUIT', ('-f', 'QUIT'), rb'250 OK'),
-    ('breaks off at connect', ('-q', 'CONNECT'), rb'451 .*'),
-    ('breaks off at EHLO', ('-q', 'EHLO'), rb'451 .*'),
-    ('breaks off at MAIL', ('-q', 'MAIL'), rb'451 .*'),
-    ('breaks off at RCPT', ('-q', 'RCPT'), rb'451 .*'),
-    ('breaks off at DATA', ('-q', 'DATA'), rb'451 .*'),
-    ('breaks off after the message', ('-q', '.'), rb'451 .*'),
-    ('breaks off at QUIT', ('-q', 'QUIT'), rb'250 OK'),
-    ('says 421 at RCPT', ('-Q', 'RCPT'), rb'4\d\d .*'),
-    ('says 421 after the message', ('-Q', '.'), rb'4\d\d .*'),
-    ('says 421 at QUIT', ('-Q', 'QUIT'), rb'250 OK'),
+    ('takes all', (), '250 2.0.0 Ok'),
+    ('no ESMTP', ('-e',), '250 2.0.0 Ok'),
+    ('refuses EHLO', ('-f', 'EHLO'), '250 2.0.0 Ok'),
+    ('refuses MAIL', ('-f', 'MAIL'), r'500 5\.3\.0 Error: command failed'),
+    ('refuses RCPT', ('-f', 'RCPT'), r'500 5\.3\.0 Error: command failed'),
+    ('refuses DATA', ('-f', 'DATA'), r'500 5\.3\.0 Error: command failed'),
+    ('refuses the message', ('-f', '.'), r'500 5\.3\.0 Error: command failed'),
+    ('refuses RCPT for now', ('-r', 'RCPT'), r'450 4\.3\.0 Error: command failed'),
+    ('refuses DATA for now', ('-r', 'DATA'), r'450 4\.3\.0 Error: command failed'),
+    ('refuses the message for now', ('-r', '.'), r'450 4\.3\.0 Error: command failed'),
+    ('refuses QUIT', ('-f', 'QUIT'), '250 2.0.0 Ok'),
+    ('breaks off at connect', ('-q', 'CONNECT'), '451 '),
+    ('breaks off at EHLO', ('-q', 'EHLO'), '451 '),
+    ('breaks off at MAIL', ('-q', 'MAIL'), '451 '),
+    ('breaks off at RCPT', ('-q', 'RCPT'), '451 '),
+    ('breaks off at DATA', ('-q', 'DATA'), '451 '),
+    ('breaks off after the message', ('-q', '.'), '451 '),
+    ('breaks off at QUIT', ('-q', 'QUIT'), '250 2.0.0 Ok'),
+    ('says 421 at RCPT', ('-Q', 'RCPT'), '451 '),
+    ('says 421 after the message', ('-Q', '.'), '451 '),
+    ('says 421 at QUIT', ('-Q', 'QUIT'), '250 2.0.0 Ok'),
 ]
 
 
@@ -344,8 +334,9 @@ SINK_TABLE = [
                          ids=[row[0] for row in SINK_TABLE])
 def test_answer_of_a_real_smtp_sink_is_the_clients(options, reply):
     with smtp_sink(*options) as address:
-        with serving(smtpd.PureProxy, remoteaddr=address) as proxy:
-            assert re.fullmatch(reply + rb'\r\n', post(proxy))
+        with serving(smtpd.PureProxy, remoteaddr=address) as proxy, greet(proxy) as client:
+            heard = steps(client)
+            assert re.match(reply, next((each for each in heard if each[0] in '45'), heard[-1]))
 
 
 @pytest.mark.real
@@ -450,7 +441,7 @@ def test_post_and_request_end_in_the_queues_of_a_real_mailman_the_unknown_goes_u
     recipients = (b'<announce@lists.example>', b'<announce-request@lists.example>',
                   b'<announce-nonsense@lists.example>', b'<someone@example.com>')
     with mailman_proxy_to(upstream, mailman.address, decode_data=decode_data) as proxy:
-        assert post(proxy, message, recipients=recipients) == b'250 OK\r\n'
+        assert post(proxy, message, recipients=recipients).startswith(b'250 ')
     for queue in 'in', 'command':
         (list_id, queued), = mailman.take(queue)
         assert list_id == 'announce.lists.example'
@@ -469,7 +460,7 @@ def test_post_to_a_real_mailman_alone_needs_no_upstream(mailman):
                        {'mailman_lmtp_address': mailman.address})
     message = b'From: a@example.com\r\nMessage-ID: <2@example.com>\r\n\r\ntext\r\n'
     with serving(proxy_class, remoteaddr=('127.0.0.1', 9)) as proxy:
-        assert post(proxy, message, recipients=(b'<announce@lists.example>',)) == b'250 OK\r\n'
+        assert post(proxy, message, recipients=(b'<announce@lists.example>',)).startswith(b'250 ')
     (_, queued), = mailman.take('in')
     assert queued['Message-ID'] == '<2@example.com>'
     assert mailman.take('command') == []
@@ -479,8 +470,8 @@ def test_post_to_a_real_mailman_alone_needs_no_upstream(mailman):
 def test_mail_goes_through_a_real_mailman_and_a_real_postfix(mailman, postfix):
     message = b'From: a@example.com\r\nMessage-ID: <3@example.com>\r\n\r\ntext\r\n'
     with mailman_proxy_to(postfix, mailman.address) as proxy:
-        assert post(proxy, message, recipients=(b'<announce@lists.example>', RECIPIENT)) \
-            == b'250 OK\r\n'
+        recipients = b'<announce@lists.example>', RECIPIENT
+        assert post(proxy, message, recipients=recipients).startswith(b'250 ')
     assert len(mailman.take('in')) == 1
     assert postfix.receive(1) == [
         ('sender@example.com', 'rcpt@example.com', with_x_peer(message))]

@@ -1,0 +1,952 @@
+"""The proxies: what happens upstream, what the client hears, what is delivered."""
+import contextlib
+import itertools
+import re
+import socket
+import struct
+import threading
+
+import pytest
+
+import smtpd
+from tests.support import (
+    BOTH_MODES,
+    CLOSE,
+    ENDLESS,
+    HANG,
+    OTHER_NAMES,
+    OTHERS,
+    PEER,
+    PROXIED,
+    RECIPIENT,
+    SENDER,
+    RawClient,
+    Upstream,
+    greet,
+    idle_proxy,
+    post,
+    proxy_to,
+    relay_message,
+    serving,
+    steps,
+    stuffed,
+    with_x_peer,
+)
+
+LIMITS = ['upstream_command_timeout_seconds', 'upstream_data_timeout_seconds',
+          'upstream_block_timeout_seconds', 'upstream_final_timeout_seconds']
+
+
+def impatient(proxy_class=smtpd.PureProxy, **attributes):
+    """The proxy's class, with time limits that a test can wait for."""
+    return type('Impatient', (proxy_class,), dict(dict.fromkeys(LIMITS, 0.3), **attributes))
+
+
+def received_from(upstream):
+    (_, _, content), = upstream.messages
+    return content
+
+
+def codes(replies):
+    return ' '.join(reply[:3] for reply in replies)
+
+
+# ---------------------------------------------------------------------------------------------
+# PureProxy: what arrives
+
+@BOTH_MODES
+def test_proxy_relays_a_message_with_default_arguments_and_inserts_x_peer(upstream, decode_data):
+    with proxy_to(upstream, decode_data=decode_data) as proxy:
+        assert post(proxy, PROXIED, recipients=(b'<a@example.com>', b'<b@example.com>')) \
+            == b'250 OK\r\n'
+    assert upstream.messages == [('sender@example.com', ['a@example.com', 'b@example.com'],
+                                  b'Subject: hello\r\nX-Peer: 127.0.0.1\r\n\r\nText.\r\n')]
+
+
+@BOTH_MODES
+@pytest.mark.parametrize('message, expected', [
+    (b'A: b\r\n\r\nc\r\n\r\nd\r\n', b'A: b\r\nX-Peer: 127.0.0.1\r\n\r\nc\r\n\r\nd\r\n'),
+    (b'\r\nno header\r\n', b'X-Peer: 127.0.0.1\r\n\r\nno header\r\n'),
+    (b'A: b\r\nC: d\r\n', b'A: b\r\nC: d\r\nX-Peer: 127.0.0.1\r\n'),
+    (b'A: b\r\n\r\nend\r\n\r\n\r\n', b'A: b\r\nX-Peer: 127.0.0.1\r\n\r\nend\r\n\r\n\r\n'),
+    (b'..dots\r\n\r\nc\r\n', b'..dots\r\nX-Peer: 127.0.0.1\r\n\r\nc\r\n'),
+    (b'A: b\r\n\r\r\nc\r\n\r\nd\r\n', b'A: b\r\nX-Peer: 127.0.0.1\r\n\r\nc\r\n\r\nd\r\n'),
+    (b'A: b\r\rc\r\n\r\nd\r\n', b'A: b\r\nX-Peer: 127.0.0.1\r\n\r\nc\r\n\r\nd\r\n'),
+], ids=['before the first empty line', 'an empty line comes first',
+        'no empty line: at the end', 'empty lines at the end stay', 'a dot comes first',
+        'a CR makes no line that is not empty', 'CRs end lines'])
+def test_x_peer_stands_before_the_first_empty_line(upstream, decode_data, message, expected):
+    with proxy_to(upstream, decode_data=decode_data) as proxy:
+        assert post(proxy, message) == b'250 OK\r\n'
+    assert received_from(upstream) == expected
+
+
+@BOTH_MODES
+def test_empty_message_is_relayed(upstream, decode_data):
+    with proxy_to(upstream, decode_data=decode_data) as proxy, greet(proxy) as client:
+        for line in b'MAIL FROM:' + SENDER, b'RCPT TO:' + RECIPIENT, b'DATA':
+            client.say(line)
+        assert client.say(b'.') == b'250 OK\r\n'
+    assert upstream.bodies[0].rstrip(b'\r\n') == b'X-Peer: 127.0.0.1'
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason='no IPv6 here')
+def test_proxy_relays_over_ipv6():
+    with Upstream(host='::1') as upstream:
+        with proxy_to(upstream, localaddr=('::1', 0)) as proxy:
+            assert post(proxy) == b'250 OK\r\n'
+        assert upstream.messages[0][2] == with_x_peer(PROXIED, b'::1')
+
+
+@BOTH_MODES
+def test_all_256_octets_of_a_body_arrive_unchanged(upstream, decode_data):
+    body = bytes(octet for octet in range(256) if octet not in b'\r\n')
+    message = b'\r\n'.join([b'Subject: \xe9\xff', b'', body, 'žluťoučký kůň 🐎'.encode(), b''])
+    with proxy_to(upstream, decode_data=decode_data) as proxy:
+        assert post(proxy, message) == b'250 OK\r\n'
+    assert received_from(upstream) == with_x_peer(message)
+
+
+@BOTH_MODES
+def test_long_lines_and_a_large_message_arrive_unchanged(upstream, decode_data):
+    message = b'A: ' + b'h' * 70000 + b'\r\n\r\n' + b'x' * 1000000 + b'\r\n' + b'.\r\n' * 100000
+    with proxy_to(upstream, decode_data=decode_data) as proxy:
+        assert post(proxy, message) == b'250 OK\r\n'
+    assert received_from(upstream) == with_x_peer(message)
+
+
+@BOTH_MODES
+def test_all_line_ends_go_out_as_crlf_and_dots_are_doubled_after_that(upstream, decode_data):
+    pieces = (b''.join(piece) for length in range(1, 6)
+              for piece in itertools.product((b'\r', b'\n', b'.', b'a'), repeat=length))
+    message = b'A: b\r\n\r\nx' + b'x'.join(pieces) + b'x\r\n'
+    with proxy_to(upstream, decode_data=decode_data) as proxy:
+        assert post(proxy, message) == b'250 OK\r\n'
+    # a handler gets CRLF as LF, as documented
+    as_handled = with_x_peer(message).replace(b'\r\n', b'\n')
+    assert received_from(upstream) == re.sub(b'\r\n|\r|\n', b'\r\n', as_handled)
+    assert not re.search(rb'(?<!\r)\n|\r(?!\n)|^\.(?!\.)', upstream.bodies[0], re.M)
+
+
+@BOTH_MODES
+@pytest.mark.parametrize('end', [b'\r.\r\n', b'\r.\r', b'\n.\n', b'\n.\r\n', b'\n.\r', b'\r.\n',
+                                 b'\r\n.\r', b'\r\n.\n', b'\r\n\0.\r\n'],
+                         ids=lambda end: repr(end)[1:])
+def test_no_end_of_data_but_the_true_one_makes_two_messages(upstream, decode_data, end):
+    forged = (b'MAIL FROM:<forged@example.com>\r\nRCPT TO:<victim@example.com>\r\n'
+              b'DATA\r\nSubject: forged\r\n\r\nforged\r\n')
+    with proxy_to(upstream, decode_data=decode_data) as proxy, greet(proxy) as client:
+        for line in b'MAIL FROM:' + SENDER, b'RCPT TO:' + RECIPIENT, b'DATA':
+            client.say(line)
+        client.send(b'Subject: true\r\n\r\ntext' + end + forged + b'.\r\n')
+        assert client.reply() == b'250 OK\r\n'
+    assert [len(upstream.verbs(each)) for each in (b'MAIL', b'RCPT', b'DATA')] == [1, 1, 1]
+    assert len(upstream.bodies) == 1
+    # neither would an upstream see two that takes any line end for one
+    assert not re.search(rb'(\r\n|\r|\n)\.(\r\n|\r|\n)', upstream.bodies[0])
+    assert upstream.bodies[0].endswith(b'forged\r\n')
+
+
+@BOTH_MODES
+@pytest.mark.parametrize('path', [
+    b'<plain@example.com>', b'<"quoted .. (local) part"@example.com>',
+    b'<"\\"<>\\\\"@example.com>',
+    b'<"plain"@example.com>', b'<a.@example.com>', b'<user@[127.0.0.1]>', b'<user@[IPv6:::1]>',
+    b"<o'neil+tag=x/y!z%w@example.com>", b'<CamelCase@Example.COM>', b'<root>',
+    b'<' + b'l' * 300 + b'@example.com>'], ids=lambda path: path.decode()[:50])
+def test_paths_go_upstream_verbatim(upstream, decode_data, path):
+    with proxy_to(upstream, decode_data=decode_data) as proxy:
+        assert post(proxy, sender=path, recipients=(path,)) == b'250 OK\r\n'
+    assert re.fullmatch(b'mail from: ?' + re.escape(path) + b'( [^<>]*)?\r\n',
+                        upstream.verbs(b'MAIL')[0], re.I)
+    assert re.fullmatch(b'rcpt to: ?' + re.escape(path) + b'( [^<>]*)?\r\n',
+                        upstream.verbs(b'RCPT')[0], re.I)
+
+
+@BOTH_MODES
+def test_null_reverse_path_goes_upstream_as_it_is(upstream, decode_data):
+    with proxy_to(upstream, decode_data=decode_data) as proxy:
+        assert post(proxy, sender=b'<>') == b'250 OK\r\n'
+    assert re.match(b'mail from: ?<>[ \r]', upstream.verbs(b'MAIL')[0], re.I)
+
+
+@BOTH_MODES
+def test_postmaster_without_a_domain_goes_upstream(upstream, decode_data):
+    with proxy_to(upstream, decode_data=decode_data) as proxy:
+        assert post(proxy, recipients=(b'<Postmaster>',)) == b'250 OK\r\n'
+    assert re.match(b'rcpt to: ?<Postmaster>[ \r]', upstream.verbs(b'RCPT')[0], re.I)
+
+
+def test_several_messages_of_one_session_are_several_messages_upstream(upstream):
+    with proxy_to(upstream) as proxy, greet(proxy) as client:
+        for number in range(5):
+            assert relay_message(client, b'N: %d\r\n\r\n' % number) == b'250 OK\r\n'
+    assert [content for _, _, content in upstream.messages] \
+        == [b'N: %d\r\nX-Peer: 127.0.0.1\r\n\r\n' % number for number in range(5)]
+
+
+# ---------------------------------------------------------------------------------------------
+# What happened upstream, what the client hears
+
+LARGE = PROXIED + b'x' * 8000000 + b'\r\n'  # more than fits between proxy and upstream
+NEEDS_MAIL, NEEDS_RCPT = '503 Error: need MAIL command', '503 Error: need RCPT command'
+LATER = '451 Upstream not available'
+OK = '250 OK'
+GO_ON = '354 Go on'
+LOST = [CLOSE, ENDLESS, HANG, 'What?', '150 Wait', '2500 OK', '200-One\r\nTwo']
+
+
+@pytest.mark.parametrize('step, faults, replies', [
+    # A refusal is the client's, code and text.
+    ('MAIL', ['553 5.1.8 Not from you'], ['553 5.1.8 Not from you', NEEDS_MAIL, NEEDS_RCPT]),
+    ('MAIL', ['452 4.3.1 Full'], ['452 4.3.1 Full', NEEDS_MAIL, NEEDS_RCPT]),
+    ('RCPT', ['550 5.1.1 Who?'], [OK, '550 5.1.1 Who?', NEEDS_RCPT]),
+    ('RCPT', ['450 4.2.0 Greylisted'], [OK, '450 4.2.0 Greylisted', NEEDS_RCPT]),
+    ('DATA', ['554 5.5.1 No'], [OK, OK, '554 5.5.1 No']),
+    ('DATA', ['452 4.3.1 Full'], [OK, OK, '452 4.3.1 Full']),
+    ('BODY', ['552 5.3.4 Too big'], [OK, OK, GO_ON, '552 5.3.4 Too big']),
+    ('.', ['554 5.7.1 Spam'], [OK, OK, GO_ON, '554 5.7.1 Spam']),
+    ('.', ['452 4.3.1 Full'], [OK, OK, GO_ON, '452 4.3.1 Full']),
+    # 421 is the upstream's farewell, not ours.
+    ('MAIL', ['421 4.3.2 Bye'], ['451 4.3.2 Bye', NEEDS_MAIL, NEEDS_RCPT]),
+    ('RCPT', ['421 4.3.2 Bye'], [OK, '451 4.3.2 Bye', NEEDS_RCPT]),
+    ('DATA', ['421 4.3.2 Bye'], [OK, OK, '451 4.3.2 Bye']),
+    ('.', ['421 4.3.2 Bye'], [OK, OK, GO_ON, '451 4.3.2 Bye']),
+    # An upstream that is lost, or out of step.
+    ('CONNECT', [*LOST, '421 Busy', '554 No', '354 Go on'], [LATER, NEEDS_MAIL, NEEDS_RCPT]),
+    ('EHLO', LOST, [LATER, NEEDS_MAIL, NEEDS_RCPT]),
+    ('MAIL', [*LOST, '354 Go on'], [LATER, NEEDS_MAIL, NEEDS_RCPT]),
+    ('RCPT', [*LOST, '354 Go on'], [OK, LATER, NEEDS_RCPT]),
+    ('DATA', [*LOST, '250 OK', '350 More'], [OK, OK, LATER]),
+    ('BODY', [CLOSE, '250 OK'], [OK, OK, GO_ON, LATER]),
+    ('.', [*LOST, '354 Go on'], [OK, OK, GO_ON, LATER]),
+    # Success is told by the first digit.
+    ('EHLO', ['502 5.5.1 What?'], [OK, OK, GO_ON, OK]),
+    ('RCPT', ['251 2.1.5 Moved', '299 x', '250'], [OK, '2.*', GO_ON, OK]),
+    ('.', ['250 2.0.0 Queued as 4711'], [OK, OK, GO_ON, '250 2.0.0 Queued as 4711']),
+    # As many lines as it has; what ASCII has no sign for becomes a question mark.
+    ('.', ['550-5.7.1 Go\r\n550-\r\n550 5.7.1 away'],
+     [OK, OK, GO_ON, '550-5.7.1 Go\r\n550-\r\n550 5.7.1 away']),
+    ('RCPT', ['550 Unzul\xe4ssig\t\xff\0'], [OK, r'550 Unzul\?ssig', NEEDS_RCPT]),
+], ids=lambda value: value if isinstance(value, str) else '')
+def test_reply_of_each_step_is_the_upstreams(upstream, step, faults, replies):
+    with proxy_to(upstream, impatient()) as proxy:
+        for fault in faults:
+            upstream.faults = {step: fault}
+            with greet(proxy) as client:
+                heard = steps(client, LARGE if step == 'BODY' else PROXIED)
+                assert len(heard) == len(replies), heard
+                for reply, expected in zip(heard, replies):
+                    assert re.match(expected, reply), (fault, heard)
+                delivered = heard[-1][:1] == '2'
+                assert len(upstream.messages) == delivered
+                # The session lives on, and the next try is the only one that arrives.
+                upstream.faults = {}
+                upstream.released.set()
+                assert client.say(b'RSET') == b'250 OK\r\n'
+                assert codes(steps(client)) == '250 250 354 250'
+                assert len(upstream.messages) == delivered + 1
+            upstream.released.clear()
+            del upstream.messages[:]
+
+
+@pytest.mark.parametrize('attributes', [
+    {}, {'process_message_threads': 0}, {'channels_in_hub': True}], ids=str)
+@BOTH_MODES
+def test_each_recipient_has_its_own_fate(upstream, decode_data, attributes):
+    upstream.refused = {'b@x': '550 5.1.1 No such user', 'c@x': '450 4.2.0 Greylisted'}
+    proxy_class = type('Proxy', (smtpd.PureProxy,), attributes)
+    with proxy_to(upstream, proxy_class, decode_data=decode_data) as proxy:
+        with greet(proxy) as client:
+            recipients = b'<a@x>', b'<b@x>', b'<c@x>', b'<d@x>', b'<a@x>'
+            assert steps(client, recipients=recipients) == [
+                OK, OK, '550 5.1.1 No such user', '450 4.2.0 Greylisted', OK, OK, GO_ON, OK]
+    assert upstream.messages == [('sender@example.com', ['a@x', 'd@x'], with_x_peer(PROXIED))]
+
+
+def test_a_thousand_recipients_of_whom_the_upstream_takes_a_hundred(upstream):
+    class Strict(smtpd.SMTPChannel):
+        recipient_limit = None
+
+    upstream.verdict = lambda mailfrom, path: (
+        OK if int(path.partition('@')[0]) < 100 else '452 4.5.3 Too many recipients')
+    proxy_class = type('Proxy', (smtpd.PureProxy,), {'channel_class': Strict})
+    with proxy_to(upstream, proxy_class) as proxy, greet(proxy) as client:
+        recipients = [b'<%d@x>' % number for number in range(1000)]
+        client.send(b'MAIL FROM:<a@x>\r\n' + b''.join(
+            b'RCPT TO:%s\r\n' % each for each in recipients) + b'DATA\r\n')
+        replies = [client.reply() for _ in range(1002)]
+        assert [reply[:4] for reply in replies] == (
+            [b'250 '] + [b'250 '] * 100 + [b'452 '] * 900 + [b'354 '])
+        client.send(stuffed(PROXIED))
+        assert client.reply() == b'250 OK\r\n'
+    assert [len(recipients) for _, recipients, _ in upstream.messages] == [100]
+
+
+@BOTH_MODES
+def test_a_client_that_pipelines_whole_messages_gets_its_replies_in_order(upstream, decode_data):
+    upstream.refused = {'no@x': '550 No'}
+    message = (b'MAIL FROM:<a@x>\r\nRCPT TO:<no@x>\r\nRCPT TO:<b@x>\r\nDATA\r\n' + PROXIED
+               + b'.\r\n')
+    with proxy_to(upstream, decode_data=decode_data) as proxy, greet(proxy) as client:
+        client.send(message + b'RSET\r\n' + message + b'QUIT\r\n')
+        client.socket.shutdown(socket.SHUT_WR)
+        assert re.findall(rb'^...', client.rest(), re.M) == (
+            b'250 550 250 354 250 250 250 550 250 354 250 221'.split())
+    assert [recipients for _, recipients, _ in upstream.messages] == [['b@x']] * 2
+
+
+def test_parameters_go_upstream_where_it_offers_them(upstream):
+    for offered, given, expected in [
+            (['SIZE', '8BITMIME'], b' SIZE=123 BODY=7BIT', b' SIZE=123 BODY=7BIT'),
+            (['SIZE 1000'], b' BODY=8BITMIME SIZE=123', b' SIZE=123'),
+            (['8BITMIME'], b' body=8bitmime SIZE=123', b' BODY=8BITMIME'),
+            (['8bitmime'], b'', b' BODY=8BITMIME'),  # it may be
+            ([], b' SIZE=123 BODY=8BITMIME', b'')]:
+        upstream.extensions = offered
+        with proxy_to(upstream) as proxy, RawClient(proxy) as client:
+            client.reply()
+            assert b'250-8BITMIME' in client.say(b'EHLO client.example')
+            assert client.say(b'MAIL FROM:<a@x>' + given) == b'250 OK\r\n'
+        assert upstream.verbs(b'MAIL')[-1] == b'MAIL FROM:<a@x>' + expected + b'\r\n'
+
+
+def test_one_session_upstream_for_each_session(upstream):
+    with proxy_to(upstream) as proxy, greet(proxy) as client:
+        assert upstream.connections == 0
+        assert relay_message(client) == b'250 OK\r\n'
+        start = client.say(b'MAIL FROM:<given.up@x>')
+        assert start == client.say(b'RSET') == b'250 OK\r\n'
+        assert relay_message(client) == b'250 OK\r\n'
+        assert upstream.connections == 1
+        assert client.say(b'QUIT') == b'221 Bye\r\n'
+        upstream.threads[1].join(20)
+    assert [line.split()[0] for line in upstream.commands] == (
+        b'EHLO MAIL RCPT DATA MAIL RSET MAIL RCPT DATA QUIT'.split())
+
+
+@pytest.mark.parametrize('when', ['between two messages', 'after MAIL', 'after RCPT',
+                                  'after DATA'])
+def test_upstream_that_starts_anew(upstream, when):
+    with proxy_to(upstream) as proxy, greet(proxy) as client:
+        if when == 'between two messages':
+            assert relay_message(client) == b'250 OK\r\n'
+        lines = {'between two messages': [], 'after MAIL': [b'MAIL FROM:<a@x>'],
+                 'after RCPT': [b'MAIL FROM:<a@x>', b'RCPT TO:<b@x>'],
+                 'after DATA': [b'MAIL FROM:<a@x>', b'RCPT TO:<b@x>', b'DATA']}[when]
+        for line in lines:
+            assert client.say(line)[:1] in b'23'
+        upstream.stop()
+        upstream.start()
+        if when == 'between two messages':
+            assert codes(steps(client)) == '250 250 354 250'
+            assert len(upstream.messages) == 2
+            return
+        if when == 'after DATA':  # of which nothing was sent yet: a second transaction will do
+            client.send(stuffed(PROXIED))
+            assert client.reply() == b'250 OK\r\n'
+            assert [each[1] for each in upstream.messages] == [['b@x']]
+            return
+        # What is lost stays lost until the next MAIL; no step gets a refusal for good.
+        if when == 'after MAIL':
+            for _ in range(2):
+                assert client.say(b'RCPT TO:<c@x>').startswith(b'451 ')
+        else:
+            assert client.say(b'RCPT TO:<c@x>').startswith(b'451 ')
+            assert client.say(b'DATA').startswith(b'451 ')
+        assert client.say(b'RSET') == b'250 OK\r\n'
+        assert codes(steps(client)) == '250 250 354 250'
+
+
+def test_upstream_that_takes_less_by_the_time_of_a_second_try_gets_nothing(upstream):
+    """The client was told that both are well; now one is refused."""
+    with proxy_to(upstream) as proxy, greet(proxy) as client:
+        assert client.say(b'MAIL FROM:<a@x>').startswith(b'250')
+        for recipient in OTHERS:
+            assert client.say(b'RCPT TO:' + recipient).startswith(b'250')
+        assert client.say(b'DATA').startswith(b'354')
+        upstream.stop()
+        upstream.start()
+        upstream.refused = {OTHER_NAMES[1]: '550 5.1.1 Gone'}
+        client.send(stuffed(PROXIED))
+        assert client.reply() == b'451 5.1.1 Gone\r\n'
+    assert upstream.messages == []
+
+
+def test_reply_to_nothing_is_not_taken_for_the_next_commands(upstream):
+    """As if the upstream had answered the message before it was there."""
+    upstream.faults = {'RCPT': '250 OK\r\n354 Go on\r\n250 2.0.0 Queued'}
+    with proxy_to(upstream) as proxy, greet(proxy) as client:
+        assert codes(steps(client)) == '250 250 451'
+    assert upstream.messages == []
+
+
+@pytest.mark.parametrize('fault', [CLOSE, HANG, ENDLESS, 'What?'])
+def test_log_says_so_when_nobody_knows_whether_the_message_was_delivered(upstream, capfd, fault):
+    upstream.faults = {'.': fault}
+    with proxy_to(upstream, impatient()) as proxy:
+        assert post(proxy) == b'451 Upstream not available\r\n'
+    assert 'sender@example.com: lost after the final dot: ' in capfd.readouterr().err
+    upstream.faults = {'BODY': CLOSE}
+    with proxy_to(upstream, impatient()) as proxy:
+        assert post(proxy, LARGE).startswith(b'451 ')
+    assert 'final dot' not in capfd.readouterr().err
+
+
+def test_upstream_that_stops_reading_is_451():
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        proxy_class = impatient()
+        with serving(proxy_class, remoteaddr=listener.getsockname()) as proxy:
+            with greet(proxy) as client:
+                client.send(b'MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nDATA\r\n')
+                upstream = listener.accept()[0]
+                with upstream, upstream.makefile('rb') as file:
+                    upstream.sendall(b'220 x\r\n')
+                    for reply in b'250 x', b'250 x', b'250 x', b'354 x':
+                        file.readline()
+                        upstream.sendall(reply + b'\r\n')
+                    client.send(b'A: b\r\n\r\n' + b'x' * 20000000 + b'\r\n.\r\n')
+                    assert [client.reply()[:3] for _ in range(4)] == [
+                        b'250', b'250', b'354', b'451']
+
+
+def test_upstream_that_cannot_be_reached_is_451():
+    with socket.socket() as unused:
+        unused.bind(('127.0.0.1', 0))
+        for address in unused.getsockname(), ('a' * 64 + '.example', 25):  # no name of a host
+            with serving(smtpd.PureProxy, remoteaddr=address) as proxy, greet(proxy) as client:
+                assert steps(client) == [LATER, NEEDS_MAIL, NEEDS_RCPT]
+
+
+# ---------------------------------------------------------------------------------------------
+# Clients that go away, sessions that wait
+
+@pytest.mark.parametrize('leave', ['closes', 'resets', 'quits'])
+@pytest.mark.parametrize('sent', [1, 2, 3, 4])
+def test_client_that_goes_away_ends_the_session_upstream(upstream, sent, leave):
+    with proxy_to(upstream) as proxy:
+        with greet(proxy) as client:
+            for line in [b'MAIL FROM:<a@x>', b'RCPT TO:<b@x>', b'DATA'][:sent]:
+                client.say(line)
+            if sent == 4:
+                client.send(b'Subject: half a mess')
+            if leave == 'resets':
+                client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                         struct.pack('ii', 1, 0))
+            elif leave == 'quits' and sent < 3:
+                client.say(b'QUIT')
+        upstream.threads[1].join(20)
+        assert not upstream.threads[1].is_alive()
+    assert upstream.messages == []
+    assert bool(upstream.verbs(b'QUIT')) == (sent < 3)
+
+
+def test_message_whose_client_has_gone_before_its_turn_is_not_delivered(upstream):
+    proxy_class = type('Narrow', (smtpd.PureProxy,), {'process_message_threads': 1})
+    with proxy_to(upstream, proxy_class) as proxy, greet(proxy) as first, greet(proxy) as patient:
+        impatient_one = greet(proxy)
+        for client in patient, impatient_one:
+            for line in b'MAIL FROM:<a@x>', b'RCPT TO:<b@x>', b'DATA':
+                assert client.say(line)[:1] in b'23'
+        upstream.faults = {'MAIL': HANG}
+        first.send(b'MAIL FROM:<slow@x>\r\n')
+        assert upstream.hangs.wait(20)
+        impatient_one.send(b'Subject: gone\r\n\r\n.\r\n')
+        patient.send(b'Subject: patient\r\n\r\n.\r\n')
+        with greet(proxy) as other:  # by its second reply the loop has seen both messages
+            assert other.say(b'NOOP') == b'250 OK\r\n'
+        impatient_one.close()
+        upstream.release()
+        assert patient.reply() == b'250 OK\r\n'
+        assert first.reply() == b'250 OK\r\n'
+    (_, _, content), = upstream.messages
+    assert content.startswith(b'Subject: patient')
+
+
+def test_more_sessions_than_threads_all_make_progress(upstream):
+    """A session keeps no thread between its commands."""
+    with proxy_to(upstream) as proxy, contextlib.ExitStack() as clients:
+        several = [clients.enter_context(greet(proxy)) for _ in range(40)]
+        for line in b'MAIL FROM:<a@x>', b'RCPT TO:<b@x>', b'DATA':
+            for client in several:
+                client.send(line + b'\r\n')
+            assert {client.reply()[:1] for client in several} <= {b'2', b'3'}
+        for client in several:
+            client.send(stuffed(PROXIED))
+        assert {client.reply() for client in several} == {b'250 OK\r\n'}
+    assert len(upstream.messages) == 40
+
+
+@pytest.mark.parametrize('step', ['CONNECT', 'MAIL', 'RCPT', 'DATA', '.'])
+@pytest.mark.parametrize('in_hub', [False, True])
+def test_hung_upstream_holds_up_its_own_session_only(upstream, step, in_hub):
+    upstream.faults = {step: HANG}
+    proxy_class = type('Proxy', (smtpd.PureProxy,), {'channels_in_hub': in_hub})
+    with proxy_to(upstream, proxy_class, timeout=60) as proxy, greet(proxy) as waiting:
+        waiting.send(b'MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nDATA\r\n')
+        if step == '.':
+            assert [waiting.reply()[:1] for _ in range(3)] == [b'2', b'2', b'3']
+            waiting.send(stuffed(PROXIED))
+        assert upstream.hangs.wait(20)
+        with greet(proxy) as other:
+            assert other.say(b'NOOP') == b'250 OK\r\n'
+            upstream.faults = {}
+            assert relay_message(other) == b'250 OK\r\n'
+        upstream.release()
+        if step == '.':
+            assert waiting.reply() == b'250 OK\r\n'
+        else:
+            assert [waiting.reply()[:1] for _ in range(3)] == [b'2', b'2', b'3']
+
+
+def test_session_closed_by_the_program_lets_a_hung_upstream_go(upstream):
+    upstream.faults = {'RCPT': HANG}
+    with proxy_to(upstream, timeout=0.1) as proxy, greet(proxy) as client:
+        client.send(b'MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\n')
+        assert upstream.hangs.wait(20)
+        # serving() closes all channels
+    upstream.threads[1].join(20)
+    assert not upstream.threads[1].is_alive()
+
+
+# ---------------------------------------------------------------------------------------------
+# Circles
+
+def test_proxy_whose_upstream_is_itself_says_so_at_once():
+    for host in '127.0.0.1', '0.0.0.0':
+        with serving(smtpd.PureProxy, localaddr=(host, 0), remoteaddr=('127.0.0.1', 9)) as proxy:
+            proxy._remoteaddr = '127.0.0.1', proxy.port_number
+            with greet(proxy) as client:
+                assert steps(client)[0] == '554 Error: too many hops'
+
+
+TRACE = [b'X-Peer: 127.0.0.1', b'Received: from a by b; date', b'received: from a\r\n by b; date',
+         b'X-PEER: ::1']
+
+
+@BOTH_MODES
+def test_trace_headers_are_counted(upstream, decode_data):
+    # what looks like a trace header but is none
+    rest = (b'\r\nX-Peers: 1\r\nSubject: x\r\n Received: folded\r\n\tX-Peer: folded\r\n\r\n'
+            + b'Received: from the body\r\n' * 60)
+    with proxy_to(upstream, decode_data=decode_data) as proxy, greet(proxy) as client:
+        for hops, reply in (49, b'250 OK\r\n'), (50, b'554 Error: too many hops\r\n'), (51, None):
+            traces = b'\r\n'.join(itertools.islice(itertools.cycle(TRACE), hops))
+            heard = relay_message(client, traces + rest)
+            assert heard == (reply or b'554 Error: too many hops\r\n')
+        assert relay_message(client) == b'250 OK\r\n'
+    assert len(upstream.messages) == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# Programs that override commands
+
+class Gateway(smtpd.SMTPChannel):
+    """Looks at the transaction after each step; one command more."""
+
+    def smtp_RCPT(self, arg):
+        if arg.lower().endswith('@example.com>'):
+            super().smtp_RCPT(arg)
+            self.smtp_server.seen.append((self.mailfrom, list(self.rcpttos)))
+        else:
+            self.push('550 Relaying denied')
+
+    def smtp_XCOPY(self, arg):
+        self.rcpttos.append(arg)
+        self.push('250 OK')
+
+
+@pytest.mark.parametrize('in_hub', [False, True])
+def test_commands_of_the_program_see_the_transaction(upstream, in_hub):
+    upstream.refused = {'no@example.com': '550 5.1.1 No such user'}
+    proxy_class = type('Proxy', (smtpd.PureProxy,), {
+        'channel_class': Gateway, 'seen': [], 'channels_in_hub': in_hub})
+    with proxy_to(upstream, proxy_class) as proxy, greet(proxy) as client:
+        recipients = b'<a@example.com>', b'<b@elsewhere>', b'<no@example.com>', b'<c@example.com>'
+        assert codes(steps(client, recipients=recipients)) == '250 250 550 550 250 354 250'
+    first, refused, last = [recipients for _, recipients in proxy.seen]
+    assert first == ['a@example.com']
+    assert refused[:1] == first  # the reply may have come already, or not
+    assert last == ['a@example.com', 'c@example.com']
+    assert upstream.messages[0][1] == ['a@example.com', 'c@example.com']
+
+
+def test_recipients_that_the_program_adds_itself_get_the_message_too(upstream):
+    proxy_class = type('Proxy', (smtpd.PureProxy,), {'channel_class': Gateway, 'seen': []})
+    with proxy_to(upstream, proxy_class) as proxy, greet(proxy) as client:
+        upstream.refused = {'no@x': '550 5.1.1 No'}
+        for archive, reply in (b'archive@x', b'250 OK\r\n'), (b'no@x', b'550 5.1.1 No\r\n'):
+            assert client.say(b'MAIL FROM:<a@example.com>') == b'250 OK\r\n'
+            assert client.say(b'RCPT TO:<b@example.com>') == b'250 OK\r\n'
+            assert client.say(b'XCOPY ' + archive) == b'250 OK\r\n'
+            assert client.say(b'DATA').startswith(b'354 ')
+            client.send(stuffed(PROXIED))
+            assert client.reply() == reply
+    assert [recipients for _, recipients, _ in upstream.messages] == [
+        ['b@example.com', 'archive@x'], ['b@example.com']]
+
+
+# ---------------------------------------------------------------------------------------------
+# Programs that override process_message() or _deliver()
+
+class Overridden(smtpd.PureProxy):
+    def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
+        return '250 In thread %d' % threading.get_ident()
+
+
+class OverriddenDeliver(smtpd.PureProxy):
+    refused = {}
+    asked = None
+
+    def _deliver(self, mailfrom, rcpttos, data):
+        self.asked = list(rcpttos)
+        return self.refused
+
+
+@pytest.mark.parametrize('server_class, threads', [
+    (smtpd.SMTPServer, 0),
+    (smtpd.PureProxy, 32),
+    (smtpd.MailmanProxy, 32),
+    (type('Plain', (smtpd.PureProxy,), {}), 32),
+    (Overridden, 0),
+    (type('Grandchild', (Overridden,), {}), 0),
+    (OverriddenDeliver, 0),
+    (type('Mailman', (smtpd.MailmanProxy,), {'_deliver': OverriddenDeliver._deliver}), 0),
+    (type('Mixed', (smtpd.MailmanProxy, OverriddenDeliver), {}), 0),
+    (type('SaysOtherwise', (Overridden,), {'process_message_threads': 4}), 4),
+], ids=lambda value: getattr(value, '__name__', str(value)))
+def test_number_of_threads(server_class, threads):
+    with idle_proxy(server_class) as server:
+        assert server.process_message_threads == threads
+        assert server_class.process_message_threads == threads
+
+
+def test_handlers_of_the_program_get_the_whole_message_in_the_loop(upstream):
+    with proxy_to(upstream) as proxy, greet(proxy) as client:
+        assert relay_message(client) == b'250 OK\r\n'
+        proxy.process_message = lambda *args, **kwargs: '250 In thread %d' % threading.get_ident()
+        replies = {relay_message(client) for _ in range(2)}
+        assert replies != {b'250 OK\r\n'}
+        assert len(replies) == 1
+    with serving(Overridden, remoteaddr=upstream.address) as proxy, greet(proxy) as client:
+        assert steps(client)[:3] == [OK, OK, '354 End data with <CR><LF>.<CR><LF>']
+    assert upstream.connections == 1
+
+
+NO, LATE = (550, b'5.1.1 No such user'), (450, '4.2.0 Greylisted')
+
+
+@pytest.mark.parametrize('refused, reply', [
+    ({}, b'250 OK'),
+    (None, b'250 OK'),
+    ({'c@example.com': NO}, b'550 5.1.1 No such user'),
+    ({'c@example.com': NO, 'd@example.com': LATE}, b'451 4.2.0 Greylisted'),
+    ({'d@example.com': LATE}, b'451 4.2.0 Greylisted'),
+    ({'d@example.com': (250, b'What?')}, b'451 Upstream not available'),
+], ids=str)
+def test_what_their_deliver_refused_is_never_250(refused, reply):
+    with serving(type('Own', (OverriddenDeliver,), {'refused': refused}),
+                 remoteaddr=('127.0.0.1', 9)) as proxy:
+        assert post(proxy, recipients=OTHERS) == reply + b'\r\n'
+
+
+def test_next_try_of_a_message_goes_to_those_who_did_not_get_it():
+    with serving(OverriddenDeliver, remoteaddr=('127.0.0.1', 9)) as proxy:
+        proxy.refused = {'d@example.com': LATE}
+        assert post(proxy, recipients=OTHERS).startswith(b'451 ')
+        assert proxy.asked == ['c@example.com', 'd@example.com']
+        assert post(proxy, recipients=OTHERS).startswith(b'451 ')
+        assert proxy.asked == ['d@example.com']
+        # Another message, and another sender, are not meant.
+        for other in {'message': b'A: b\r\n\r\n'}, {'sender': b'<other@example.com>'}:
+            with greet(proxy) as client:
+                steps(client, recipients=OTHERS, **other)
+            assert proxy.asked == ['c@example.com', 'd@example.com']
+        proxy.refused = {}
+        assert post(proxy, recipients=OTHERS) == b'250 OK\r\n'
+        assert proxy.asked == ['d@example.com']
+        # Done: who sends the same message once more means it.
+        assert post(proxy, recipients=OTHERS) == b'250 OK\r\n'
+        assert proxy.asked == ['c@example.com', 'd@example.com']
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    monkeypatch.setattr(smtpd, '_MOST_DELIVERIES', 3)
+    with serving(OverriddenDeliver, remoteaddr=('127.0.0.1', 9)) as proxy:
+        proxy.refused = {'d@example.com': LATE}
+        for number in range(5):
+            assert post(proxy, b'N: %d\r\n\r\n' % number, recipients=OTHERS).startswith(b'451 ')
+        for number, asked in (4, 1), (3, 1), (2, 1), (1, 2):
+            post(proxy, b'N: %d\r\n\r\n' % number, recipients=OTHERS)
+            assert len(proxy.asked) == asked
+
+
+# ---------------------------------------------------------------------------------------------
+# _deliver() and process_message(), called by hand
+
+@pytest.mark.parametrize('data', ['A: b\n\ntext', b'A: b\n\ntext', b'A: b\r\n\r\ntext\r\n'],
+                         ids=repr)
+def test_deliver_returns_the_dict_of_refused_recipients(upstream, data):
+    upstream.refused = {'bad@example.com': '550 5.1.1 No such user'}
+    with idle_proxy(remoteaddr=upstream.address) as proxy:
+        assert proxy._deliver('sender@example.com', ['good@example.com'], data) == {}
+        both = ['bad@example.com', 'good@example.com']
+        assert proxy._deliver('sender@example.com', both, data) \
+            == {'bad@example.com': (550, b'5.1.1 No such user')}
+        assert proxy._deliver('sender@example.com', ['bad@example.com'], data) \
+            == {'bad@example.com': (550, b'5.1.1 No such user')}
+    assert upstream.messages == [
+        ('sender@example.com', ['good@example.com'], b'A: b\r\n\r\ntext\r\n')] * 2
+
+
+def test_deliver_names_every_recipient_when_the_data_are_refused(upstream):
+    upstream.faults['.'] = '554 5.7.1 Not this one'
+    upstream.refused = {'bad@example.com': '550 5.1.1 No such user'}
+    with idle_proxy(remoteaddr=upstream.address) as proxy:
+        refused = proxy._deliver('a@example.com', ['b@example.com', 'bad@example.com'], b'\n')
+    assert set(refused) == {'b@example.com', 'bad@example.com'}
+    assert refused['b@example.com'] == (554, b'5.7.1 Not this one')
+
+
+@pytest.mark.parametrize('fault', ['unreachable', CLOSE, HANG])
+def test_deliver_gives_every_recipient_451_when_the_upstream_fails(upstream, fault):
+    recipients = ['b@example.com', 'c@example.com']
+    upstream.faults['DATA'] = fault
+    address = upstream.address
+    with socket.socket() as unused:
+        unused.bind(('127.0.0.1', 0))
+        if fault == 'unreachable':
+            address = unused.getsockname()
+        with idle_proxy(remoteaddr=address) as proxy:
+            proxy.upstream_data_timeout_seconds = 0.2 if fault == HANG else 20
+            refused = proxy._deliver('a@example.com', recipients, b'A: b\n\ntext')
+    assert list(refused) == recipients
+    for code, text in refused.values():
+        assert code == 451
+        assert isinstance(text, bytes)
+
+
+def test_process_message_can_be_called_by_hand_without_options(upstream):
+    with idle_proxy(remoteaddr=upstream.address) as proxy:
+        assert proxy.process_message(PEER, 'a@example.com', ['b@example.com'], 'A: b\n\ntext') \
+            in (None, '250 OK')
+        assert proxy.process_message(PEER, '<>', ['b@example.com'], b'A: b\n\ntext',
+                                     mail_options=[], rcpt_options=[]) in (None, '250 OK')
+        upstream.refused = {'b@example.com': '550 5.1.1 No such user'}
+        reply = proxy.process_message(PEER, 'a@example.com', ['b@example.com'], b'A: b\n\ntext')
+        assert reply in ('550 5.1.1 No such user', b'550 5.1.1 No such user')
+    assert [content for _, _, content in upstream.messages] \
+        == [b'A: b\r\nX-Peer: 127.0.0.1\r\n\r\ntext\r\n'] * 2
+
+
+@BOTH_MODES
+def test_subclass_that_calls_deliver_goes_on_working(upstream, decode_data):
+    class Tagging(smtpd.PureProxy):
+        def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
+            tag = 'X-Tag: 1\n' if isinstance(data, str) else b'X-Tag: 1\n'
+            refused = self._deliver(mailfrom, rcpttos, tag + data)
+            return '550 %s' % sorted(refused) if refused else None
+
+    upstream.refused = {'bad@example.com': '550 5.1.1 No such user'}
+    with proxy_to(upstream, Tagging, decode_data=decode_data) as proxy:
+        assert post(proxy) == b'250 OK\r\n'
+        assert post(proxy, recipients=(b'<bad@example.com>',)) == b"550 ['bad@example.com']\r\n"
+    assert upstream.messages == [
+        ('sender@example.com', ['rcpt@example.com'], b'X-Tag: 1\r\n' + PROXIED)]
+
+
+def test_overridden_deliver_gets_text_where_the_server_decodes_as_it_always_did():
+    class Keeping(smtpd.PureProxy):
+        def _deliver(self, mailfrom, rcpttos, data):
+            self.kept = data
+            return {}
+
+    with serving(Keeping, remoteaddr=('127.0.0.1', 9), decode_data=True) as proxy:
+        assert post(proxy, 'Subject: \xe9\r\n\r\nText.\r\n'.encode()) == b'250 OK\r\n'
+        assert proxy.kept.rstrip('\n') == 'Subject: \xe9\nX-Peer: 127.0.0.1\n\nText.'
+
+
+@pytest.mark.parametrize('proxy_class', [smtpd.PureProxy, smtpd.MailmanProxy],
+                         ids=lambda proxy_class: proxy_class.__name__)
+def test_proxies_refuse_smtputf8_as_documented(proxy_class):
+    sockets = {}
+    with pytest.raises(ValueError):
+        proxy_class(('127.0.0.1', 0), ('127.0.0.1', 9), enable_SMTPUTF8=True, map=sockets)
+    assert sockets == {}
+
+
+# ---------------------------------------------------------------------------------------------
+# MailmanProxy
+
+LISTS = (b'<a@lists.example>', b'<b@lists.example>')
+
+
+@pytest.fixture
+def mailman():
+    with Upstream(known='@lists.example$') as mailman:
+        mailman.faults = {'EHLO': '500 This is LMTP'}
+        yield mailman
+
+
+def mailman_proxy_to(upstream, mailman, proxy_class=smtpd.MailmanProxy, **kwargs):
+    proxy_class = type('Ours', (proxy_class,), {'mailman_lmtp_address': mailman.address})
+    return serving(proxy_class, remoteaddr=upstream.address, **kwargs)
+
+
+def unreachable(server):
+    """Its address, where nobody listens any more."""
+    server.stop()
+    return server
+
+
+def test_mailmans_lmtp_server_is_on_its_default_port():
+    assert smtpd.MailmanProxy.mailman_lmtp_address == ('localhost', 8024)
+
+
+@BOTH_MODES
+@pytest.mark.parametrize('recipients', [
+    LISTS, OTHERS, LISTS + OTHERS, (LISTS[0], *OTHERS, LISTS[0], b'<A@LISTS.example>'), OTHERS[:1],
+    LISTS[:1]], ids=len)
+def test_lists_go_to_mailman_once_each_the_others_upstream(
+        upstream, mailman, decode_data, recipients):
+    message = b'Subject: post \xe9\r\n\r\n.dots\r\n\r\n'
+    lists = [each.strip(b'<>').decode() for each in recipients if b'@lists' in each]
+    others = [each.strip(b'<>').decode() for each in recipients if b'@example' in each]
+    with mailman_proxy_to(upstream, mailman, decode_data=decode_data) as proxy:
+        assert post(proxy, message, recipients=recipients) == b'250 OK\r\n'
+        assert post(proxy, message, recipients=recipients) == b'250 OK\r\n'  # and once more
+    expected = with_x_peer(message)
+    assert upstream.messages == 2 * ([('sender@example.com', others, expected)] if others else [])
+    assert mailman.messages == 2 * [('sender@example.com', [each], expected)
+                                    for each in dict.fromkeys(lists) if each.islower()]
+
+
+def test_mail_for_lists_alone_needs_no_upstream(upstream, mailman):
+    with mailman_proxy_to(unreachable(upstream), mailman) as proxy:
+        assert post(proxy, recipients=LISTS, sender=b'<>') == b'250 OK\r\n'
+        with greet(proxy) as client:
+            heard = steps(client, recipients=(*LISTS, *OTHERS))
+            assert codes(heard) == '250 250 250 451 451 354 250'
+    upstream.start()
+    assert len(mailman.messages) == 4
+
+
+@pytest.mark.parametrize('step, faults, code', [
+    ('CONNECT', [CLOSE, HANG, 'What?', '421 Busy', '554 No'], '451'),
+    ('LHLO', [CLOSE, HANG, 'What?', '421 Busy', '554 No'], '451'),
+    ('MAIL', [CLOSE, HANG, 'What?', '421 Busy', '354 Go on', '451 Later'], '451'),
+    ('RCPT', [CLOSE, HANG, 'What?', '421 Busy', '354 Go on', '451 Later'], '451'),
+])
+def test_while_mailman_cannot_say_nobody_knows_which_are_lists(
+        upstream, mailman, step, faults, code):
+    with mailman_proxy_to(upstream, mailman, impatient(smtpd.MailmanProxy)) as proxy:
+        for fault in faults:
+            mailman.faults = {step: fault}
+            with greet(proxy) as client:
+                assert codes(steps(client, recipients=OTHERS + LISTS)) == '250 451 451 451 451 503'
+                assert upstream.messages == mailman.messages == []
+                mailman.faults = {}
+                mailman.released.set()
+                assert client.say(b'RSET') == b'250 OK\r\n'
+                heard = steps(client, recipients=OTHERS + LISTS)
+                assert codes(heard) == '250 250 250 250 250 354 250'
+            assert (len(upstream.messages), len(mailman.messages)) == (1, 2)
+            mailman.released.clear()
+            del upstream.messages[:], mailman.messages[:]
+        mailman.stop()
+        with greet(proxy) as client:
+            assert codes(steps(client, recipients=OTHERS + LISTS)) == '250 451 451 451 451 503'
+        mailman.start()
+
+
+def test_recipients_of_a_sender_whom_mailman_refuses_are_the_upstreams(upstream, mailman):
+    mailman.faults = {'MAIL': '553 5.1.7 UTF-8?'}
+    upstream.refused = {'a@lists.example': '550 5.1.1 Unknown here'}
+    with mailman_proxy_to(upstream, mailman) as proxy, greet(proxy) as client:
+        assert codes(steps(client, recipients=LISTS[:1] + OTHERS)) == '250 550 250 250 354 250'
+    assert upstream.messages[0][1] == list(OTHER_NAMES)
+
+
+def test_list_that_is_busy_is_not_taken_for_an_address_mailman_does_not_know(upstream, mailman):
+    mailman.refused = {'b@lists.example': '450 4.2.1 Busy'}
+    with mailman_proxy_to(upstream, mailman) as proxy, greet(proxy) as client:
+        assert steps(client, recipients=OTHERS + LISTS) == [OK] * 4 + ['450 4.2.1 Busy', GO_ON, OK]
+    assert [each[1] for each in mailman.messages] == [['a@lists.example']]
+
+
+def test_upstream_that_refuses_the_sender_says_so_for_its_recipients(upstream, mailman):
+    upstream.faults = {'MAIL': '553 5.1.8 Not from you'}
+    with mailman_proxy_to(upstream, mailman) as proxy, greet(proxy) as client:
+        assert codes(steps(client, recipients=LISTS + OTHERS)) == '250 250 250 553 553 354 250'
+    assert len(upstream.verbs(b'MAIL')) == 1
+    assert len(mailman.messages) == 2
+
+
+@pytest.mark.parametrize('step, fault, reply', [
+    ('DATA', '452 4.3.1 Full', '452 4.3.1 Full'), ('DATA', CLOSE, LATER),
+    ('.', '554 5.7.1 Spam', '554 5.7.1 Spam'), ('.', CLOSE, LATER), ('.', '452 Full', '452 Full')])
+def test_message_that_the_upstream_does_not_take_is_not_posted(
+        upstream, mailman, step, fault, reply):
+    upstream.faults = {step: fault}
+    with mailman_proxy_to(upstream, mailman) as proxy:
+        with greet(proxy) as client:
+            assert steps(client, recipients=LISTS + OTHERS)[-1] == reply
+        assert upstream.messages == mailman.messages == []
+        upstream.faults = {}
+        assert post(proxy, recipients=LISTS + OTHERS) == b'250 OK\r\n'
+    assert (len(upstream.messages), len(mailman.messages)) == (1, 2)
+
+
+@pytest.mark.parametrize('step', ['DATA', '.'])
+@pytest.mark.parametrize('fault', ['554 5.6.0 Not this one', '451 4.3.0 Not now', CLOSE, HANG,
+                                   ENDLESS, 'What?'])
+def test_post_that_mailman_does_not_take_is_451_and_the_next_try_goes_there_only(
+        upstream, mailman, step, fault, capfd):
+    mailman.faults = {step: fault}
+    with mailman_proxy_to(upstream, mailman, impatient(smtpd.MailmanProxy)) as proxy:
+        assert post(proxy, recipients=LISTS + OTHERS).startswith(b'451 ')
+        # The same once more: what stays refused for good is told as it is.
+        reply = post(proxy, recipients=LISTS + OTHERS)
+        assert reply.startswith(b'554 ' if fault[:3] == '554' else b'451 ')
+        assert mailman.messages == []
+        mailman.faults = {}
+        assert post(proxy, recipients=LISTS + OTHERS) == b'250 OK\r\n'
+    assert [len(recipients) for _, recipients, _ in upstream.messages] == [2]
+    assert sorted(each[1] for each in mailman.messages) == [
+        ['a@lists.example'], ['b@lists.example']]
+
+
+def test_list_that_took_the_post_does_not_get_it_again_when_another_did_not(upstream, mailman):
+    mailman.faults = {'.': [None, '451 4.3.0 Not now']}
+    with mailman_proxy_to(upstream, mailman) as proxy:
+        assert post(proxy, recipients=LISTS) == b'451 4.3.0 Not now\r\n'
+        assert post(proxy, recipients=LISTS) == b'250 OK\r\n'
+    assert [each[1] for each in mailman.messages] == [['a@lists.example'], ['b@lists.example']]
+
+
+def test_mailman_that_starts_anew_while_the_client_sends_its_message(upstream, mailman):
+    with mailman_proxy_to(upstream, mailman) as proxy, greet(proxy) as client:
+        for line in b'MAIL FROM:' + SENDER, *(b'RCPT TO:' + each for each in LISTS), b'DATA':
+            assert client.say(line)[:1] in b'23'
+        mailman.stop()
+        mailman.start()
+        client.send(stuffed(PROXIED))
+        assert client.reply() == b'250 OK\r\n'
+    assert len(mailman.messages) == 2
+
+
+def test_mailman_proxy_refuses_a_circle_too(upstream, mailman):
+    with mailman_proxy_to(upstream, mailman) as proxy:
+        assert post(proxy, b'X-Peer: a\r\n' * 50 + PROXIED, recipients=LISTS + OTHERS) \
+            == b'554 Error: too many hops\r\n'
+    assert upstream.messages == mailman.messages == []
+
+
+def test_deliver_of_the_mailman_proxy_called_by_hand(upstream, mailman):
+    upstream.refused = {'d@example.com': '550 5.1.1 No such user'}
+    with idle_proxy(smtpd.MailmanProxy, remoteaddr=upstream.address) as proxy:
+        proxy.mailman_lmtp_address = mailman.address
+        refused = proxy._deliver('a@x', ['a@lists.example', *OTHER_NAMES], b'A: b\n\ntext')
+        assert refused == {'d@example.com': (550, b'5.1.1 No such user')}
+    assert [each[1] for each in upstream.messages + mailman.messages] == [
+        ['c@example.com'], ['a@lists.example']]
