@@ -1312,6 +1312,8 @@ class SMTPChannel(_Transport):
                 self._set_post_data_state()
             elif self.rcpttos:
                 self.rcpttos.pop()
+        if reply[:1] == '5':
+            self._errors_since_message -= 1  # how many there may be is the upstream's business
         for line in _reply_lines(reply) if NEWLINE in reply else [reply]:
             self.push(line)
 
@@ -2155,12 +2157,11 @@ class PureProxy(SMTPServer):
         traced = _with_peer_header(octets, peer)
         if isinstance(data, str):
             traced = traced.decode('utf-8', 'surrogateescape')
-        refused = left and self._deliver(mailfrom, left, traced) or {}
-        deliveries.note(mailfrom, left, octets, refused)
-        if not refused:
-            return None
-        code, text = _worst_of(refused)
-        return _reply_text((code if code >= 500 else 451, text))
+        refused = self._deliver(mailfrom, left, traced) if left else None
+        code, text = _worst_of(refused) if refused else (250, b'OK')
+        reply = (451 if 400 <= code < 500 else code), text
+        deliveries.note(mailfrom, rcpttos, octets, refused or (), reply)
+        return _reply_text(reply) if refused else None
 
     def _deliver(self, mailfrom, rcpttos, data):
         """Send a message upstream; return {recipient: (code, text)} of those refused."""
@@ -2319,11 +2320,12 @@ class _Relay:
         finally:
             self._is_delivering = False
         refused = _refused_of(replies)
-        deliveries.note(self._mailfrom, left, octets, refused)
-        if not refused:
-            return next(iter(replies.values()), (250, b'OK'))
-        code, text = _worst_of(refused)
-        return (code if len(refused) == len(replies) else 451), text
+        reply = next(iter(replies.values()), (250, b'OK'))
+        if refused:
+            code, text = _worst_of(refused)
+            reply = (code if len(refused) == len(replies) else 451), text
+        deliveries.note(self._mailfrom, self._rcpttos, octets, refused, reply)
+        return reply
 
 
 def _has_gone(channel):
@@ -2332,7 +2334,7 @@ def _has_gone(channel):
         return False
     try:
         return not channel.socket.recv(1, _PEEK)
-    except (BlockingIOError, ValueError, AttributeError):  # ValueError: TLS has no peek; a stub
+    except (BlockingIOError, ValueError, TypeError, AttributeError):  # TLS has no peek; a stub
         return False
     except OSError:
         return True
@@ -2352,16 +2354,21 @@ class _Deliveries:
         delivered = self._delivered.get(_digest(mailfrom, octets), ())
         return [each for each in rcpttos if each.lower() not in delivered]
 
-    def note(self, mailfrom, rcpttos, octets, refused):
-        """The message has now been delivered to all but those refused."""
+    def note(self, mailfrom, rcpttos, octets, refused, reply):
+        """All but those refused have the message now, and the client gets that reply."""
+        comes_again = 400 <= reply[0] < 500
         delivered = {each.lower() for each in rcpttos if each not in refused}
-        if not delivered or not refused and not self._delivered:
+        if not (self._delivered or comes_again and delivered):
             return
         message = _digest(mailfrom, octets)
         with self._lock:
-            delivered |= self._delivered.pop(message, set())
-            if refused:
-                self._delivered[message] = delivered
+            remembered = self._delivered.pop(message, set())
+            if comes_again:
+                remembered |= delivered
+            else:  # the next message that looks like this one is another
+                remembered -= {each.lower() for each in rcpttos}
+            if remembered:
+                self._delivered[message] = remembered
             if len(self._delivered) > _MOST_DELIVERIES:
                 del self._delivered[next(iter(self._delivered))]
 
@@ -2699,14 +2706,11 @@ class _Connection:
                 self._wait(_WRITABLE, deadline)
 
     def _wait(self, event, deadline):
-        seconds = deadline - time.monotonic()
-        if seconds <= 0:
-            raise TimeoutError('timed out')
-        if self.is_hurried:
+        if self.is_hurried and event == _READABLE:
             if not _is_ready(self._socket, event, _A_MOMENT):
                 raise _NotYet
-        else:
-            _is_ready(self._socket, event, seconds)
+        elif not _is_ready(self._socket, event, max(0, deadline - time.monotonic())):
+            raise TimeoutError('timed out')
 
     def _read_reply(self, seconds):
         """(code, text); the lines of the text are joined by LF."""

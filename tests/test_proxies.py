@@ -283,6 +283,18 @@ def test_a_thousand_recipients_of_whom_the_upstream_takes_a_hundred(upstream):
     assert [len(recipients) for _, recipients, _ in upstream.messages] == [100]
 
 
+def test_upstream_may_refuse_more_recipients_than_the_client_may_make_errors(upstream):
+    upstream.known = 'good'
+    with proxy_to(upstream) as proxy, greet(proxy) as client:
+        bad = [b'<%d@x>' % number for number in range(150)]
+        heard = steps(client, recipients=[*bad, b'<good@x>'])
+        assert codes(heard) == '250' + ' 550' * 150 + ' 250 354 250'
+        for _ in range(99):
+            assert client.say(b'WHAT').startswith(b'500 ')
+        assert client.say(b'WHAT').startswith(b'500 ')
+        assert client.rest().startswith(b'421 ')
+
+
 @BOTH_MODES
 def test_a_client_that_pipelines_whole_messages_gets_its_replies_in_order(upstream, decode_data):
     upstream.refused = {'no@x': '550 No'}
@@ -670,6 +682,22 @@ def test_next_try_of_a_message_goes_to_those_who_did_not_get_it():
         assert proxy.asked == ['c@example.com', 'd@example.com']
 
 
+def test_only_a_message_that_comes_again_is_remembered():
+    """The same to one who gets it and one who is refused, day after day, is another each time."""
+    with serving(OverriddenDeliver, remoteaddr=('127.0.0.1', 9)) as proxy:
+        for _ in range(2):
+            proxy.refused = {'d@example.com': NO}
+            assert post(proxy, recipients=OTHERS).startswith(b'550 ')
+            assert proxy.asked == ['c@example.com', 'd@example.com']
+        proxy.refused = {'d@example.com': LATE}
+        assert post(proxy, recipients=OTHERS).startswith(b'451 ')
+        proxy.refused = {}
+        for asked in [], ['c@example.com']:  # alone, as by a client that splits a message
+            proxy.asked = []
+            assert post(proxy, recipients=OTHERS[:1]) == b'250 OK\r\n'
+            assert proxy.asked == asked
+
+
 def test_what_is_remembered_is_bounded(monkeypatch):
     monkeypatch.setattr(smtpd, '_MOST_DELIVERIES', 3)
     with serving(OverriddenDeliver, remoteaddr=('127.0.0.1', 9)) as proxy:
@@ -907,8 +935,12 @@ def test_post_that_mailman_does_not_take_is_451_and_the_next_try_goes_there_only
         assert post(proxy, recipients=LISTS + OTHERS).startswith(b'451 ')
         # The same once more: what stays refused for good is told as it is.
         reply = post(proxy, recipients=LISTS + OTHERS)
-        assert reply.startswith(b'554 ' if fault[:3] == '554' else b'451 ')
         assert mailman.messages == []
+        assert [len(recipients) for _, recipients, _ in upstream.messages] == [2]
+        if fault[:3] == '554':
+            assert reply == fault.encode() + b'\r\n'
+            return
+        assert reply.startswith(b'451 ')
         mailman.faults = {}
         assert post(proxy, recipients=LISTS + OTHERS) == b'250 OK\r\n'
     assert [len(recipients) for _, recipients, _ in upstream.messages] == [2]
