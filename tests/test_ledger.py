@@ -1,0 +1,395 @@
+"""What becomes of mail through the proxies into a real Postfix and a real Mailman that fail.
+
+The client keeps a ledger, and tries again as RFC 5321 asks.  In the end each message has
+reached each recipient for whom the client heard 250, once, unchanged, and nobody else.
+PYSMTPD_TEST_LEDGER is the number of messages (300; for Mailman a third of it).
+"""
+import collections
+import contextlib
+import itertools
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+import smtpd
+from tests.support import RawClient, clean_environment, is_ready, running, serving, waits
+from tests.test_real_servers import KINDS, Mailman, Postfix, running_postfix, with_x_peer
+
+MESSAGES = int(os.environ.get('PYSMTPD_TEST_LEDGER') or 300)
+CLIENTS = 8
+SMUGGLED = (b'MAIL FROM:<forged@example.com>\r\nRCPT TO:<victim@example.com>\r\nDATA\r\n'
+            b'Subject: forged\r\n\r\nforged\r\n')
+ENDS = [b'\r.\r\n', b'\n.\r\n', b'\n.\n', b'\r.\r', b'\r\n.\r', b'\r\n.\n', b'\r\n\0.\r\n',
+        b'\r\n.\0\r\n', b'\r\r\n.\r\r\n', b'\n\r.\r\n']
+
+
+class Mail:
+    """A message, and what its client heard."""
+
+    def __init__(self, number, choice, recipients, kinds):
+        self.sender = 's%d@example.com' % number
+        self.recipients = recipients
+        self.expected = set()  # who must have it
+        self.refused = {}  # for good, with the reply
+        self.tries = 0
+        body = choice.choice(kinds)
+        if choice.random() < 0.2:
+            body = (b'Subject: true\r\n\r\ntext' + choice.choice(ENDS) + SMUGGLED
+                    + choice.choice(ENDS) + b'QUIT\r\n')
+        self.octets = (b'Message-ID: <%d@example.com>\r\nFrom: %s\r\n'
+                       % (number, self.sender.encode()) + body)
+        self.pieces = choice.choice([1, 7, 1000, 10 ** 9]) if len(body) < 3000 else 10 ** 9
+
+    @property
+    def as_relayed(self):
+        return re.sub(b'\r\n|\r|\n', b'\r\n',
+                      with_x_peer(self.octets).replace(b'\r\n', b'\n'))
+
+    def hear(self, recipients, reply):
+        """Note the reply for those recipients; the ones who are to be tried again."""
+        if reply[:1] == b'2':
+            self.expected.update(recipients)
+        elif reply[:1] == b'5':
+            self.refused.update(dict.fromkeys(recipients, reply))
+        else:
+            return set(recipients)
+        return set()
+
+
+class Clients:
+    """Send all mail, and what was put off once more; `progress` counts what was tried."""
+
+    def __init__(self, address, mails):
+        self.address = address
+        self.waiting = collections.deque((mail, mail.recipients) for mail in mails)
+        self.left = len(self.waiting)
+        self.progress = 0
+        self.changed = threading.Condition()
+        self.errors = []
+        self.threads = [threading.Thread(target=self.run) for _ in range(CLIENTS)]
+        for thread in self.threads:
+            thread.start()
+
+    def run(self):
+        client = None
+        try:
+            while True:
+                with self.changed:
+                    self.changed.wait_for(lambda: self.waiting or not self.left)
+                    if not self.left:
+                        break
+                    mail, recipients = self.waiting.popleft()
+                if client is None:
+                    client = RawClient(self.address, timeout=900)
+                    client.reply()
+                    assert client.say(b'EHLO client.example').startswith(b'250')
+                again = self.send(client, mail, recipients)
+                if mail.tries % 3 == 0:
+                    client.say(b'QUIT')
+                    client.close()
+                    client = None
+                else:
+                    assert client.say(b'RSET') == b'250 OK\r\n'
+                with self.changed:
+                    self.progress += 1
+                    if again:
+                        self.changed.wait(0.05)  # no more tries a second than a log can bear
+                        self.waiting.append((mail, [each for each in recipients if each in again]))
+                    else:
+                        self.left -= 1
+                    self.changed.notify_all()
+        except BaseException as error:
+            self.errors.append(error)
+            with self.changed:
+                self.left = 0
+                self.changed.notify_all()
+            raise
+        finally:
+            if client is not None:
+                client.close()
+
+    def send(self, client, mail, recipients):
+        """One try; the recipients to be tried again."""
+        mail.tries += 1
+        reply = client.say(b'MAIL FROM:<%s> BODY=8BITMIME' % mail.sender.encode())
+        if reply[:1] != b'2':
+            return mail.hear(recipients, reply)
+        again, taken = set(), []
+        for recipient in recipients:
+            reply = client.say(b'RCPT TO:<%s>' % recipient.encode())
+            if reply[:1] == b'2':
+                taken.append(recipient)
+            else:
+                again |= mail.hear([recipient], reply)
+        if not taken:
+            return again
+        reply = client.say(b'DATA')
+        if reply[:1] == b'3':
+            octets = (b'\r\n' + mail.octets).replace(b'\r\n.', b'\r\n..')[2:] + b'.\r\n'
+            for start in range(0, len(octets), mail.pieces):
+                client.send(octets[start:start + mail.pieces])
+            reply = client.reply()
+        return again | mail.hear(taken, reply)
+
+    def wait_for_progress(self, count):
+        """Wait for so many tries more; false if all is sent."""
+        with self.changed:
+            goal = self.progress + count
+            self.changed.wait_for(lambda: self.progress >= goal or not self.left, 600)
+            return self.left > 0
+
+    def join(self):
+        for thread in self.threads:
+            thread.join(3000)
+        assert not self.errors
+
+
+class Ledger:
+    """Compares what arrived with what the clients heard."""
+
+    def __init__(self, mails, log):
+        self.mails = {mail.sender: mail for mail in mails}
+        self.unknown = set(re.findall(r'mail from (\S+): lost after the final dot', log))
+        self.arrived = collections.defaultdict(set)  # ids, by (sender, recipient)
+        self.count = collections.Counter()
+
+    def arrive(self, sender, recipient, unique, is_unaltered):
+        mail = self.mails.get(sender)
+        if mail is None or recipient not in mail.recipients:
+            self.count['forged' if mail is None else 'astray'] += 1
+            return
+        self.count['arrived'] += 1
+        self.count['altered'] += not is_unaltered
+        if self.arrived[sender, recipient] - {unique}:
+            self.count['doubled, unknown' if sender in self.unknown else 'doubled'] += 1
+        self.arrived[sender, recipient].add(unique)
+
+    def totals(self):
+        for sender, mail in self.mails.items():
+            for recipient in mail.recipients:
+                arrived = bool(self.arrived[sender, recipient])
+                self.count['refused'] += recipient in mail.refused
+                self.count['lost'] += recipient in mail.expected and not arrived
+                self.count['refused, but arrived'] += (
+                    recipient in mail.refused and arrived and sender not in self.unknown)
+                self.count['without a fate'] += (
+                    recipient not in mail.expected and recipient not in mail.refused)
+        self.count['messages'] = len(self.mails)
+        self.count['tries'] = sum(mail.tries for mail in self.mails.values())
+        self.count['outcome unknown'] = len(self.unknown)
+        print(dict(self.count), file=sys.__stdout__, flush=True)
+        return [self.count[name] for name in (
+            'lost', 'doubled', 'altered', 'forged', 'astray', 'refused, but arrived',
+            'without a fate')]
+
+
+class FailingPostfix:
+    """The faults that a Postfix has, in turn, each for some of the clients' tries."""
+
+    def __init__(self, postfix, clients):
+        self.postfix = postfix
+        self.clients = clients
+        self.happened = collections.Counter()
+
+    def run(self):
+        faults = itertools.cycle([self.reload, self.hang, self.put_off, self.stop, self.kill])
+        while self.clients.wait_for_progress(40):
+            fault = next(faults)
+            fault()
+            self.happened[fault.__name__] += 1
+
+    def start(self):
+        for _ in waits():  # what was there before may still be about to end
+            if (self.postfix.control('start').returncode == 0
+                    or self.postfix.control('status').returncode == 0):
+                return
+
+    def reload(self):
+        self.postfix.control('reload')
+
+    def stop(self):
+        self.postfix.stop()
+        self.clients.wait_for_progress(10)
+        self.start()
+
+    def kill(self):
+        self.postfix.kill()
+        self.clients.wait_for_progress(10)
+        self.start()
+
+    def put_off(self):
+        """450 to each recipient."""
+        self.restrict('defer')
+        self.clients.wait_for_progress(20)
+        self.restrict('reject_unlisted_recipient, permit_mynetworks, reject')
+
+    def restrict(self, restrictions):
+        subprocess.run(['postconf', '-c', os.path.join(self.postfix.home, 'conf'), '-e',
+                        'smtpd_recipient_restrictions = ' + restrictions], check=True)
+        self.reload()
+
+    def hang(self):
+        """Some of its processes stand still for as long as the proxy waits for MAIL and RCPT."""
+        stopped = self.processes()
+        for process in stopped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGSTOP)
+        try:
+            self.clients.wait_for_progress(CLIENTS)
+        finally:
+            for process in stopped:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGCONT)
+
+    def processes(self):
+        """Its processes that talk to clients."""
+        with open(os.path.join(self.postfix.home, 'queue', 'pid', 'master.pid')) as file:
+            master = file.read().strip()
+        found = []
+        for name in filter(str.isdigit, os.listdir('/proc')):
+            with contextlib.suppress(OSError):
+                with open('/proc/%s/stat' % name) as file:
+                    command, _, fields = file.read().partition('(')[2].rpartition(')')
+                if command == 'smtpd' and fields.split()[1] == master:
+                    found.append(int(name))
+        return found
+
+    def read_inbox(self):
+        """Wait until its queue is empty, then read: sender, recipient, queue id, content."""
+        self.start()
+        self.postfix.control('flush')
+        for _ in waits(300):
+            listed = subprocess.run(
+                ['postqueue', '-c', os.path.join(self.postfix.home, 'conf'), '-j'],
+                capture_output=True, timeout=60)
+            if listed.returncode == 0 and not listed.stdout:
+                break
+        for name in os.listdir(self.postfix.inbox):
+            with open(os.path.join(self.postfix.inbox, name), 'rb') as file:
+                own, queue_id, content = re.fullmatch(
+                    rb'(.*?\nReceived: from [^\n]*(?:\n[ \t][^\n]*)*?\bid (\w+)'
+                    rb'(?:[^\n]*\n(?=[ \t]))*[^\n]*\n)(.*)', file.read(), re.S).groups()
+            sender = re.search(rb'^Return-Path: <(.*)>$', own, re.M)[1].decode()
+            recipient = re.search(rb'^X-Original-To: (.*)$', own, re.M)[1].decode()
+            yield sender, recipient, queue_id, content.replace(b'\n', b'\r\n')
+
+
+@pytest.fixture
+def own_postfix():
+    main = Postfix.MAIN
+    Postfix.MAIN += '''
+smtpd_recipient_limit = 5
+smtpd_recipient_overshoot_limit = 1000
+smtpd_soft_error_limit = 1000
+smtpd_hard_error_limit = 1000
+smtpd_error_sleep_time = 0
+'''
+    try:
+        with running_postfix() as postfix:
+            yield postfix
+    finally:
+        Postfix.MAIN = main
+
+
+class PatientChannel(smtpd.SMTPChannel):
+    error_limit = None
+
+
+class Proxy(smtpd.PureProxy):
+    channel_class = PatientChannel
+    upstream_command_timeout_seconds = 2  # so that an upstream which hangs is given up
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', [1])
+def test_ledger_of_mail_into_a_postfix_that_fails(own_postfix, seed, capfd):
+    choice = random.Random(seed)
+    kinds = [octets for name, octets in KINDS.items() if name != '1 MB']
+    mails = []
+    for number in range(MESSAGES):
+        recipients = ['r%d@example.com' % each for each in range(choice.choice([1, 1, 2, 5, 20]))]
+        if choice.random() < 0.1:
+            recipients.append('unknown@example.com')
+        mails.append(Mail(number, choice, recipients, [KINDS['1 MB']] if number % 100 == 99
+                          else kinds))
+    with serving(Proxy, remoteaddr=own_postfix.address) as proxy:
+        clients = Clients(proxy, mails)
+        failing = FailingPostfix(own_postfix, clients)
+        failing.run()
+        clients.join()
+    ledger = Ledger(mails, capfd.readouterr().err)
+    for sender, recipient, queue_id, content in failing.read_inbox():
+        mail = ledger.mails.get(sender)
+        ledger.arrive(sender, recipient, queue_id, mail and content == mail.as_relayed)
+    print(dict(failing.happened), file=sys.__stdout__)
+    assert ledger.totals() == [0] * 7
+    refusals = {(recipient, reply) for mail in mails for recipient, reply in mail.refused.items()}
+    assert [each for each in refusals if each[0] != 'unknown@example.com'] == []
+
+
+READ_QUEUE = '''
+import os, pickle, re, sys
+for name in os.listdir(sys.argv[1]):
+    with open(os.path.join(sys.argv[1], name), 'rb') as file:
+        message, data = pickle.load(file), pickle.load(file)
+    print(message['X-MailFrom'], data['listid'].replace('.', '@', 1), name)
+'''
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_ledger_of_posts_to_a_mailman_that_restarts(upstream, tmp_path, capfd):
+    environment = os.environ.get('PYSMTPD_TEST_MAILMAN')
+    if not environment or not os.path.exists(os.path.join(environment, 'bin', 'mailman')):
+        pytest.skip('missing: Mailman 3')
+    mailman = Mailman(str(tmp_path), environment)
+    with serving() as port_of:  # a port that is free, and stays the same
+        port = port_of.port_number
+    mailman.configure(port)
+    lists = ['%s@lists.example' % name for name in ('a', 'b', 'c')]
+    for name in lists:
+        mailman.create(name)
+    command = [os.path.join(mailman.programs, 'runner'), '-C', mailman.configuration,
+               '-r', 'lmtp:0:1']
+    choice = random.Random(1)
+    mails = [Mail(number, choice, [
+        *choice.sample(lists, choice.choice([1, 1, 2, 3])),
+        *('r%d@example.com' % each for each in range(choice.choice([0, 0, 1, 3])))],
+        [KINDS['plain'], KINDS['8-bit'], KINDS['dots']]) for number in range(MESSAGES // 3)]
+    proxy_class = type('Ours', (smtpd.MailmanProxy,), {
+        'channel_class': PatientChannel, 'mailman_lmtp_address': mailman.address})
+    restarts = 0
+    with serving(proxy_class, remoteaddr=upstream.address) as proxy:
+        clients = Clients(proxy, mails)
+        going_on = True
+        while going_on:
+            with running(command, env=clean_environment(), stdout=subprocess.DEVNULL,
+                         stderr=subprocess.DEVNULL) as process:
+                assert is_ready(process, mailman.address)
+                going_on = clients.wait_for_progress(0)
+                while going_on and len(mails) - clients.left < (restarts + 1) * len(mails) / 21:
+                    going_on = clients.wait_for_progress(1)
+                process.send_signal(choice.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGINT]))
+                process.wait(60)
+                restarts += going_on
+        clients.join()
+    ledger = Ledger(mails, capfd.readouterr().err)
+    for sender, recipients, content in upstream.messages:
+        for recipient in recipients:
+            ledger.arrive(sender, recipient, object(), content == ledger.mails[sender].as_relayed)
+    done = subprocess.run(
+        [os.path.join(mailman.programs, 'python'), '-c', READ_QUEUE,
+         os.path.join(mailman.home, 'var', 'queue', 'in')],
+        env=clean_environment(), capture_output=True, text=True, check=True, timeout=600)
+    for line in done.stdout.splitlines():
+        ledger.arrive(*line.split(), True)
+    print(restarts, 'restarts', file=sys.__stdout__)
+    assert ledger.totals() == [0] * 7
+    assert restarts >= min(20, len(mails) // 5)
