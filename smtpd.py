@@ -1295,23 +1295,24 @@ class SMTPChannel(_Transport):
     def _ask_upstream(self, step, *arguments):
         """Let a proxy's upstream reply to a step that we have nothing against."""
         call = functools.partial(getattr(self._relay, step), *arguments)
+        take_reply = functools.partial(self._take_upstream_reply, step, arguments)
         reply = self._relay.answer_at_once(call)
         if reply is not None:
-            self._take_upstream_reply(step, reply)
+            take_reply(reply)
             return
         if self._holds_replies:
             self._send_held_replies()  # the upstream may take its time
-        self._run_aside(call, functools.partial(self._take_upstream_reply, step))
+        self._run_aside(call, take_reply)
 
-    def _take_upstream_reply(self, step, reply):
+    def _take_upstream_reply(self, step, arguments, reply):
         if reply[:1] not in '23':  # then the step was not taken
             if step == 'mail':
                 self.mailfrom = None
                 self.mail_options = []
             elif step == 'data':
                 self._set_post_data_state()
-            elif self.rcpttos:
-                self.rcpttos.pop()
+            elif arguments[0] in self.rcpttos:
+                self.rcpttos.remove(arguments[0])
         if reply[:1] == '5':
             self._errors_since_message -= 1  # how many there may be is the upstream's business
         for line in _reply_lines(reply) if NEWLINE in reply else [reply]:
@@ -2492,7 +2493,8 @@ class _UpstreamSession:
             self.close()
             if is_hurried:
                 raise _NotYet
-        self._connection = _Connection(self._proxy, self._address, self._hellos)
+        self._connection = _Connection(self._proxy, self._address)
+        self._connection.greet(self._hellos)
         return self._connection.mail(*self._mail)
 
     def rcpt(self, recipient):
@@ -2538,6 +2540,7 @@ class _UpstreamSession:
         try:
             reply = step(*arguments)
         except _RunsInCircle:
+            self.close()
             reply = _TOO_MANY_HOPS
         except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
             self._proxy.log_info(
@@ -2590,7 +2593,7 @@ class _Connection:
     lost: nothing that it may still say counts.
     """
 
-    def __init__(self, proxy, address, hellos):
+    def __init__(self, proxy, address):
         self._proxy = proxy
         self._input = b''
         self._awaited = None  # the command that has no reply yet, and when it was sent
@@ -2600,17 +2603,12 @@ class _Connection:
         self.is_quick = False  # it has replied to the last command within a moment
         self.is_hurried = False  # to wait for a moment only, then raise _NotYet
         self._socket = socket.create_connection(address, proxy.upstream_timeout_seconds)
-        try:
-            if _leads_to_itself(proxy, self._socket):
-                raise _RunsInCircle
-            self._socket.setsockopt(*_NO_DELAY)
-            self._socket.setblocking(False)  # to wait only where there is something to wait for
-            self._greet(hellos)
-        except BaseException:
-            self.close()
-            raise
+        self._socket.setsockopt(*_NO_DELAY)
+        self._socket.setblocking(False)  # to wait only where there is something to wait for
 
-    def _greet(self, hellos):
+    def greet(self, hellos):
+        if _leads_to_itself(self._proxy, self._socket):
+            raise _RunsInCircle
         reply = self._read_reply(self._proxy.upstream_command_timeout_seconds)
         if _is_success(reply):
             for verb in hellos:

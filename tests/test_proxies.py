@@ -2,6 +2,7 @@
 import contextlib
 import itertools
 import re
+import select
 import socket
 import struct
 import threading
@@ -511,14 +512,25 @@ def test_hung_upstream_holds_up_its_own_session_only(upstream, step, in_hub):
             assert [waiting.reply()[:1] for _ in range(3)] == [b'2', b'2', b'3']
 
 
-def test_session_closed_by_the_program_lets_a_hung_upstream_go(upstream):
-    upstream.faults = {'RCPT': HANG}
+@pytest.mark.parametrize('step', ['CONNECT', 'MAIL', 'RCPT'])
+def test_session_closed_by_the_program_lets_a_hung_upstream_go(upstream, step):
+    upstream.faults = {step: HANG}
     with proxy_to(upstream, timeout=0.1) as proxy, greet(proxy) as client:
         client.send(b'MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\n')
         assert upstream.hangs.wait(20)
         # serving() closes all channels
     upstream.threads[1].join(20)
     assert not upstream.threads[1].is_alive()
+
+
+def test_proxy_relays_where_there_is_no_poll(upstream, monkeypatch):
+    """As on Windows."""
+    monkeypatch.delattr(select, 'poll')
+    with proxy_to(upstream, impatient()) as proxy:
+        assert post(proxy, LARGE) == b'250 OK\r\n'
+        upstream.faults = {'RCPT': HANG}
+        with greet(proxy) as client:
+            assert codes(steps(client)) == '250 451 503'
 
 
 # ---------------------------------------------------------------------------------------------
@@ -581,6 +593,19 @@ def test_commands_of_the_program_see_the_transaction(upstream, in_hub):
     assert refused[:1] == first  # the reply may have come already, or not
     assert last == ['a@example.com', 'c@example.com']
     assert upstream.messages[0][1] == ['a@example.com', 'c@example.com']
+
+
+def test_command_that_makes_two_recipients_of_one(upstream):
+    class Aliasing(smtpd.SMTPChannel):
+        def smtp_RCPT(self, arg):
+            super().smtp_RCPT(arg)
+            self.rcpttos.append('archive@x')
+
+    upstream.refused = {'no@x': '550 5.1.1 No such user'}
+    proxy_class = type('Proxy', (smtpd.PureProxy,), {'channel_class': Aliasing})
+    with proxy_to(upstream, proxy_class) as proxy, greet(proxy) as client:
+        assert codes(steps(client, recipients=[b'<a@x>', b'<no@x>'])) == '250 250 550 354 250'
+    assert upstream.messages[0][1] == ['a@x', 'archive@x']
 
 
 def test_recipients_that_the_program_adds_itself_get_the_message_too(upstream):
@@ -762,7 +787,11 @@ def test_process_message_can_be_called_by_hand_without_options(upstream):
                                      mail_options=[], rcpt_options=[]) in (None, '250 OK')
         upstream.refused = {'b@example.com': '550 5.1.1 No such user'}
         reply = proxy.process_message(PEER, 'a@example.com', ['b@example.com'], b'A: b\n\ntext')
-        assert reply in ('550 5.1.1 No such user', b'550 5.1.1 No such user')
+        assert reply == '550 5.1.1 No such user'
+        circled = b'X-Peer: a\n' * 50
+        assert proxy.process_message(PEER, 'a@x', ['b@x'], circled) == '554 Error: too many hops'
+        with pytest.raises(ValueError):
+            proxy._deliver('a@x', ['b@x>\r\nRCPT TO:<c@x'], b'')
     assert [content for _, _, content in upstream.messages] \
         == [b'A: b\r\nX-Peer: 127.0.0.1\r\n\r\ntext\r\n'] * 2
 
