@@ -638,15 +638,15 @@ RECIPIENT = b'<rcpt@example.com>'
 PROXIED = b'Subject: hello\r\n\r\nText.\r\n'
 BOTH_MODES = pytest.mark.parametrize('decode_data', [False, True], ids=['bytes', 'decoded'])
 
-CLOSE, HANG, ENDLESS = 'break off', 'hang', 'never end'
+CLOSE, HANG, ENDLESS, SLOW = 'break off', 'hang', 'never end', 'never end, slowly'
 
 
 class Upstream:
     """An SMTP or LMTP server of bare sockets and threads; keeps the octets as they come.
 
     `faults` maps a step (CONNECT, a verb, BODY for the middle of a message, "." for its end)
-    to the reply that it gets, CLOSE, HANG (until release()) or ENDLESS, or to a list of these,
-    None among them, one for each time; `refused` maps a recipient to its reply.  If `known` is
+    to the reply that it gets, CLOSE, HANG (until release()), ENDLESS or SLOW, or to a list of
+    these, None among them, one for each time; `refused` maps a recipient to its reply.  If `known` is
     set, recipients that it does not match are refused.
     """
 
@@ -789,6 +789,9 @@ class Upstream:
         elif fault == ENDLESS:
             while True:
                 connection.sendall(b'250-and\r\n' * 100)
+        elif fault == SLOW:
+            while not self.ends.wait(0.05):
+                connection.sendall(b'250-and\r\n')
         elif fault is not None:
             reply = fault
         if reply is None:

@@ -21,6 +21,7 @@ from tests.support import (
     PROXIED,
     RECIPIENT,
     SENDER,
+    SLOW,
     RawClient,
     Upstream,
     greet,
@@ -194,7 +195,7 @@ NEEDS_MAIL, NEEDS_RCPT = '503 Error: need MAIL command', '503 Error: need RCPT c
 LATER = '451 Upstream not available'
 OK = '250 OK'
 GO_ON = '354 Go on'
-LOST = [CLOSE, ENDLESS, HANG, 'What?', '150 Wait', '2500 OK', '200-One\r\nTwo']
+LOST = [CLOSE, ENDLESS, SLOW, HANG, 'What?', '150 Wait', '2500 OK', '200-One\r\nTwo']
 
 
 @pytest.mark.parametrize('step, faults, replies', [
