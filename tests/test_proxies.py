@@ -253,7 +253,7 @@ def test_reply_of_each_step_is_the_upstreams(upstream, step, faults, replies):
 
 
 @pytest.mark.parametrize('attributes', [
-    {}, {'process_message_threads': 0}, {'channels_in_hub': True}], ids=str)
+    {}, {'process_message_threads': 0}, {'channels_in_selector': True}], ids=str)
 @BOTH_MODES
 def test_each_recipient_has_its_own_fate(upstream, decode_data, attributes):
     upstream.refused = {'b@x': '550 5.1.1 No such user', 'c@x': '450 4.2.0 Greylisted'}
@@ -492,10 +492,10 @@ def test_more_sessions_than_threads_all_make_progress(upstream):
 
 
 @pytest.mark.parametrize('step', ['CONNECT', 'MAIL', 'RCPT', 'DATA', '.'])
-@pytest.mark.parametrize('in_hub', [False, True])
-def test_hung_upstream_holds_up_its_own_session_only(upstream, step, in_hub):
+@pytest.mark.parametrize('in_selector', [False, True])
+def test_hung_upstream_holds_up_its_own_session_only(upstream, step, in_selector):
     upstream.faults = {step: HANG}
-    proxy_class = type('Proxy', (smtpd.PureProxy,), {'channels_in_hub': in_hub})
+    proxy_class = type('Proxy', (smtpd.PureProxy,), {'channels_in_selector': in_selector})
     with proxy_to(upstream, proxy_class, timeout=60) as proxy, greet(proxy) as waiting:
         waiting.send(b'MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nDATA\r\n')
         if step == '.':
@@ -581,11 +581,11 @@ class Gateway(smtpd.SMTPChannel):
         self.push('250 OK')
 
 
-@pytest.mark.parametrize('in_hub', [False, True])
-def test_commands_of_the_program_see_the_transaction(upstream, in_hub):
+@pytest.mark.parametrize('in_selector', [False, True])
+def test_commands_of_the_program_see_the_transaction(upstream, in_selector):
     upstream.refused = {'no@example.com': '550 5.1.1 No such user'}
     proxy_class = type('Proxy', (smtpd.PureProxy,), {
-        'channel_class': Gateway, 'seen': [], 'channels_in_hub': in_hub})
+        'channel_class': Gateway, 'seen': [], 'channels_in_selector': in_selector})
     with proxy_to(upstream, proxy_class) as proxy, greet(proxy) as client:
         recipients = b'<a@example.com>', b'<b@elsewhere>', b'<no@example.com>', b'<c@example.com>'
         assert codes(steps(client, recipients=recipients)) == '250 250 550 550 250 354 250'
