@@ -13,8 +13,8 @@ For example, a server that tells who sends mail to whom::
 
 `SMTPServer` listens and gives each complete message to process_message();
 `SMTPChannel` holds the dialogue with one client.  `DebuggingServer` prints
-messages, `PureProxy` relays them, and `MailmanProxy` does so for the lists of
-Mailman 3 too.  `python -m smtpd` runs any of them from the command line.
+messages, `PureProxy` relays them, and `MailmanProxy` also delivers to the lists of
+Mailman 3.  `python -m smtpd` runs any of them from the command line.
 
 The protocol is RFC 5321 (SMTP) with RFC 1870 (SIZE), RFC 6152 (8BITMIME) and
 RFC 6531 (SMTPUTF8).

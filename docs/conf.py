@@ -21,6 +21,7 @@ default_role = 'literal'  # a docstring's `name`
 nitpick_ignore = [('py:class', 'asyncore.dispatcher'), ('py:class', 'asynchat.async_chat')]
 autodoc_member_order = 'bysource'
 add_module_names = False
+smartquotes = False  # '' in a docstring is Python
 toc_object_entries_show_parents = 'hide'
 
 html_theme = 'furo'
