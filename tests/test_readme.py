@@ -439,7 +439,7 @@ def test_wrong_arguments_get_the_lines_that_the_manual_shows(run_python):
     for command, complaint in zip(lines[::2], lines[1::2]):
         prompt, python, *arguments = shlex.split(command)
         assert (prompt, python) == ('$', 'python')
-        assert run_python(*arguments).stdout == complaint + '\n'
+        assert run_python('-W', 'ignore', *arguments).stdout == complaint + '\n'
 
 
 @executes('which-one')
