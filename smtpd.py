@@ -38,6 +38,7 @@ import getopt
 import importlib
 import io
 import math
+import operator
 import os
 import re
 import select
@@ -411,68 +412,64 @@ class _Transport(asynchat.async_chat):
         return False
 
     def _process_input(self):
-        """Cut the input at its terminators, and give the pieces away, while the gate is open."""
-        is_given = False
+        """Take what was received, as far as the gate lets it in."""
         try:
-            while self._unread_input and self._gate <= _IDLE and self.connected:
-                unread, start = self._unread_input, self._input_start
-                is_direct = self._holds_replies or self._goes_past_hooks()
+            self._take_pieces()
+        except _ENDS_OF_THE_LOOP:
+            raise
+        except BaseException as error:
+            self._answer_fault(error)
+            raise
+        finally:
+            self._last_sign_of_life = time.monotonic()
+            if self._gate or self._holds_replies:
+                self._end_turn()
+
+    def _take_pieces(self):
+        """Cut the input at its terminators, and give the pieces away."""
+        while self._unread_input and self._gate <= _IDLE and self.connected:
+            unread, start = self._unread_input, self._input_start
+            is_direct = self._holds_replies or self._goes_past_hooks()
+            try:
                 terminator = self.terminator if is_direct else self.get_terminator()
                 end = unread.find(_END_OF_LINE, start) if terminator is _END_OF_LINE else -1
                 if end >= 0:  # as for nearly all commands
                     is_whole, rest = True, end + 2
                 else:
                     end, is_whole, rest = self._cut(unread, start, terminator)
-                    if rest == start:
-                        break
                     is_direct = is_direct and terminator in (_END_OF_LINE, _END_OF_DATA)
-                more_follows = rest < len(unread)
-                if self._holds_replies or more_follows and is_direct:
-                    self._hold_or_send(is_direct and is_whole)
-                    if self._gate > _IDLE:
-                        break
-                # Used up before a hook gets it: one that raises does not get it again.
-                self._unread_input, self._input_start = (unread, rest) if more_follows else (b'', 0)
-                is_given = True
-                self._has_replied = False
-                if is_direct and is_whole:
-                    self._is_mid_block = False
-                    self._take_block(unread[start:end])
-                else:
-                    self._give(unread[start:end], is_whole, is_direct)
-                    if not is_whole:
-                        break
-                is_given = False
-        except _ENDS_OF_THE_LOOP:
-            raise
-        except BaseException as error:
-            if is_given:
-                self._answer_fault(error)
+            except _ENDS_OF_THE_LOOP:
                 raise
-            try:
-                self.handle_error()
-            finally:
-                self.close()  # the next try would be like this one
-        finally:
-            self._last_sign_of_life = time.monotonic()
-            if self._gate != _OPEN or self._holds_replies:
-                self._end_turn()
-
-    def _hold_or_send(self, may_hold):
-        """Decide whether the replies to what is given away next are held."""
-        may_hold = may_hold and len(self.producer_fifo) < _MOST_HELD
-        if not self._holds_replies:
-            self._holds_replies = (may_hold and not self.producer_fifo
-                                   and self._nobody_could_tell())
-        elif not may_hold:
-            self._send_held_replies()
+            except BaseException:  # no hook has seen this input: the next try would be alike
+                self._end_with_fault()
+                return
+            if rest == start:
+                return
+            more_follows = rest < len(unread)
+            if not self._holds_replies:
+                self._holds_replies = (more_follows and is_direct and is_whole
+                                       and self._may_hold_replies())
+            elif not (is_direct and is_whole) or len(self.producer_fifo) >= _MOST_HELD:
+                self._send_held_replies()
+                if self._gate > _IDLE:
+                    return
+            # Used up before a hook gets it: one that raises does not get it again.
+            self._unread_input, self._input_start = (unread, rest) if more_follows else (b'', 0)
+            self._has_replied = False
+            self._give(unread[start:end], is_whole, is_direct)
+            if not is_whole:
+                return
 
     def _give(self, piece, is_whole, is_direct):
-        """Give a piece, and the terminator after it, to the hooks."""
-        self._is_mid_block = True
+        """Give a piece, and the terminator after it, to the hooks or past them."""
+        self._is_mid_block = not (is_direct and is_whole)
         if is_direct:
-            self._take_piece(piece)
-        elif piece:
+            if is_whole:
+                self._take_block(piece)
+            else:
+                self._take_piece(piece)
+            return
+        if piece:
             self.collect_incoming_data(piece)
         if is_whole:
             self._is_mid_block = False
@@ -541,13 +538,15 @@ class _Transport(asynchat.async_chat):
         self.initiate_send()
         self._has_replied = has_replied  # what is sent now are earlier replies
 
+    def _may_hold_replies(self):
+        return not self.producer_fifo and self._nobody_could_tell()
+
     def _nobody_could_tell(self):
         """Whether no code of the program's runs, or is called, between commands of ours."""
         try:
             return (_overrides_only_commands(type(self))
                     and asynchat.async_chat.push is _ASYNCHAT_PUSH
-                    and all(getattr(self, name).__func__ is method
-                            for name, method in _METHODS_BETWEEN_COMMANDS))
+                    and _methods_between_commands(self) == _METHODS_BETWEEN_COMMANDS)
         except AttributeError:  # no method, but a function of the instance
             return False
 
@@ -561,7 +560,7 @@ class _Transport(asynchat.async_chat):
             len(piece) for piece in waiting if isinstance(piece, bytes))
 
     def writable(self):
-        return bool(super().writable()) or self._gate in (_IDLE, _PAUSED)
+        return self._gate == _IDLE or self._gate == _PAUSED or bool(super().writable())
 
     def handle_write_event(self):
         reads_replies = bool(self.producer_fifo)
@@ -608,6 +607,12 @@ class _Transport(asynchat.async_chat):
         error = sys.exc_info()[1]
         if error is None or not vars(error).pop(_ANSWERED, False):
             self.handle_close()
+
+    def _end_with_fault(self):
+        try:
+            self.handle_error()
+        finally:
+            self.close()
 
     def _answer_fault(self, error):
         """Tell the client of a fault in a hook, once, unless the program has its own way to."""
@@ -788,7 +793,8 @@ class SMTPChannel(_Transport):
     def __init__(self, server, conn, addr, data_size_limit=DATA_SIZE_DEFAULT,
                  map=None, enable_SMTPUTF8=False, decode_data=False):
         _check_modes(enable_SMTPUTF8, decode_data)
-        self._begin_anew()
+        if self.smtp_server is not None:  # a second call
+            self._begin_anew()
         self.smtp_server = server
         self.conn = conn
         self.data_size_limit = data_size_limit
@@ -889,7 +895,7 @@ class SMTPChannel(_Transport):
                 line = line.rstrip(b'\r')
             self._execute_line(line, octets)
         elif self.smtp_state == self.DATA:
-            self._end_data(pieces, octets)
+            self._end_data(b'', pieces, octets)
         else:
             self.push('451 Internal confusion')
 
@@ -922,7 +928,7 @@ class SMTPChannel(_Transport):
         if self.smtp_state == self.COMMAND:
             self._execute_line(octets, len(octets))
         elif self.smtp_state == self.DATA:
-            self._end_data([octets])
+            self._end_data(octets)
         else:
             self.push('451 Internal confusion')
 
@@ -1029,13 +1035,16 @@ class SMTPChannel(_Transport):
             octets = octets[end:] + _as_octets(pieces.pop())
         return octets
 
-    def _end_data(self, pieces, octets_received=0):
-        """Handle the message that these pieces end; its data is over, whatever happens."""
+    def _end_data(self, octets, collected=(), octets_received=0):
+        """Handle the message that these octets, or what hooks have collected, end."""
         try:
-            self._add_to_message(self._add_all_but_the_last(pieces) if pieces else b'')
-            self.num_bytes = max(self.num_bytes, octets_received)  # some may have been dropped
+            if collected:
+                octets = self._add_all_but_the_last(collected)
+            self._add_to_message(octets)
+            if octets_received > self.num_bytes:
+                self.num_bytes = octets_received  # some were dropped
             self._handle_message()
-        except BaseException:
+        except BaseException:  # what follows is a command, whatever happened
             if self.smtp_state == self.DATA:
                 self._set_post_data_state()
             raise
@@ -1192,7 +1201,7 @@ class SMTPChannel(_Transport):
         self.extended_smtp = True
         mail_limit = self.command_size_limit
         was_held = self._holds_replies
-        self._holds_replies = was_held or self._nobody_could_tell()
+        self._holds_replies = was_held or self._may_hold_replies()
         self.push('250-%s' % self.fqdn)
         if self.data_size_limit:
             self.push('250-SIZE %s' % self.data_size_limit)
@@ -1388,11 +1397,12 @@ _COMMANDS = frozenset(method for name, method in vars(SMTPChannel).items()
                       if name.startswith('smtp_') and callable(method))
 
 # What is called from one command to the next: see _nobody_could_tell().
-_METHODS_BETWEEN_COMMANDS = tuple((name, getattr(SMTPChannel, name)) for name in (
+_methods_between_commands = operator.attrgetter(*(name + '.__func__' for name in (
     'collect_incoming_data', 'found_terminator', 'get_terminator', 'set_terminator', 'push',
     'push_with_producer', 'initiate_send', 'send', 'close', 'close_when_done', 'handle_close',
     'handle_error', 'log_info', '_getaddr', '_getparams', '_strip_command_keyword',
-    '_set_post_data_state', '_set_rset_state'))
+    '_set_post_data_state', '_set_rset_state')))
+_METHODS_BETWEEN_COMMANDS = _methods_between_commands(SMTPChannel.__new__(SMTPChannel))
 
 _LIMITS = {'command_size_limit', 'idle_timeout_seconds', 'recipient_limit', 'error_limit',
            'unsent_reply_limit'}
