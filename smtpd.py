@@ -2477,6 +2477,7 @@ class _UpstreamSession:
         self._address = address
         self._hellos = hellos
         self._connection = None
+        self._is_interrupted = False
         self._mail = None  # reverse-path and parameters
         self.accepted = {}  # replies by recipient
 
@@ -2504,6 +2505,8 @@ class _UpstreamSession:
             if is_hurried:
                 raise _NotYet
         self._connection = _Connection(self._proxy, self._address)
+        if self._is_interrupted:  # while there was no connection to cut
+            raise _UpstreamLost('not needed any more')
         self._connection.greet(self._hellos)
         return self._connection.mail(*self._mail)
 
@@ -2564,6 +2567,7 @@ class _UpstreamSession:
 
     def interrupt(self):
         """End what another thread waits for."""
+        self._is_interrupted = True
         connection = self._connection
         if connection is not None:
             connection.interrupt()

@@ -524,6 +524,22 @@ def test_session_closed_by_the_program_lets_a_hung_upstream_go(upstream, step):
     assert not upstream.threads[1].is_alive()
 
 
+def test_session_closed_while_the_proxy_connects_does_not_wait_for_the_upstream(
+        upstream, monkeypatch):
+    upstream.faults = {'CONNECT': HANG}
+    connect = socket.create_connection
+
+    def connect_in_vain(*args):
+        connection = connect(*args)
+        session.interrupt()
+        return connection
+
+    with idle_proxy(remoteaddr=upstream.address) as proxy:
+        session = proxy._new_upstream_session()
+        monkeypatch.setattr(socket, 'create_connection', connect_in_vain)
+        assert session.mail('a@x') == (451, b'Upstream not available')
+
+
 def test_proxy_relays_where_there_is_no_poll(upstream, monkeypatch):
     """As on Windows."""
     monkeypatch.delattr(select, 'poll')
