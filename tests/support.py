@@ -645,9 +645,9 @@ class Upstream:
     """An SMTP or LMTP server of bare sockets and threads; keeps the octets as they come.
 
     `faults` maps a step (CONNECT, a verb, BODY for the middle of a message, "." for its end)
-    to the reply that it gets, CLOSE, HANG (until release()), ENDLESS or SLOW, or to a list of
-    these, None among them, one for each time; `refused` maps a recipient to its reply.  If
-    `known` is set, recipients that it does not match are refused.
+    to the reply that it gets, CLOSE, HANG (until release()), ENDLESS or SLOW, or to a list
+    of these, None among them, one for each time; `refused` maps a recipient to its reply.
+    If `known` is set, recipients that it does not match are refused.
     """
 
     def __init__(self, host='127.0.0.1', known=None, **faults):
