@@ -205,10 +205,11 @@ class FailingPostfix:
             self.happened[fault.__name__] += 1
 
     def start(self):
-        for _ in waits():  # what was there before may still be about to end
-            if (self.postfix.control('start').returncode == 0
-                    or self.postfix.control('status').returncode == 0):
+        for _ in range(20):  # what was there before may still be about to end
+            started = self.postfix.control('start')
+            if started.returncode == 0 or self.postfix.control('status').returncode == 0:
                 return
+        pytest.fail(started.stderr)
 
     def reload(self):
         self.postfix.control('reload')

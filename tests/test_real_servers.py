@@ -106,6 +106,8 @@ postlog unix-dgram n - n - 1 postlogd
             os.mkdir(os.path.join(home, name))
         shutil.chown(os.path.join(home, 'data'), 'postfix')
         os.chown(os.path.join(home, 'mail'), 65534, 65534)
+        with open(os.path.join(home, 'log'), 'w') as log:
+            os.chmod(log.fileno(), 0o666)  # not all that write to it are root
         for name, text in ('main.cf', self.MAIN), ('master.cf', self.MASTER):
             with open(os.path.join(home, 'conf', name), 'w') as file:
                 file.write(text.format(home=home, port=port))
