@@ -312,6 +312,39 @@ asyncore.loop()
 
 
 @needs_fork
+def test_a_child_does_not_wait_for_the_threads_of_its_parent():
+    """It has not got them: their sockets leave its map."""
+    text = '''
+class Waiting(Server):
+    process_message_threads = 1
+    go = threading.Event()
+    def process_message(self, *args, **kwargs):
+        self.go.wait()
+
+class Forking(Channel):
+    def smtp_XFORK(self, arg):
+        child = os.fork()
+        if not child:
+            asyncore.loop(0, count=1)
+            os._exit(sum(isinstance(each, smtpd._Reader) and each is not server
+                         for each in asyncore.socket_map.values()))
+        self.push('250 %d' % os.waitpid(child, 0)[1])
+        server.go.set()
+
+Waiting.channel_class = Forking
+server = Waiting(('127.0.0.1', 0), None)
+tell_port(server)
+asyncore.loop()
+'''
+    with script(text, PLAIN) as (process, address):
+        with greeted(address) as waiting, greeted(address) as client:
+            waiting.send(NEXT_MESSAGE)
+            assert [waiting.reply()[:3] for _ in range(3)] == [b'250', b'250', b'354']
+            assert client.say(b'XFORK') == b'250 0\r\n'
+            assert waiting.reply() == b'250 OK\r\n'
+
+
+@needs_fork
 def test_a_worker_that_closes_leaves_the_listener_to_the_others():
     text = '''
 server = Server(('127.0.0.1', 0), None)
@@ -320,8 +353,9 @@ if not worker:
     signal.alarm(60)
     waits = threading.Event()
     def readable():
+        is_readable = smtpd.SMTPServer.readable(server)
         waits.set()
-        return smtpd.SMTPServer.readable(server)
+        return is_readable
     server.readable = readable
     threading.Thread(target=asyncore.loop, args=(.05, True), daemon=True).start()
     waits.wait()
@@ -386,8 +420,9 @@ def looping(server_class, timeout=0.05):
     waits = threading.Event()
 
     def readable(self):
+        is_readable = server_class.readable(self)
         waits.set()
-        return server_class.readable(self)
+        return is_readable
 
     server = type('Looping', (server_class,), {'readable': readable})(map={})
     # poll(), since select() raises if it comes to a descriptor just when that is closed.
@@ -702,3 +737,23 @@ def test_a_server_that_is_closed_frees_its_descriptors_without_the_garbage_colle
     finally:
         gc.enable()
     assert counts == 5 * counts[:1]
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='needs Linux /proc')
+def test_a_session_that_outlives_its_server_frees_what_its_messages_took():
+    """Its first thread comes after close()."""
+    text = '''
+def smtp_XCOUNT(self, arg):
+    self.smtp_server.process_message_threads = 1
+    self.push('250 %d' % len(os.listdir('/proc/self/fd')))
+
+Channel.smtp_XCOUNT = smtp_XCOUNT
+server = Server(('127.0.0.1', 0), None)
+tell_port(server)
+asyncore.loop()
+'''
+    with script(text) as (process, address), greeted(address) as client:
+        assert client.say(b'XCLOSE') == b'250 OK\r\n'
+        count = client.say(b'XCOUNT')
+        assert post(client).startswith(b'250 of')
+        assert client.say(b'XCOUNT') == count
