@@ -25,8 +25,8 @@ the client a 451, so that it keeps the message and tries again.
 """
 
 # Layout of this file: names of the module; paths, parameters, replies, handlers (pure
-# functions); the data of a message; the channel; what wakes the loop; the servers; the
-# proxies; the command line.
+# functions); the transport; the channel; what wakes the loop; the servers; the proxies;
+# the command line.
 
 import asynchat
 import asyncore
@@ -277,14 +277,6 @@ def _accepted_keywords(handler, offered):
             offered = {name: offered[name] for name in offered if name in named}
         handler = getattr(handler, '__wrapped__', None)
     return offered
-
-
-def _positional_arguments(channel_class):
-    """The number of arguments a channel class takes, None for any number; old ones take three."""
-    code = getattr(getattr(channel_class, '__init__', None), '__code__', None)
-    if code is None or code.co_flags & _TAKES_ARGS:
-        return None
-    return code.co_argcount - 1
 
 
 # ---------------------------------------------------------------------------
@@ -1122,7 +1114,7 @@ class SMTPChannel(_Transport):
     # ------------------------------------------------------------------
 
     def _strip_command_keyword(self, keyword, arg):
-        """What stands behind "FROM:" or "TO:" in `arg`; '' if it does not begin so."""
+        """What stands after "FROM:" or "TO:" in `arg`; '' if it does not begin so."""
         length = len(keyword)
         return arg[length:].strip() if arg[:length].upper() == keyword else ''
 
@@ -1693,7 +1685,7 @@ class _Selector(_Reader):
     def add(self, channel):
         """Watch a channel from now on; open() was true."""
         with _lock:
-            self._forget(channel._fileno)  # somebody closed its socket behind our back
+            self._forget(channel._fileno)  # its socket was closed without a word to us
             self._channels[channel._fileno] = channel
             channel._watcher = self
             self.watch(channel)
@@ -2021,6 +2013,14 @@ class SMTPServer(_Reader):
 
     def _watched_channels(self):
         return {} if self._selector_of_channels is None else self._selector_of_channels._channels
+
+
+def _positional_arguments(channel_class):
+    """The number of arguments a channel class takes, None for any number; old ones take three."""
+    code = getattr(getattr(channel_class, '__init__', None), '__code__', None)
+    if code is None or code.co_flags & _TAKES_ARGS:
+        return None
+    return code.co_argcount - 1
 
 
 def _may_speak(thing):
