@@ -9,7 +9,6 @@ The judges from outside are in tests/.
 """
 import asynchat
 import asyncore
-import collections
 import contextlib
 import errno
 import functools
@@ -56,11 +55,14 @@ from tests.support import (
     BusyServer,
     FakeConnection,
     Listener,
+    LMTPServer,
     OwnInit,
+    PlainListener,
     RawClient,
     RecordingServer,
     SelfMadeChannel,
     StubServer,
+    ThreeArguments,
     WaitingServer,
     both_modes,
     channel_with,
@@ -83,10 +85,8 @@ from tests.support import (
     make_channel,
     octets,
     post,
-    proxy_to,
     read_replies,
     read_until,
-    relay_message,
     reset,
     running,
     server_lines,
@@ -791,6 +791,7 @@ class TestData:
     def test_body(self, sent, handed_on, decode_data, size):
         channel = make_channel(decode_data=decode_data)
         feed(channel, TO_DATA)
+        size = max(size, len(sent) // 10_000)  # the large ones not octet by octet
         assert feed(channel, *in_pieces(sent + b'.\r\nNOOP\r\n', size)) == 2 * b'250 OK\r\n'
         assert [message[3] for message in channel.smtp_server.messages] == [
             in_mode(handed_on, decode_data)]
@@ -1846,19 +1847,6 @@ class TestSocket:
             assert client.rest() == b'250 OK\r\n' * 30_000 + b'221 Bye\r\n'
 
 
-class PlainListener(asyncore.dispatcher):
-    """A server that has nothing of ours but the channel."""
-
-    def __init__(self, localaddr, remoteaddr, map):
-        super().__init__(map=map)
-        self.create_socket(socket.AF_INET, socket.SOCK_STREAM)
-        self.bind(localaddr)
-        self.listen(5)
-
-    def handle_accepted(self, conn, addr):
-        smtpd.SMTPChannel(self, conn, addr, map=self._map)
-
-
 class ReadableListener(RecordingServer):
     def readable(self):
         return True
@@ -2149,6 +2137,7 @@ class TestServerStaysUp:
             assert server.socket.attempts == 5
             server.socket = real
             assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
+        assert 'no resources' in capsys.readouterr().err
 
     @pytest.mark.parametrize('number', [
         errno.ECONNABORTED, errno.EAGAIN, errno.EPROTO, errno.EPERM, errno.ENETDOWN,
@@ -2340,6 +2329,33 @@ class TestServerStaysUp:
         finally:
             asyncore.close_all(sockets)
 
+    @pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])
+    def test_a_descriptor_that_select_cannot_take(self, use_poll, monkeypatch):
+        monkeypatch.setattr(smtpd, '_FD_SETSIZE', 0)
+        with serving(use_poll=use_poll) as server, RawClient(server) as client:
+            if use_poll:
+                assert client.reply() == BANNER
+            else:
+                assert client.rest() == b'421 Service not available\r\n'
+
+    def test_a_descriptor_that_somebody_closed_and_got_again_belongs_to_the_new_channel(self):
+        sockets = {}
+        server = RecordingServer(map=sockets)
+        server.channels_in_selector = True
+        end, client = socket.socketpair()
+        with end, client:
+            old = smtpd.SMTPChannel(server, end, PEER, map=sockets)
+            selector = old._watcher
+            selector.discard(old)
+            old.socket = FakeConnection(end.fileno())
+            new = smtpd.SMTPChannel(server, end, PEER, map=sockets)
+            old._watcher = selector
+            old.close()
+            client.sendall(b'QUIT\r\n')
+            asyncore.loop(timeout=5, map=sockets, count=1)
+            assert not new.connected and new._watcher is None
+        asyncore.close_all(sockets)
+
 
 # ---------------------------------------------------------------------------
 # Handler threads
@@ -2361,8 +2377,8 @@ class NotingChannel(smtpd.SMTPChannel):
 class TestHandlerThreads:
     @contextlib.contextmanager
     def serving(self, **attributes):
-        server_class = variant(WaitingServer, channel_class=NotingChannel,
-                               notes=[], pushing_threads=set(), **attributes)
+        server_class = variant(WaitingServer, **{
+            'channel_class': NotingChannel, 'notes': [], 'pushing_threads': set(), **attributes})
         with serving(server_class) as server:
             try:
                 yield server
@@ -2432,31 +2448,79 @@ class TestHandlerThreads:
 
         with self.serving() as server:
             server.handle_accepted = handle_accepted
-            client = RawClient(server)
-            client.send(ONE_MESSAGE + b'XNOTE 1\r\n')
-            assert client.reply() == BANNER
-            server.wait_until_entered()
-            leave(client)
+            clients = [RawClient(server) for _ in range(2)]  # as many as there are threads
+            for client in clients:
+                client.send(ONE_MESSAGE + b'XNOTE 1\r\n')
+                assert client.reply() == BANNER
+                server.wait_until_entered()
+                leave(client)
             assert is_served(server)
             server.go.set()
-            while connections[0].fileno() != -1:
-                assert is_served(server)
-            if leave is shut:
-                assert client.rest() == ANSWERED + b'250 noted\r\n'
-            client.close()
-            assert len(server.messages) == 1
-            assert is_served(server)
+            for client, connection in zip(clients, list(connections)):
+                while connection.fileno() != -1:
+                    assert is_served(server)
+                if leave is shut:
+                    assert client.rest() == ANSWERED + b'250 noted\r\n'
+                client.close()
+            with greeted(server) as client:  # no thread is lost
+                client.send(ONE_MESSAGE + b'QUIT\r\n')
+                assert client.rest() == ANSWERED + b'221 Bye\r\n'
+            assert len(server.messages) == 3
         assert capsys.readouterr() == ('', '')
 
     def test_a_handler_that_raises(self, capsys):
         with self.serving() as server, greeted(server) as client:
             server.go.set()
             server.reply = ZeroDivisionError('in a thread')
-            client.send(ONE_MESSAGE + b'NOOP\r\nQUIT\r\n')
-            assert client.rest() == ANSWERED_TO_DATA + (
-                b'451 Internal confusion\r\n250 OK\r\n221 Bye\r\n')
+            client.send(ONE_MESSAGE)
+            assert read_replies(client, 5) == ANSWERED_TO_DATA + b'451 Internal confusion\r\n'
+            server.reply = None
+            client.send(TRANSACTION + b'2\r\n.\r\nQUIT\r\n')
+            assert client.rest() == TRANSACTION_ANSWERED + b'221 Bye\r\n'
         out, err = capsys.readouterr()
         assert out == '' and 'Traceback' in err and 'ZeroDivisionError: in a thread' in err
+        assert 'process_message' in err
+
+    def test_handle_error_of_a_handler_that_raised_runs_in_the_loop(self):
+        found = []
+
+        def handle_error(self):
+            found.append((threading.get_ident(), sys.exc_info()[0]))
+            self.push('451 my own words')
+
+        channel_class = variant(NotingChannel, handle_error=handle_error)
+        with self.serving(channel_class=channel_class) as server, greeted(server) as client:
+            server.go.set()
+            server.reply = ZeroDivisionError()
+            client.send(ONE_MESSAGE + b'NOOP\r\nQUIT\r\n')
+            assert client.rest() == ANSWERED_TO_DATA + (
+                b'451 my own words\r\n250 OK\r\n221 Bye\r\n')
+            [loop] = server.pushing_threads
+        assert found == [(loop, ZeroDivisionError)]
+
+    def test_what_ends_the_loop_does_so_from_a_thread_too(self):
+        with turning(WaitingServer) as (server, turn), RawClient(server) as client:
+            server.go.set()
+            server.reply = asyncore.ExitNow()
+            client.send(ONE_MESSAGE)
+            with pytest.raises(asyncore.ExitNow):
+                turn()
+
+    def test_without_a_thread_to_be_had_the_client_is_told_to_try_again(
+            self, monkeypatch, capsys):
+        def start(thread):
+            raise RuntimeError("can't start new thread")
+
+        with self.serving() as server, greeted(server) as client:
+            server.go.set()
+            for has_threads, reply in ((False, b'451 Internal confusion\r\n'),
+                                       (True, b'250 OK\r\n')):
+                with monkeypatch.context() as patch:
+                    if not has_threads:
+                        patch.setattr(threading.Thread, 'start', start)
+                    client.send(b'RSET\r\n' + ONE_MESSAGE)
+                    assert read_replies(client, 6).endswith(READY + reply)
+        assert "can't start new thread" in capsys.readouterr().err
 
     @pytest.mark.parametrize('returned, reply', RETURNS.values(), ids=RETURNS.keys())
     def test_what_a_handler_returns(self, returned, reply):
@@ -2527,6 +2591,23 @@ class TestHandlerThreads:
             assert client.say(b'NOOP') == b'250 OK\r\n' and is_served(server)
             clock.seconds += 301
             assert client.rest() == TIMED_OUT
+
+
+def test_an_outcome_that_fails_takes_no_other_with_it(capsys):
+    def fail(outcome):
+        raise ZeroDivisionError
+
+    taken = []
+    sockets = {}
+    threads = smtpd._Threads(sockets)
+    before = set(threading.enumerate())
+    for take_outcome in (fail, taken.append, taken.append):
+        threads.run(3, lambda: None, take_outcome)
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+    asyncore.loop(timeout=5, map=sockets)
+    threads.close()
+    assert len(taken) == 2 and 'ZeroDivisionError' in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------
@@ -2607,39 +2688,6 @@ class TestHooks:
                     client.send(wire)
                     client.rest()
                 assert len(calls) == expected, hook
-
-
-class LMTPServer(smtpd.SMTPServer):
-    """Built from the parts, as an LMTP server on AF_UNIX is: the base's __init__ never runs."""
-
-    def __init__(self, path, map):
-        self.messages = []
-        self._localaddr, self._remoteaddr = path, None
-        asyncore.dispatcher.__init__(self, map=map)
-        self.create_socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.set_reuse_addr()
-        self.bind(path)
-        self.listen(5)
-
-    def process_message(self, peer, mailfrom, rcpttos, data):
-        self.messages.append((mailfrom, rcpttos, data))
-
-    def handle_accept(self):
-        pair = self.accept()
-        if pair is not None:
-            LMTPChannel(self, pair[0], pair[1], map=self._map)
-
-
-class LMTPChannel(smtpd.SMTPChannel):
-    def smtp_LHLO(self, arg):
-        self.smtp_HELO(arg)
-
-
-class ThreeArguments(smtpd.SMTPChannel):
-    """As programs of Python 2 have it."""
-
-    def __init__(self, server, conn, addr):
-        smtpd.SMTPChannel.__init__(self, server, conn, addr)
 
 
 class TestProgramsOnASocket:
@@ -2767,6 +2815,15 @@ class TestProgramsOnASocket:
                 turn()
             asyncore.close_all(server._map)
             assert client.rest() == BANNER + b'250 OK\r\n'
+
+    def test_exit_now_leaves_the_loop_while_a_connection_is_set_up(self):
+        def handle_accepted(self, conn, addr):
+            conn.close()
+            raise asyncore.ExitNow
+
+        with turning(variant(handle_accepted=handle_accepted)) as (server, turn):
+            with RawClient(server), pytest.raises(asyncore.ExitNow):
+                turn()
 
     @in_map_and_selector
     def test_a_socket_may_be_replaced_under_way(self):
@@ -3228,16 +3285,6 @@ class TestCommandLine:
             assert process.communicate(timeout=20) == (b'', b'')
             assert process.returncode == status
 
-    def test_sigint_does_not_wait_for_an_upstream_that_hangs(self):
-        with socket.create_server(('127.0.0.1', 0)) as hung:
-            remote = '127.0.0.1:%d' % hung.getsockname()[1]
-            with command_line(remote=remote) as (process, address), RawClient(address) as client:
-                client.send(ONE_MESSAGE)
-                with hung.accept()[0]:  # it is being relayed
-                    process.send_signal(signal.SIGINT)
-                    assert process.communicate(timeout=20) == (b'', b'')
-                    assert process.returncode == 0
-
     def test_a_class_of_ones_own_with_its_debugging_prints(self, tmp_path):
         """There must be one module, not a __main__ and an smtpd."""
         package = tmp_path / 'mail' / 'servers'
@@ -3325,6 +3372,50 @@ class TestCommandLine:
         assert done.stderr == (
             'smtpd: cannot switch to user nobody: want root, or option -n; try --help\n')
 
+    def test_default_class_of_the_command_line_relays(self, upstream):
+        with command_line(remote='%s:%d' % upstream.address) as (_, address):
+            with smtplib.SMTP(*address, 'client.example', timeout=60) as client:
+                assert client.sendmail('a@example.com', ['b@example.com'], PROXIED) == {}
+                upstream.refused = {'b@example.com': '550 5.1.1 No such user'}
+                with pytest.raises(smtplib.SMTPRecipientsRefused) as refusal:
+                    client.sendmail('a@example.com', ['b@example.com'], PROXIED)
+        assert refusal.value.recipients == {'b@example.com': (550, b'5.1.1 No such user')}
+        assert upstream.messages == [('a@example.com', ['b@example.com'], with_x_peer(PROXIED))]
+
+    @pytest.mark.skipif(os.name != 'posix', reason='signals of POSIX')
+    @pytest.mark.parametrize('number, status', [
+        (signal.SIGINT, 0), (signal.SIGTERM, -signal.SIGTERM)], ids=['Ctrl-C', 'SIGTERM'])
+    def test_command_ends_at_a_signal_while_the_upstream_hangs(self, upstream, number, status):
+        """Within 40 s, not when a limit on the upstream has passed."""
+        upstream.faults['.'] = 'hang'
+        with command_line(remote='%s:%d' % upstream.address) as (process, address):
+            with greet(address) as client:
+                start_message(client)
+                assert upstream.hangs.wait(20)
+                process.send_signal(number)
+                assert process.communicate(timeout=40) == (b'', b'')
+                assert process.returncode == status
+
+    @pytest.mark.parametrize('is_ours', [True, False], ids=['a server', 'a class of its own'])
+    def test_the_loop_that_it_runs(self, is_ours, monkeypatch):
+        """One for thousands of sessions: a selector where the class knows of it, and poll()."""
+        made, calls = [], []
+
+        class Own(smtpd.SMTPServer if is_ours else asyncore.dispatcher):
+            def __init__(self, *args, **kwargs):
+                made.append((self, args, kwargs))
+                asyncore.dispatcher.__init__(self)
+
+        monkeypatch.setattr(smtpd, 'OwnClass', Own, raising=False)
+        monkeypatch.setattr(smtpd, '_become_nobody', lambda: calls.append('nobody'))
+        monkeypatch.setattr(asyncore, 'loop', lambda *args, **kwargs: calls.append(kwargs))
+        monkeypatch.setattr(sys, 'argv', ['smtpd', '-c', 'OwnClass', 'a:1', 'b:2'])
+        smtpd._main()
+        [(server, args, kwargs)] = made
+        assert args == (('a', 1), ('b', 2), 33554432) and kwargs == {'enable_SMTPUTF8': False}
+        assert calls == ['nobody', {'timeout': 1, 'use_poll': True}]
+        assert getattr(server, 'channels_in_selector', None) is (True if is_ours else None)
+
 
 class TestArguments:
     """parseargs(), which programs call."""
@@ -3362,73 +3453,6 @@ class TestArguments:
         assert exit.value.code == 3 and 'what is wrong' in capsys.readouterr().err
 
 
-# =============================================================================
-# What happens seldom
-# =============================================================================
-
-def test_without_a_thread_to_be_had_the_client_is_told_to_try_again(monkeypatch, capsys):
-    def fail(thread):
-        raise RuntimeError("can't start new thread")
-
-    with serving(type('Threaded', (RecordingServer,), {'process_message_threads': 1})) as server:
-        with RawClient(server) as client:
-            client.reply()
-            monkeypatch.setattr(threading.Thread, 'start', fail)
-            client.send(b'EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nx\r\n.\r\n'
-                        b'QUIT\r\n')
-            assert client.rest().endswith(b'451 Internal confusion\r\n221 Bye\r\n')
-    assert "can't start new thread" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize('number', [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
-def test_without_resources_a_connection_waits_and_is_served_then(number, monkeypatch, capsys):
-    class Poor(RecordingServer):
-        accepts = collections.Counter()
-
-    real_accept = asyncore.dispatcher.accept
-
-    def accept(server):
-        if isinstance(server, Poor):
-            server.accepts[number] += 1
-            if server.accepts[number] == 1:
-                raise OSError(number, os.strerror(number))
-        return real_accept(server)
-
-    monkeypatch.setattr(asyncore.dispatcher, 'accept', accept)
-    with serving(Poor, timeout=30) as server, RawClient(server) as client:
-        assert client.reply().startswith(b'220 ')
-        assert server.accepts[number] <= 4
-    assert 'no resources' in capsys.readouterr().err
-
-
-def test_exitnow_out_of_a_handler_thread_ends_the_loop():
-    class Ending(RecordingServer):
-        process_message_threads = 1
-
-        def process_message(self, *args, **kwargs):
-            raise asyncore.ExitNow
-
-    sockets = {}
-    server = Ending(map=sockets)
-    with RawClient(server) as client:
-        client.send(b'EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nx\r\n.\r\n')
-        with pytest.raises(asyncore.ExitNow):
-            asyncore.loop(timeout=5, map=sockets, count=100)
-    asyncore.close_all(sockets)
-
-
-def test_a_refused_connection_gets_421_though_its_descriptor_is_too_high(monkeypatch):
-    monkeypatch.setattr(smtpd, '_FD_SETSIZE', 0)
-    with serving() as server, RawClient(server) as client:
-        assert client.rest() == b'421 Service not available\r\n'
-
-
-def test_a_loop_that_polls_serves_any_descriptor(monkeypatch):
-    monkeypatch.setattr(smtpd, '_FD_SETSIZE', 0)
-    with serving(use_poll=True) as server, RawClient(server) as client:
-        assert client.reply().startswith(b'220 ')
-
-
 class TestBecomingNobody:
     @pytest.fixture
     def calls(self, monkeypatch):
@@ -3461,349 +3485,3 @@ class TestBecomingNobody:
             smtpd._become_nobody()
         assert capsys.readouterr().err == (
             'smtpd: no user nobody on this system: want option -n; try --help\n')
-
-
-def test_exitnow_goes_through_while_a_connection_is_set_up():
-    class Ending(RecordingServer):
-        def handle_accepted(self, conn, addr):
-            conn.close()
-            raise asyncore.ExitNow
-
-    sockets = {}
-    server = Ending(map=sockets)
-    with RawClient(server), pytest.raises(asyncore.ExitNow):
-        asyncore.loop(timeout=5, map=sockets, count=10)
-    asyncore.close_all(sockets)
-
-
-def test_an_outcome_that_fails_takes_no_other_with_it(capsys):
-    def fail(outcome):
-        raise ZeroDivisionError
-
-    taken = []
-    sockets = {}
-    threads = smtpd._Threads(sockets)
-    before = set(threading.enumerate())
-    for take_outcome in (fail, taken.append, taken.append):
-        threads.run(3, lambda: None, take_outcome)
-    for thread in set(threading.enumerate()) - before:
-        thread.join()
-    asyncore.loop(timeout=5, map=sockets)
-    threads.close()
-    assert len(taken) == 2 and 'ZeroDivisionError' in capsys.readouterr().err
-
-
-def test_a_descriptor_that_somebody_closed_and_got_again_belongs_to_the_new_channel():
-    sockets = {}
-    server = RecordingServer(map=sockets)
-    server.channels_in_selector = True
-    end, client = socket.socketpair()
-    with end, client:
-        old = smtpd.SMTPChannel(server, end, PEER, map=sockets)
-        selector = old._watcher
-        selector.discard(old)
-        old.socket = FakeConnection(end.fileno())
-        new = smtpd.SMTPChannel(server, end, PEER, map=sockets)
-        old._watcher = selector
-        old.close()
-        client.sendall(b'QUIT\r\n')
-        asyncore.loop(timeout=5, map=sockets, count=1)
-        assert not new.connected and new._watcher is None
-    asyncore.close_all(sockets)
-
-
-def test_the_command_line_takes_a_class_that_is_no_server_of_ours(monkeypatch):
-    calls = []
-
-    class Own(asyncore.dispatcher):
-        def __init__(self, *args, **kwargs):
-            calls.append((args, kwargs))
-            super().__init__()
-
-    monkeypatch.setattr(smtpd, 'OwnClass', Own, raising=False)
-    monkeypatch.setattr(smtpd, '_become_nobody', lambda: calls.append('nobody'))
-    monkeypatch.setattr(asyncore, 'loop', lambda *args, **kwargs: calls.append('loop'))
-    monkeypatch.setattr(sys, 'argv', ['smtpd', '-c', 'OwnClass', 'a:1', 'b:2'])
-    smtpd._main()
-    assert calls == [((('a', 1), ('b', 2), 33554432), {'enable_SMTPUTF8': False}),
-                     'nobody', 'loop']
-
-
-# ---------------------------------------------------------------------------------------------
-# Handler threads
-
-class Gated(RecordingServer):
-    """A handler that waits at a gate, in a thread."""
-
-    process_message_threads = 2
-
-    def __init__(self, *args, **kwargs):
-        self.gate = threading.Event()
-        self.inside = threading.Semaphore(0)  # one for each handler that has begun ...
-        self.outside = threading.Semaphore(0)  # ... and has ended
-        self.counting = threading.Lock()
-        self.running = self.most_running = 0
-        self.handler_threads = set()
-        self.events = []
-        super().__init__(*args, **kwargs)
-
-    def handle_accepted(self, conn, addr):
-        self.loop_thread = threading.get_ident()
-        super().handle_accepted(conn, addr)
-
-    def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
-        with self.counting:
-            self.running += 1
-            self.most_running = max(self.running, self.most_running)
-        self.handler_threads.add(threading.get_ident())
-        self.events.append('handled')
-        self.inside.release()
-        assert self.gate.wait(20)
-        with self.counting:
-            self.running -= 1
-        try:
-            return super().process_message(peer, mailfrom, rcpttos, data, **kwargs)
-        finally:
-            self.outside.release()
-
-
-def test_any_server_can_have_handler_threads_and_their_number_is_a_bound(selector):
-    with serving(Gated, timeout=60) as server, contextlib.ExitStack() as clients:
-        several = [clients.enter_context(greet(server)) for _ in range(6)]
-        for client in several:
-            start_message(client)
-        for _ in range(2):
-            assert server.inside.acquire(timeout=20)
-        with greet(server) as other:  # by its second reply the loop has seen all six messages
-            assert other.say(b'NOOP') == b'250 OK\r\n'
-        server.gate.set()
-        assert [client.reply() for client in several] == [b'250 OK\r\n'] * 6
-        assert server.most_running == 2
-        assert len(server.messages) == 6
-        assert server.loop_thread not in server.handler_threads
-
-
-def test_replies_are_sent_from_the_loops_own_thread(selector):
-    pushers = set()
-
-    class Channel(smtpd.SMTPChannel):
-        def push(self, msg):
-            pushers.add(threading.get_ident())
-            super().push(msg)
-
-    with serving(variant(Gated, channel_class=Channel), timeout=60) as server:
-        server.gate.set()
-        server.reply = '250 Kept\r\nand filed'
-        with greet(server) as client:
-            assert relay_message(client) == b'250-Kept\r\n250 and filed\r\n'
-        assert pushers == {server.loop_thread}
-        assert server.handler_threads
-        assert server.loop_thread not in server.handler_threads
-
-
-def test_session_waits_unread_until_its_message_is_done(selector):
-    class Channel(smtpd.SMTPChannel):
-        def push(self, msg):
-            self.smtp_server.events.append(msg)
-            super().push(msg)
-
-    message = (b'MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA\r\n' + PROXIED
-               + b'.\r\n')
-    with serving(variant(Gated, channel_class=Channel), timeout=60) as server:
-        with greet(server) as client, greet(server) as other:
-            client.send(message + b'DATA\r\n' + message)
-            assert server.inside.acquire(timeout=20)
-            client.send(b'VRFY a@example.com\r\nQUIT\r\nNOOP\r\n')
-            before = len(server.events)
-            for _ in range(3):  # three turns of the loop
-                assert other.say(b'NOOP') == b'250 OK\r\n'
-            assert len(server.events) == before + 3
-            server.gate.set()
-            replies = client.rest().split(b'\r\n')
-        assert [reply[:4] for reply in replies] == [
-            b'250 ', b'250 ', b'354 ', b'250 ', b'503 ',
-            b'250 ', b'250 ', b'354 ', b'250 ', b'252 ', b'221 ', b'']
-    handled = [place for place, event in enumerate(server.events) if event == 'handled']
-    done = next(place for place in range(handled[0], len(server.events))
-                if server.events[place].startswith('250 OK')
-                and server.events[place + 1].startswith('503'))
-    assert handled[0] < done < handled[1]
-
-
-def test_channel_is_not_readable_while_its_message_is_under_way():
-    with serving(Gated, timeout=60) as server, greet(server) as client:
-        channel, = (entry for entry in server._map.values()
-                    if isinstance(entry, smtpd.SMTPChannel))
-        assert channel.readable()
-        start_message(client)
-        assert server.inside.acquire(timeout=20)
-        assert not channel.readable()
-        server.gate.set()
-        assert client.reply() == b'250 OK\r\n'
-        assert client.say(b'NOOP') == b'250 OK\r\n'
-        assert channel.readable()
-
-
-def test_client_is_not_idle_while_its_message_is_under_way(selector):
-    class Channel(smtpd.SMTPChannel):
-        idle_timeout_seconds = 1
-
-    with serving(variant(Gated, channel_class=Channel), timeout=0.1) as server:
-        with greet(server) as waiting, RawClient(server) as idle:
-            start_message(waiting)
-            assert server.inside.acquire(timeout=20)
-            assert idle.reply().startswith(b'220 ')
-            assert idle.say(b'NOOP') == b'250 OK\r\n'
-            assert idle.rest().startswith(b'421 ')  # this one was, for as long
-            server.gate.set()
-            assert waiting.reply() == b'250 OK\r\n'
-            assert waiting.say(b'NOOP') == b'250 OK\r\n'
-
-
-def test_handler_that_raises_in_a_thread_is_451_and_the_session_goes_on(selector, capfd):
-    with serving(Gated, timeout=60) as server:
-        server.gate.set()
-        server.reply = RuntimeError('out of paper')
-        with greet(server) as client:
-            assert relay_message(client) == b'451 Internal confusion\r\n'
-            server.reply = None
-            assert relay_message(client) == b'250 OK\r\n'
-        assert server.loop_thread not in server.handler_threads
-    output, errors = capfd.readouterr()
-    assert 'RuntimeError' in errors
-    assert 'out of paper' in errors
-    assert 'process_message' in errors
-    assert output == ''
-
-
-def test_handle_error_of_a_failed_handler_runs_in_the_loops_own_thread():
-    callers = []
-
-    class Channel(smtpd.SMTPChannel):
-        def handle_error(self):
-            callers.append((threading.get_ident(), sys.exc_info()[0]))
-            self.push('451 Out of paper')
-
-    with serving(type('Own', (Gated,), {'channel_class': Channel}), timeout=60) as server:
-        server.gate.set()
-        server.reply = RuntimeError('out of paper')
-        with greet(server) as client:
-            assert relay_message(client) == b'451 Out of paper\r\n'
-            assert client.say(b'NOOP') == b'250 OK\r\n'
-        assert callers == [(server.loop_thread, RuntimeError)]
-
-
-@pytest.mark.parametrize('leave', ['closes', 'resets', 'half-closes'])
-def test_client_that_leaves_while_its_message_is_under_way_does_no_harm(selector, leave, capfd):
-    with serving(Gated, timeout=60) as server:
-        for _ in range(2):  # as many as there are threads
-            client = greet(server)
-            start_message(client)
-            assert server.inside.acquire(timeout=20)
-            if leave == 'resets':
-                client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
-            if leave == 'half-closes':
-                client.socket.shutdown(socket.SHUT_WR)
-            else:
-                client.close()
-            with greet(server) as other:
-                assert other.say(b'NOOP') == b'250 OK\r\n'
-            server.gate.set()
-            if leave == 'half-closes':
-                assert client.rest() == b'250 OK\r\n'
-                client.close()
-            with greet(server) as other:
-                assert relay_message(other) == b'250 OK\r\n'
-            assert server.inside.acquire(timeout=20)
-            for _ in range(2):
-                assert server.outside.acquire(timeout=20)
-            server.gate.clear()
-        assert len(server.messages) == 4
-        server.gate.set()
-    assert 'Traceback' not in capfd.readouterr().err
-
-
-def test_nothing_stays_in_the_socket_map_when_no_message_is_under_way(upstream):
-    with proxy_to(upstream, timeout=60) as proxy, greet(proxy) as client:
-        assert client.say(b'NOOP') == b'250 OK\r\n'
-        before = dict(proxy._map)
-        for _ in range(3):
-            assert relay_message(client) == b'250 OK\r\n'
-            assert client.say(b'NOOP') == b'250 OK\r\n'  # the loop is done with the message
-            assert proxy._map == before
-        assert {type(entry) for entry in before.values()} == {smtpd.PureProxy, smtpd.SMTPChannel}
-
-
-def test_loop_ends_when_the_server_and_the_last_channel_are_closed(upstream, selector):
-    """Also with a message under way at the time: it is delivered and answered first."""
-    sockets = {}
-    proxy_class = smtpd.PureProxy
-    proxy = proxy_class(('127.0.0.1', 0), upstream.address, map=sockets)
-    loop = threading.Thread(target=asyncore.loop, kwargs={'map': sockets, 'timeout': 60})
-    loop.start()
-    upstream.faults['.'] = 'hang'
-    with greet(proxy) as client, greet(proxy) as other:
-        start_message(client)
-        assert upstream.hangs.wait(20)
-        proxy.close()
-        assert other.say(b'QUIT') == b'221 Bye\r\n'
-        upstream.release()
-        assert client.reply() == b'250 OK\r\n'
-        assert client.say(b'QUIT') == b'221 Bye\r\n'
-    loop.join(20)
-    assert not loop.is_alive()
-    assert sockets == {}
-
-
-def test_session_that_outlives_its_server_still_delivers(upstream, selector):
-    with proxy_to(upstream, smtpd.PureProxy) as proxy, greet(proxy) as client:
-        address = proxy.socket.getsockname()
-        proxy.close()
-        assert client.say(b'NOOP') == b'250 OK\r\n'  # the loop has seen it
-        with pytest.raises(OSError):
-            socket.create_connection(address)
-        for _ in range(2):
-            assert relay_message(client) == b'250 OK\r\n'
-        assert len(upstream.messages) == 2
-
-
-def test_close_all_while_a_message_is_under_way_does_no_harm(upstream, selector, capfd):
-    upstream.faults['.'] = 'hang'
-    with proxy_to(upstream, smtpd.PureProxy) as proxy, greet(proxy) as client:
-        start_message(client)
-        assert upstream.hangs.wait(20)
-        # serving() calls close_all() with the message still under way
-    upstream.release()
-    upstream.wait_for(1)
-    assert proxy._map == {}
-    assert 'Traceback' not in capfd.readouterr().err
-
-
-# ---------------------------------------------------------------------------------------------
-# The proxy as a command
-
-def test_default_class_of_the_command_line_relays(upstream):
-    with command_line(remote='%s:%d' % upstream.address) as (_, address):
-        with smtplib.SMTP(*address, 'client.example', timeout=60) as client:
-            assert client.sendmail('a@example.com', ['b@example.com'], PROXIED) == {}
-            upstream.refused = {'b@example.com': '550 5.1.1 No such user'}
-            with pytest.raises(smtplib.SMTPRecipientsRefused) as refusal:
-                client.sendmail('a@example.com', ['b@example.com'], PROXIED)
-    assert refusal.value.recipients == {'b@example.com': (550, b'5.1.1 No such user')}
-    assert upstream.messages == [('a@example.com', ['b@example.com'], with_x_peer(PROXIED))]
-
-
-@pytest.mark.skipif(os.name != 'posix', reason='signals of POSIX')
-@pytest.mark.parametrize('number, status', [(signal.SIGINT, 0), (signal.SIGTERM, -signal.SIGTERM)],
-                         ids=['Ctrl-C', 'SIGTERM'])
-def test_command_ends_at_a_signal_while_the_upstream_hangs(upstream, number, status):
-    """Within 40 s, not when a limit on the upstream has passed."""
-    upstream.faults['.'] = 'hang'
-    with command_line(remote='%s:%d' % upstream.address) as (process, address):
-        with greet(address) as client:
-            start_message(client)
-            assert upstream.hangs.wait(20)
-            process.send_signal(number)
-            errors = process.communicate(timeout=40)[1]
-            assert process.returncode == status
-            assert b'Traceback' not in errors

@@ -269,6 +269,52 @@ class SelfMadeChannel(smtpd.SMTPChannel):
         self.push(status or '250 OK')
 
 
+class PlainListener(asyncore.dispatcher):
+    """A server that has nothing of ours but the channel."""
+
+    def __init__(self, localaddr, remoteaddr, map):
+        super().__init__(map=map)
+        self.create_socket(socket.AF_INET, socket.SOCK_STREAM)
+        self.bind(localaddr)
+        self.listen(5)
+
+    def handle_accepted(self, conn, addr):
+        smtpd.SMTPChannel(self, conn, addr, map=self._map)
+
+
+class LMTPServer(smtpd.SMTPServer):
+    """Built from the parts, as an LMTP server on AF_UNIX is: the base's __init__ never runs."""
+
+    def __init__(self, path, map):
+        self.messages = []
+        self._localaddr, self._remoteaddr = path, None
+        asyncore.dispatcher.__init__(self, map=map)
+        self.create_socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.set_reuse_addr()
+        self.bind(path)
+        self.listen(5)
+
+    def process_message(self, peer, mailfrom, rcpttos, data):
+        self.messages.append((mailfrom, rcpttos, data))
+
+    def handle_accept(self):
+        pair = self.accept()
+        if pair is not None:
+            LMTPChannel(self, pair[0], pair[1], map=self._map)
+
+
+class LMTPChannel(smtpd.SMTPChannel):
+    def smtp_LHLO(self, arg):
+        self.smtp_HELO(arg)
+
+
+class ThreeArguments(smtpd.SMTPChannel):
+    """As programs of Python 2 have it."""
+
+    def __init__(self, server, conn, addr):
+        smtpd.SMTPChannel.__init__(self, server, conn, addr)
+
+
 # ---------------------------------------------------------------------------------------------
 # A server in a thread, and a client of raw octets
 

@@ -16,7 +16,7 @@ import typing
 import warnings
 
 import pytest
-from hypothesis import given, seed, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import smtpd
@@ -768,7 +768,6 @@ def test_data_are_taken_as_by_the_old_module(old_module, options):
 
 @has_old_module
 @settings(max_examples=1000)
-@seed(sys.version_info[1])  # each Python has its own examples
 @given(
     steps=generated_dialogues(),
     replies=st.lists(st.sampled_from([None, '250 x', '550 no']), max_size=3),

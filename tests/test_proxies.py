@@ -1,4 +1,5 @@
 """The proxies: what happens upstream, what the client hears, what is delivered."""
+import asyncore
 import contextlib
 import itertools
 import re
@@ -30,6 +31,7 @@ from tests.support import (
     proxy_to,
     relay_message,
     serving,
+    start_message,
     steps,
     stuffed,
     with_x_peer,
@@ -1029,3 +1031,62 @@ def test_deliver_of_the_mailman_proxy_called_by_hand(upstream, mailman):
         assert refused == {'d@example.com': (550, b'5.1.1 No such user')}
     assert [each[1] for each in upstream.messages + mailman.messages] == [
         ['c@example.com'], ['a@lists.example']]
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop, and what is closed meanwhile
+
+def test_nothing_stays_in_the_socket_map_when_no_message_is_under_way(upstream):
+    with proxy_to(upstream, timeout=60) as proxy, greet(proxy) as client:
+        assert client.say(b'NOOP') == b'250 OK\r\n'
+        before = dict(proxy._map)
+        for _ in range(3):
+            assert relay_message(client) == b'250 OK\r\n'
+            assert client.say(b'NOOP') == b'250 OK\r\n'  # the loop is done with the message
+            assert proxy._map == before
+        assert {type(entry) for entry in before.values()} == {smtpd.PureProxy, smtpd.SMTPChannel}
+
+
+def test_loop_ends_when_the_server_and_the_last_channel_are_closed(upstream, selector):
+    """Also with a message under way at the time: it is delivered and answered first."""
+    sockets = {}
+    proxy_class = smtpd.PureProxy
+    proxy = proxy_class(('127.0.0.1', 0), upstream.address, map=sockets)
+    loop = threading.Thread(target=asyncore.loop, kwargs={'map': sockets, 'timeout': 60})
+    loop.start()
+    upstream.faults['.'] = 'hang'
+    with greet(proxy) as client, greet(proxy) as other:
+        start_message(client)
+        assert upstream.hangs.wait(20)
+        proxy.close()
+        assert other.say(b'QUIT') == b'221 Bye\r\n'
+        upstream.release()
+        assert client.reply() == b'250 OK\r\n'
+        assert client.say(b'QUIT') == b'221 Bye\r\n'
+    loop.join(20)
+    assert not loop.is_alive()
+    assert sockets == {}
+
+
+def test_session_that_outlives_its_server_still_delivers(upstream, selector):
+    with proxy_to(upstream, smtpd.PureProxy) as proxy, greet(proxy) as client:
+        address = proxy.socket.getsockname()
+        proxy.close()
+        assert client.say(b'NOOP') == b'250 OK\r\n'  # the loop has seen it
+        with pytest.raises(OSError):
+            socket.create_connection(address)
+        for _ in range(2):
+            assert relay_message(client) == b'250 OK\r\n'
+        assert len(upstream.messages) == 2
+
+
+def test_close_all_while_a_message_is_under_way_does_no_harm(upstream, selector, capfd):
+    upstream.faults['.'] = 'hang'
+    with proxy_to(upstream, smtpd.PureProxy) as proxy, greet(proxy) as client:
+        start_message(client)
+        assert upstream.hangs.wait(20)
+        # serving() calls close_all() with the message still under way
+    upstream.release()
+    upstream.wait_for(1)
+    assert proxy._map == {}
+    assert 'Traceback' not in capfd.readouterr().err
