@@ -16,6 +16,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -117,11 +118,14 @@ def changes_of_statement(node):
         yield ast.Continue()
 
 
-def is_docstring_or_annotation(node, parents):
+def is_for_nobody(node, parents):
+    """Docstrings, annotations, and __slots__, which cost memory and no more."""
     parent = parents.get(node)
-    if isinstance(parent, ast.Expr) or isinstance(parent, ast.JoinedStr):
+    if isinstance(parent, (ast.Expr, ast.JoinedStr)) and isinstance(node, ast.Constant):
         return True
     while parent is not None:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == '__slots__':
+            return True
         if getattr(parent, 'annotation', None) is node or getattr(parent, 'returns', None) is node:
             return True
         node, parent = parent, parents.get(parent)
@@ -141,6 +145,10 @@ def make_mutants(module):
 
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
 
+    @functools.lru_cache(maxsize=None)
+    def source_of(function):
+        return ast.unparse(function)
+
     def function_of(node):
         names = []
         source, inner = '', True
@@ -148,13 +156,13 @@ def make_mutants(module):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 names.append(node.name)
                 if inner and isinstance(node, ast.FunctionDef):
-                    source, inner = ast.unparse(node), False
+                    source, inner = source_of(node), False
             node = parents.get(node)
         return '.'.join(reversed(names)) or '(module)', source
 
     found = {}
     for node in ast.walk(tree):
-        if not hasattr(node, 'lineno') or is_docstring_or_annotation(node, parents):
+        if not hasattr(node, 'lineno') or is_for_nobody(node, parents):
             continue
         start = position(node.lineno, node.col_offset)
         stop = position(node.end_lineno, node.end_col_offset)
@@ -164,10 +172,8 @@ def make_mutants(module):
             if isinstance(node, ast.expr) and not isinstance(node, ast.Constant):
                 after = '(%s)' % after
             function, source = function_of(node)
-            mutant = Mutant(function, start, stop, before, after, node.lineno, source, 0)
-            with contextlib.suppress(SyntaxError):
-                compile(mutant.applied_to(module), 'smtpd.py', 'exec')
-                found[start, stop, after] = mutant
+            found[start, stop, after] = Mutant(
+                function, start, stop, before, after, node.lineno, source, 0)
     seen = collections.Counter()
     mutants = []
     for place in sorted(found):
@@ -178,7 +184,15 @@ def make_mutants(module):
     return mutants
 
 
-def spread(mutants, count, seed):
+def is_module(text):
+    try:
+        compile(text, 'smtpd.py', 'exec')
+    except SyntaxError:
+        return False
+    return True
+
+
+def spread(mutants, module, count, seed):
     """So many of them, from all functions by turns."""
     chance = random.Random(seed)
     by_function = collections.defaultdict(list)
@@ -190,7 +204,9 @@ def spread(mutants, count, seed):
     while len(chosen) < count and any(by_function.values()):
         for each in by_function.values():
             if each and len(chosen) < count:
-                chosen.append(each.pop())
+                mutant = each.pop()
+                if is_module(mutant.applied_to(module)):
+                    chosen.append(mutant)
     return sorted(chosen, key=lambda mutant: mutant.start)
 
 
@@ -370,7 +386,8 @@ def main():
     os.makedirs(KEPT_IN, exist_ok=True)
     with open(os.path.join(TOP, 'smtpd.py'), encoding='utf-8') as file:
         module = file.read()
-    mutants = [mutant for mutant in spread(make_mutants(module), options.count, options.seed)
+    mutants = [mutant
+               for mutant in spread(make_mutants(module), module, options.count, options.seed)
                if re.search(options.function, mutant.function)]
     path = os.path.join(KEPT_IN, 'results.jsonl')
     results = read_results(path)
