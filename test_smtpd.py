@@ -40,6 +40,7 @@ from tests.support import (
     BANNER,
     FQDN,
     FROM_AND_TO,
+    HELLO,
     MODULE_DIR,
     ONE_MESSAGE,
     PEER,
@@ -73,7 +74,6 @@ from tests.support import (
     feed,
     free_port,
     greet,
-    greeted,
     has_input,
     in_map_and_selector,
     in_mode,
@@ -1776,7 +1776,7 @@ class TestSocket:
     @both_modes
     def test_a_session(self, decode_data, use_poll):
         with serving(use_poll=use_poll,
-                     decode_data=decode_data) as server, greeted(server) as client:
+                     decode_data=decode_data) as server, greet(server) as client:
             host, port = client.socket.getsockname()
             client.send(ONE_MESSAGE)
             assert read_replies(client, 5) == ANSWERED
@@ -1788,7 +1788,7 @@ class TestSocket:
     @in_map_and_selector
     def test_many_sessions_at_once(self):
         with serving() as server, contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(greeted(server)) for _ in range(20)]
+            clients = [stack.enter_context(greet(server)) for _ in range(20)]
             for line, reply in zip([b'HELO x\r\n', *FROM_AND_TO], ANSWERED.splitlines(True)):
                 for client in clients:
                     client.send(line)
@@ -1802,7 +1802,7 @@ class TestSocket:
     def test_the_selector_is_one_object_in_the_map(self, selector):
         with serving() as server, contextlib.ExitStack() as stack:
             for _ in range(5):
-                stack.enter_context(greeted(server))
+                stack.enter_context(greet(server))
             assert len(server._map) == (2 if selector else 6)
 
     @pytest.mark.parametrize('name, value', [
@@ -1810,7 +1810,7 @@ class TestSocket:
         ('handle_read_event', lambda self: smtpd.SMTPChannel.handle_read_event(self))])
     def test_a_channel_that_asyncore_has_to_ask_stays_outside_of_the_selector(self, name, value):
         with serving(variant(channels_in_selector=True, channel={name: value})) as server:
-            with greeted(server) as one, greeted(server) as other:
+            with greet(server) as one, greet(server) as other:
                 assert one.say(b'NOOP') == other.say(b'NOOP') == b'250 OK\r\n'
                 assert len(server._map) == 3
 
@@ -1825,7 +1825,7 @@ class TestSocket:
     @in_map_and_selector
     def test_ipv6(self):
         with serving(localaddr=('::1', 0)) as server:
-            with greeted(server) as client:
+            with greet(server) as client:
                 client.send(ONE_MESSAGE + b'QUIT\r\n')
                 assert client.rest() == ANSWERED + b'221 Bye\r\n'
             assert server.messages[0][0][0] == '::1'
@@ -1835,14 +1835,14 @@ class TestSocket:
     def test_a_message_of_many_reads(self, decode_data):
         body = b'.' + b'0123456789' * 7 + b'\r\n'
         with serving(decode_data=decode_data) as server:
-            with greeted(server) as client:
+            with greet(server) as client:
                 client.send(ONE_MESSAGE[:-9] + (b'.' + body) * 60_000 + b'.\r\nQUIT\r\n')
                 assert client.rest() == ANSWERED + b'221 Bye\r\n'
             assert server.messages[0][3] == in_mode((body[:-2] + b'\n') * 60_000, decode_data)[:-1]
 
     @in_map_and_selector
     def test_pipelined_commands_of_many_reads(self):
-        with serving() as server, greeted(server) as client:
+        with serving() as server, greet(server) as client:
             client.send(b'NOOP\r\n' * 30_000 + b'QUIT\r\n')
             assert client.rest() == b'250 OK\r\n' * 30_000 + b'221 Bye\r\n'
 
@@ -2059,7 +2059,7 @@ class TestEndOfSession:
          b'452 Error: too many recipients\r\n221 Bye\r\n')])
     def test_other_limits(self, attribute, sent, last):
         with serving(variant(channel={attribute: 3})) as server:
-            with greeted(server) as client:
+            with greet(server) as client:
                 client.send(sent)
                 text = client.rest()
             assert text.endswith(last) and len(text.splitlines()) == len(last.splitlines()) + (
@@ -2103,7 +2103,7 @@ class TestServerStaysUp:
     def test_a_burst_of_connects_while_a_handler_is_busy(self):
         with serving(BusyServer) as server, \
                 contextlib.ExitStack() as stack:
-            busy = stack.enter_context(greeted(server))
+            busy = stack.enter_context(greet(server))
             busy.send(ONE_MESSAGE)
             assert server.arrived.wait(20)
             clients = [stack.enter_context(RawClient(server)) for _ in range(200)]
@@ -2155,7 +2155,7 @@ class TestServerStaysUp:
             self, capsys, monkeypatch):
         monkeypatch.setattr(Exploding, 'made', 0)
         with looping(variant(channel_class=Exploding)) as (server, thread):
-            with greeted(server) as other, RawClient(server) as unlucky:
+            with greet(server) as other, RawClient(server) as unlucky:
                 assert unlucky.rest() in (b'', BANNER)
                 assert other.say(b'NOOP') == b'250 OK\r\n'
             server.close()
@@ -2221,7 +2221,7 @@ class TestServerStaysUp:
 
     def test_close_twice_from_another_thread_while_the_loop_is_busy(self):
         with looping(BusyServer) as (server, thread):
-            with greeted(server) as client:
+            with greet(server) as client:
                 client.send(ONE_MESSAGE)
                 assert server.arrived.wait(20)
                 server.close()
@@ -2238,7 +2238,7 @@ class TestServerStaysUp:
                 self.close()
 
         with looping(Server) as (server, thread):
-            with greeted(server) as client:
+            with greet(server) as client:
                 client.send(ONE_MESSAGE + b'QUIT\r\n')
                 assert server.arrived.wait(20)
                 server.close()
@@ -2266,7 +2266,7 @@ class TestServerStaysUp:
 
         channel = {'smtp_FAIL': fail, 'handle_error': fail}
         with serving(variant(channel=channel)) as server:
-            with greeted(server) as failing, greeted(server) as other:
+            with greet(server) as failing, greet(server) as other:
                 failing.send(b'FAIL\r\n')
                 assert other.say(b'NOOP') == b'250 OK\r\n'
         out, err = capsys.readouterr()
@@ -2292,7 +2292,7 @@ class TestServerStaysUp:
         """`while asyncore.socket_map:` ends when the last server and channel are closed."""
         server_class = variant(process_message_threads=threads)
         with looping(server_class) as (server, thread):
-            with greeted(server) as client:
+            with greet(server) as client:
                 client.send(ONE_MESSAGE)
                 assert read_replies(client, 5) == ANSWERED
                 assert is_served(server)
@@ -2386,7 +2386,7 @@ class TestHandlerThreads:
                 server.go.set()
 
     def test_other_sessions_are_served_meanwhile(self):
-        with self.serving() as server, greeted(server) as client:
+        with self.serving() as server, greet(server) as client:
             client.send(ONE_MESSAGE)
             server.wait_until_entered()
             assert is_served(server)
@@ -2395,7 +2395,7 @@ class TestHandlerThreads:
             assert server.messages[0][1:4] == ('a@b', ['c@d'], b'text')
 
     def test_the_session_waits_unread_and_replies_keep_their_order(self):
-        with self.serving() as server, greeted(server) as client:
+        with self.serving() as server, greet(server) as client:
             client.send(ONE_MESSAGE + b'XNOTE 1\r\n' + TRANSACTION
                         + b'2\r\n.\r\nXNOTE 2\r\nFOO\r\nQUIT\r\nXNOTE 3\r\n')
             server.wait_until_entered()
@@ -2408,7 +2408,7 @@ class TestHandlerThreads:
             assert [message[3] for message in server.messages] == [b'text', b'2']
 
     def test_input_that_comes_meanwhile_is_answered_after_the_message(self):
-        with self.serving() as server, greeted(server) as client:
+        with self.serving() as server, greet(server) as client:
             client.send(ONE_MESSAGE)
             server.wait_until_entered()
             client.send(b'XNOTE 1\r\n')
@@ -2417,7 +2417,7 @@ class TestHandlerThreads:
             assert [client.reply() for _ in range(6)][-2:] == [b'250 OK\r\n', b'250 noted\r\n']
 
     def test_handlers_run_beside_the_loop_and_replies_leave_from_it(self):
-        with self.serving() as server, greeted(server) as client:
+        with self.serving() as server, greet(server) as client:
             server.go.set()
             client.send(ONE_MESSAGE + b'QUIT\r\n')
             client.rest()
@@ -2426,7 +2426,7 @@ class TestHandlerThreads:
 
     def test_there_are_no_more_threads_than_asked_for(self):
         with self.serving() as server, contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(greeted(server)) for _ in range(5)]
+            clients = [stack.enter_context(greet(server)) for _ in range(5)]
             for client in clients:
                 client.send(ONE_MESSAGE + b'QUIT\r\n')
             server.wait_until_entered()
@@ -2462,14 +2462,14 @@ class TestHandlerThreads:
                 if leave is shut:
                     assert client.rest() == ANSWERED + b'250 noted\r\n'
                 client.close()
-            with greeted(server) as client:  # no thread is lost
+            with greet(server) as client:  # no thread is lost
                 client.send(ONE_MESSAGE + b'QUIT\r\n')
                 assert client.rest() == ANSWERED + b'221 Bye\r\n'
             assert len(server.messages) == 3
         assert capsys.readouterr() == ('', '')
 
     def test_a_handler_that_raises(self, capsys):
-        with self.serving() as server, greeted(server) as client:
+        with self.serving() as server, greet(server) as client:
             server.go.set()
             server.reply = ZeroDivisionError('in a thread')
             client.send(ONE_MESSAGE)
@@ -2489,7 +2489,7 @@ class TestHandlerThreads:
             self.push('451 my own words')
 
         channel_class = variant(NotingChannel, handle_error=handle_error)
-        with self.serving(channel_class=channel_class) as server, greeted(server) as client:
+        with self.serving(channel_class=channel_class) as server, greet(server) as client:
             server.go.set()
             server.reply = ZeroDivisionError()
             client.send(ONE_MESSAGE + b'NOOP\r\nQUIT\r\n')
@@ -2511,7 +2511,7 @@ class TestHandlerThreads:
         def start(thread):
             raise RuntimeError("can't start new thread")
 
-        with self.serving() as server, greeted(server) as client:
+        with self.serving() as server, greet(server) as client:
             server.go.set()
             for has_threads, reply in ((False, b'451 Internal confusion\r\n'),
                                        (True, b'250 OK\r\n')):
@@ -2524,7 +2524,7 @@ class TestHandlerThreads:
 
     @pytest.mark.parametrize('returned, reply', RETURNS.values(), ids=RETURNS.keys())
     def test_what_a_handler_returns(self, returned, reply):
-        with self.serving() as server, greeted(server) as client:
+        with self.serving() as server, greet(server) as client:
             server.go.set()
             server.reply = returned
             client.send(ONE_MESSAGE + b'QUIT\r\n')
@@ -2533,7 +2533,7 @@ class TestHandlerThreads:
     def test_a_server_that_is_closed_meanwhile(self):
         """The message under way is answered, and the loop ends after it."""
         server_class = WaitingServer
-        with looping(server_class) as (server, thread), greeted(server) as client:
+        with looping(server_class) as (server, thread), greet(server) as client:
             client.send(ONE_MESSAGE + b'QUIT\r\n')
             server.wait_until_entered()
             server.close()
@@ -2551,7 +2551,7 @@ class TestHandlerThreads:
 
         server_class = variant(process_message_threads=threads,
                                process_message=process_message)
-        with looping(server_class) as (server, thread), greeted(server) as client:
+        with looping(server_class) as (server, thread), greet(server) as client:
             client.send(ONE_MESSAGE + b'QUIT\r\n')
             assert client.rest() == ANSWERED_TO_DATA + b'250 closed\r\n221 Bye\r\n'
             thread.join(10)
@@ -2559,7 +2559,7 @@ class TestHandlerThreads:
 
     def test_a_session_that_outlives_its_server(self):
         server_class = WaitingServer
-        with looping(server_class) as (server, thread), greeted(server) as client:
+        with looping(server_class) as (server, thread), greet(server) as client:
             server.close()
             server.go.set()
             client.send(ONE_MESSAGE + b'QUIT\r\n')
@@ -2702,7 +2702,7 @@ class TestProgramsOnASocket:
 
             data_size_limit_of_ours = 1000
 
-        with serving(Server) as server, greeted(server) as client:
+        with serving(Server) as server, greet(server) as client:
             assert b'SIZE 1000' in client.say(b'EHLO x')
             assert is_served(server)
 
@@ -2728,7 +2728,7 @@ class TestProgramsOnASocket:
                 super().__init__(*args, **kwargs)
 
         with serving(Server, data_size_limit=99, enable_SMTPUTF8=True) as server:
-            with greeted(server) as client:
+            with greet(server) as client:
                 (conn, addr), (args, kwargs) = calls
                 assert addr == client.socket.getsockname()
                 assert args == (server, conn, addr, 99, server._map, True, False) and kwargs == {}
@@ -2797,7 +2797,7 @@ class TestProgramsOnASocket:
             assert is_served(server)
 
     def test_process_message_may_be_replaced_on_the_instance(self):
-        with serving() as server, greeted(server) as client:
+        with serving() as server, greet(server) as client:
             server.process_message = lambda peer, mailfrom, rcpttos, data: '250 replaced'
             client.send(ONE_MESSAGE + b'QUIT\r\n')
             assert client.rest() == ANSWERED_TO_DATA + b'250 replaced\r\n221 Bye\r\n'
@@ -2850,7 +2850,7 @@ class TestProgramsOnASocket:
                 self.set_socket(self.conn)
 
         with serving(variant(channel_class=Channel)) as server:
-            with greeted(server) as client:
+            with greet(server) as client:
                 assert client.say(b'STARTTLS') == b'220 go ahead\r\n'
                 assert client.say(b'noop') == b'250 ok\r\n'
                 assert client.say(b'quit') == b'221 bYE\r\n'
@@ -2870,7 +2870,7 @@ class TestProgramsOnASocket:
                 channels[0].push('250 %s %d' % (name, number))
 
         with serving(variant(channel_class=Channel)) as server:
-            with greeted(server) as client:
+            with greet(server) as client:
                 assert client.say(b'XPUSH') == b'250 OK\r\n'
                 threads = [threading.Thread(target=push_many, args=[name]) for name in 'abcd']
                 for thread in threads:
@@ -2892,7 +2892,7 @@ class TestProgramsOnASocket:
                 self.close_when_done()
 
         with serving(variant(channel_class=Channel)) as server:
-            with greeted(server) as client:
+            with greet(server) as client:
                 client.send(b'XLONG\r\nNOOP\r\n')
                 assert client.rest() == b'250-' + b'x' * unsent + b'\r\n250 OK\r\n'
 
@@ -3389,7 +3389,7 @@ class TestCommandLine:
         """Within 40 s, not when a limit on the upstream has passed."""
         upstream.faults['.'] = 'hang'
         with command_line(remote='%s:%d' % upstream.address) as (process, address):
-            with greet(address) as client:
+            with greet(address, HELLO) as client:
                 start_message(client)
                 assert upstream.hangs.wait(20)
                 process.send_signal(number)

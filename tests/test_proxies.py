@@ -16,6 +16,7 @@ from tests.support import (
     CLOSE,
     ENDLESS,
     HANG,
+    HELLO,
     OTHER_NAMES,
     OTHERS,
     PEER,
@@ -87,7 +88,7 @@ def test_x_peer_stands_before_the_first_empty_line(upstream, decode_data, messag
 
 @BOTH_MODES
 def test_empty_message_is_relayed(upstream, decode_data):
-    with proxy_to(upstream, decode_data=decode_data) as proxy, greet(proxy) as client:
+    with proxy_to(upstream, decode_data=decode_data) as proxy, greet(proxy, HELLO) as client:
         for line in b'MAIL FROM:' + SENDER, b'RCPT TO:' + RECIPIENT, b'DATA':
             client.say(line)
         assert client.say(b'.') == b'250 OK\r\n'
@@ -139,7 +140,7 @@ def test_all_line_ends_go_out_as_crlf_and_dots_are_doubled_after_that(upstream, 
 def test_no_end_of_data_but_the_true_one_makes_two_messages(upstream, decode_data, end):
     forged = (b'MAIL FROM:<forged@example.com>\r\nRCPT TO:<victim@example.com>\r\n'
               b'DATA\r\nSubject: forged\r\n\r\nforged\r\n')
-    with proxy_to(upstream, decode_data=decode_data) as proxy, greet(proxy) as client:
+    with proxy_to(upstream, decode_data=decode_data) as proxy, greet(proxy, HELLO) as client:
         for line in b'MAIL FROM:' + SENDER, b'RCPT TO:' + RECIPIENT, b'DATA':
             client.say(line)
         client.send(b'Subject: true\r\n\r\ntext' + end + forged + b'.\r\n')
@@ -182,7 +183,7 @@ def test_postmaster_without_a_domain_goes_upstream(upstream, decode_data):
 
 
 def test_several_messages_of_one_session_are_several_messages_upstream(upstream):
-    with proxy_to(upstream) as proxy, greet(proxy) as client:
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
         for number in range(5):
             assert relay_message(client, b'N: %d\r\n\r\n' % number) == b'250 OK\r\n'
     assert [content for _, _, content in upstream.messages] \
@@ -237,7 +238,7 @@ def test_reply_of_each_step_is_the_upstreams(upstream, step, faults, replies):
     with proxy_to(upstream, impatient()) as proxy:
         for fault in faults:
             upstream.faults = {step: fault}
-            with greet(proxy) as client:
+            with greet(proxy, HELLO) as client:
                 heard = steps(client, LARGE if step == 'BODY' else PROXIED)
                 assert len(heard) == len(replies), heard
                 for reply, expected in zip(heard, replies):
@@ -261,7 +262,7 @@ def test_each_recipient_has_its_own_fate(upstream, decode_data, attributes):
     upstream.refused = {'b@x': '550 5.1.1 No such user', 'c@x': '450 4.2.0 Greylisted'}
     proxy_class = type('Proxy', (smtpd.PureProxy,), attributes)
     with proxy_to(upstream, proxy_class, decode_data=decode_data) as proxy:
-        with greet(proxy) as client:
+        with greet(proxy, HELLO) as client:
             recipients = b'<a@x>', b'<b@x>', b'<c@x>', b'<d@x>', b'<a@x>'
             assert steps(client, recipients=recipients) == [
                 OK, OK, '550 5.1.1 No such user', '450 4.2.0 Greylisted', OK, OK, GO_ON, OK]
@@ -275,7 +276,7 @@ def test_a_thousand_recipients_of_whom_the_upstream_takes_a_hundred(upstream):
     upstream.verdict = lambda mailfrom, path: (
         OK if int(path.partition('@')[0]) < 100 else '452 4.5.3 Too many recipients')
     proxy_class = type('Proxy', (smtpd.PureProxy,), {'channel_class': Strict})
-    with proxy_to(upstream, proxy_class) as proxy, greet(proxy) as client:
+    with proxy_to(upstream, proxy_class) as proxy, greet(proxy, HELLO) as client:
         recipients = [b'<%d@x>' % number for number in range(1000)]
         client.send(b'MAIL FROM:<a@x>\r\n' + b''.join(
             b'RCPT TO:%s\r\n' % each for each in recipients) + b'DATA\r\n')
@@ -289,7 +290,7 @@ def test_a_thousand_recipients_of_whom_the_upstream_takes_a_hundred(upstream):
 
 def test_upstream_may_refuse_more_recipients_than_the_client_may_make_errors(upstream):
     upstream.known = 'good'
-    with proxy_to(upstream) as proxy, greet(proxy) as client:
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
         bad = [b'<%d@x>' % number for number in range(150)]
         heard = steps(client, recipients=[*bad, b'<good@x>'])
         assert codes(heard) == '250' + ' 550' * 150 + ' 250 354 250'
@@ -304,7 +305,7 @@ def test_a_client_that_pipelines_whole_messages_gets_its_replies_in_order(upstre
     upstream.refused = {'no@x': '550 No'}
     message = (b'MAIL FROM:<a@x>\r\nRCPT TO:<no@x>\r\nRCPT TO:<b@x>\r\nDATA\r\n' + PROXIED
                + b'.\r\n')
-    with proxy_to(upstream, decode_data=decode_data) as proxy, greet(proxy) as client:
+    with proxy_to(upstream, decode_data=decode_data) as proxy, greet(proxy, HELLO) as client:
         client.send(message + b'RSET\r\n' + message + b'QUIT\r\n')
         client.socket.shutdown(socket.SHUT_WR)
         assert re.findall(rb'^...', client.rest(), re.M) == (
@@ -328,7 +329,7 @@ def test_parameters_go_upstream_where_it_offers_them(upstream):
 
 
 def test_one_session_upstream_for_each_session(upstream):
-    with proxy_to(upstream) as proxy, greet(proxy) as client:
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
         assert upstream.connections == 0
         assert relay_message(client) == b'250 OK\r\n'
         start = client.say(b'MAIL FROM:<given.up@x>')
@@ -344,7 +345,7 @@ def test_one_session_upstream_for_each_session(upstream):
 @pytest.mark.parametrize('when', ['between two messages', 'after MAIL', 'after RCPT',
                                   'after DATA'])
 def test_upstream_that_starts_anew(upstream, when):
-    with proxy_to(upstream) as proxy, greet(proxy) as client:
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
         if when == 'between two messages':
             assert relay_message(client) == b'250 OK\r\n'
         lines = {'between two messages': [], 'after MAIL': [b'MAIL FROM:<a@x>'],
@@ -377,7 +378,7 @@ def test_upstream_that_starts_anew(upstream, when):
 
 def test_upstream_that_takes_less_by_the_time_of_a_second_try_gets_nothing(upstream):
     """The client was told that both are well; now one is refused."""
-    with proxy_to(upstream) as proxy, greet(proxy) as client:
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
         assert client.say(b'MAIL FROM:<a@x>').startswith(b'250')
         for recipient in OTHERS:
             assert client.say(b'RCPT TO:' + recipient).startswith(b'250')
@@ -393,7 +394,7 @@ def test_upstream_that_takes_less_by_the_time_of_a_second_try_gets_nothing(upstr
 def test_reply_to_nothing_is_not_taken_for_the_next_commands(upstream):
     """As if the upstream had answered the message before it was there."""
     upstream.faults = {'RCPT': '250 OK\r\n354 Go on\r\n250 2.0.0 Queued'}
-    with proxy_to(upstream) as proxy, greet(proxy) as client:
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
         assert codes(steps(client)) == '250 250 451'
     assert upstream.messages == []
 
@@ -414,7 +415,7 @@ def test_upstream_that_stops_reading_is_451():
     with socket.create_server(('127.0.0.1', 0)) as listener:
         proxy_class = impatient()
         with serving(proxy_class, remoteaddr=listener.getsockname()) as proxy:
-            with greet(proxy) as client:
+            with greet(proxy, HELLO) as client:
                 client.send(b'MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nDATA\r\n')
                 upstream = listener.accept()[0]
                 with upstream, upstream.makefile('rb') as file:
@@ -431,7 +432,8 @@ def test_upstream_that_cannot_be_reached_is_451():
     with socket.socket() as unused:
         unused.bind(('127.0.0.1', 0))
         for address in unused.getsockname(), ('a' * 64 + '.example', 25):  # no name of a host
-            with serving(smtpd.PureProxy, remoteaddr=address) as proxy, greet(proxy) as client:
+            with serving(smtpd.PureProxy, remoteaddr=address) as proxy, \
+                    greet(proxy, HELLO) as client:
                 assert steps(client) == [LATER, NEEDS_MAIL, NEEDS_RCPT]
 
 
@@ -442,7 +444,7 @@ def test_upstream_that_cannot_be_reached_is_451():
 @pytest.mark.parametrize('sent', [1, 2, 3, 4])
 def test_client_that_goes_away_ends_the_session_upstream(upstream, sent, leave):
     with proxy_to(upstream) as proxy:
-        with greet(proxy) as client:
+        with greet(proxy, HELLO) as client:
             for line in [b'MAIL FROM:<a@x>', b'RCPT TO:<b@x>', b'DATA'][:sent]:
                 client.say(line)
             if sent == 4:
@@ -460,8 +462,9 @@ def test_client_that_goes_away_ends_the_session_upstream(upstream, sent, leave):
 
 def test_message_whose_client_has_gone_before_its_turn_is_not_delivered(upstream):
     proxy_class = type('Narrow', (smtpd.PureProxy,), {'process_message_threads': 1})
-    with proxy_to(upstream, proxy_class) as proxy, greet(proxy) as first, greet(proxy) as patient:
-        impatient_one = greet(proxy)
+    with proxy_to(upstream, proxy_class) as proxy, \
+            greet(proxy, HELLO) as first, greet(proxy, HELLO) as patient:
+        impatient_one = greet(proxy, HELLO)
         for client in patient, impatient_one:
             for line in b'MAIL FROM:<a@x>', b'RCPT TO:<b@x>', b'DATA':
                 assert client.say(line)[:1] in b'23'
@@ -470,7 +473,7 @@ def test_message_whose_client_has_gone_before_its_turn_is_not_delivered(upstream
         assert upstream.hangs.wait(20)
         impatient_one.send(b'Subject: gone\r\n\r\n.\r\n')
         patient.send(b'Subject: patient\r\n\r\n.\r\n')
-        with greet(proxy) as other:  # by its second reply the loop has seen both messages
+        with greet(proxy, HELLO) as other:  # by its second reply the loop has seen both messages
             assert other.say(b'NOOP') == b'250 OK\r\n'
         impatient_one.close()
         upstream.release()
@@ -483,7 +486,7 @@ def test_message_whose_client_has_gone_before_its_turn_is_not_delivered(upstream
 def test_more_sessions_than_threads_all_make_progress(upstream):
     """A session keeps no thread between its commands."""
     with proxy_to(upstream) as proxy, contextlib.ExitStack() as clients:
-        several = [clients.enter_context(greet(proxy)) for _ in range(40)]
+        several = [clients.enter_context(greet(proxy, HELLO)) for _ in range(40)]
         for line in b'MAIL FROM:<a@x>', b'RCPT TO:<b@x>', b'DATA':
             for client in several:
                 client.send(line + b'\r\n')
@@ -499,13 +502,13 @@ def test_more_sessions_than_threads_all_make_progress(upstream):
 def test_hung_upstream_holds_up_its_own_session_only(upstream, step, in_selector):
     upstream.faults = {step: HANG}
     proxy_class = type('Proxy', (smtpd.PureProxy,), {'channels_in_selector': in_selector})
-    with proxy_to(upstream, proxy_class, timeout=60) as proxy, greet(proxy) as waiting:
+    with proxy_to(upstream, proxy_class, timeout=60) as proxy, greet(proxy, HELLO) as waiting:
         waiting.send(b'MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nDATA\r\n')
         if step == '.':
             assert [waiting.reply()[:1] for _ in range(3)] == [b'2', b'2', b'3']
             waiting.send(stuffed(PROXIED))
         assert upstream.hangs.wait(20)
-        with greet(proxy) as other:
+        with greet(proxy, HELLO) as other:
             assert other.say(b'NOOP') == b'250 OK\r\n'
             upstream.faults = {}
             assert relay_message(other) == b'250 OK\r\n'
@@ -519,7 +522,7 @@ def test_hung_upstream_holds_up_its_own_session_only(upstream, step, in_selector
 @pytest.mark.parametrize('step', ['CONNECT', 'MAIL', 'RCPT'])
 def test_session_closed_by_the_program_lets_a_hung_upstream_go(upstream, step):
     upstream.faults = {step: HANG}
-    with proxy_to(upstream, timeout=0.1) as proxy, greet(proxy) as client:
+    with proxy_to(upstream, timeout=0.1) as proxy, greet(proxy, HELLO) as client:
         client.send(b'MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\n')
         assert upstream.hangs.wait(20)
         # serving() closes all channels
@@ -549,7 +552,7 @@ def test_proxy_relays_where_there_is_no_poll(upstream, monkeypatch):
     with proxy_to(upstream, impatient()) as proxy:
         assert post(proxy, LARGE) == b'250 OK\r\n'
         upstream.faults = {'RCPT': HANG}
-        with greet(proxy) as client:
+        with greet(proxy, HELLO) as client:
             assert codes(steps(client)) == '250 451 503'
 
 
@@ -560,7 +563,7 @@ def test_proxy_whose_upstream_is_itself_says_so_at_once():
     for host in '127.0.0.1', '0.0.0.0':
         with serving(smtpd.PureProxy, localaddr=(host, 0), remoteaddr=('127.0.0.1', 9)) as proxy:
             proxy._remoteaddr = '127.0.0.1', proxy.port_number
-            with greet(proxy) as client:
+            with greet(proxy, HELLO) as client:
                 assert steps(client)[0] == '554 Error: too many hops'
 
 
@@ -573,7 +576,7 @@ def test_trace_headers_are_counted(upstream, decode_data):
     # what looks like a trace header but is none
     rest = (b'\r\nX-Peers: 1\r\nSubject: x\r\n Received: folded\r\n\tX-Peer: folded\r\n\r\n'
             + b'Received: from the body\r\n' * 60)
-    with proxy_to(upstream, decode_data=decode_data) as proxy, greet(proxy) as client:
+    with proxy_to(upstream, decode_data=decode_data) as proxy, greet(proxy, HELLO) as client:
         for hops, reply in (49, b'250 OK\r\n'), (50, b'554 Error: too many hops\r\n'), (51, None):
             traces = b'\r\n'.join(itertools.islice(itertools.cycle(TRACE), hops))
             heard = relay_message(client, traces + rest)
@@ -605,7 +608,7 @@ def test_commands_of_the_program_see_the_transaction(upstream, in_selector):
     upstream.refused = {'no@example.com': '550 5.1.1 No such user'}
     proxy_class = type('Proxy', (smtpd.PureProxy,), {
         'channel_class': Gateway, 'seen': [], 'channels_in_selector': in_selector})
-    with proxy_to(upstream, proxy_class) as proxy, greet(proxy) as client:
+    with proxy_to(upstream, proxy_class) as proxy, greet(proxy, HELLO) as client:
         recipients = b'<a@example.com>', b'<b@elsewhere>', b'<no@example.com>', b'<c@example.com>'
         assert codes(steps(client, recipients=recipients)) == '250 250 550 550 250 354 250'
     first, refused, last = [recipients for _, recipients in proxy.seen]
@@ -623,14 +626,14 @@ def test_command_that_makes_two_recipients_of_one(upstream):
 
     upstream.refused = {'no@x': '550 5.1.1 No such user'}
     proxy_class = type('Proxy', (smtpd.PureProxy,), {'channel_class': Aliasing})
-    with proxy_to(upstream, proxy_class) as proxy, greet(proxy) as client:
+    with proxy_to(upstream, proxy_class) as proxy, greet(proxy, HELLO) as client:
         assert codes(steps(client, recipients=[b'<a@x>', b'<no@x>'])) == '250 250 550 354 250'
     assert upstream.messages[0][1] == ['a@x', 'archive@x']
 
 
 def test_recipients_that_the_program_adds_itself_get_the_message_too(upstream):
     proxy_class = type('Proxy', (smtpd.PureProxy,), {'channel_class': Gateway, 'seen': []})
-    with proxy_to(upstream, proxy_class) as proxy, greet(proxy) as client:
+    with proxy_to(upstream, proxy_class) as proxy, greet(proxy, HELLO) as client:
         upstream.refused = {'no@x': '550 5.1.1 No'}
         for archive, reply in (b'archive@x', b'250 OK\r\n'), (b'no@x', b'550 5.1.1 No\r\n'):
             assert client.say(b'MAIL FROM:<a@example.com>') == b'250 OK\r\n'
@@ -679,13 +682,13 @@ def test_number_of_threads(server_class, threads):
 
 
 def test_handlers_of_the_program_get_the_whole_message_in_the_loop(upstream):
-    with proxy_to(upstream) as proxy, greet(proxy) as client:
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
         assert relay_message(client) == b'250 OK\r\n'
         proxy.process_message = lambda *args, **kwargs: '250 In thread %d' % threading.get_ident()
         replies = {relay_message(client) for _ in range(2)}
         assert replies != {b'250 OK\r\n'}
         assert len(replies) == 1
-    with serving(Overridden, remoteaddr=upstream.address) as proxy, greet(proxy) as client:
+    with serving(Overridden, remoteaddr=upstream.address) as proxy, greet(proxy, HELLO) as client:
         assert steps(client)[:3] == [OK, OK, '354 End data with <CR><LF>.<CR><LF>']
     assert upstream.connections == 1
 
@@ -716,7 +719,7 @@ def test_next_try_of_a_message_goes_to_those_who_did_not_get_it():
         assert proxy.asked == ['d@example.com']
         # Another message, and another sender, are not meant.
         for other in {'message': b'A: b\r\n\r\n'}, {'sender': b'<other@example.com>'}:
-            with greet(proxy) as client:
+            with greet(proxy, HELLO) as client:
                 steps(client, recipients=OTHERS, **other)
             assert proxy.asked == ['c@example.com', 'd@example.com']
         proxy.refused = {}
@@ -901,7 +904,7 @@ def test_lists_go_to_mailman_once_each_the_others_upstream(
 def test_mail_for_lists_alone_needs_no_upstream(upstream, mailman):
     with mailman_proxy_to(unreachable(upstream), mailman) as proxy:
         assert post(proxy, recipients=LISTS, sender=b'<>') == b'250 OK\r\n'
-        with greet(proxy) as client:
+        with greet(proxy, HELLO) as client:
             heard = steps(client, recipients=(*LISTS, *OTHERS))
             assert codes(heard) == '250 250 250 451 451 354 250'
     upstream.start()
@@ -919,7 +922,7 @@ def test_while_mailman_cannot_say_nobody_knows_which_are_lists(
     with mailman_proxy_to(upstream, mailman, impatient(smtpd.MailmanProxy)) as proxy:
         for fault in faults:
             mailman.faults = {step: fault}
-            with greet(proxy) as client:
+            with greet(proxy, HELLO) as client:
                 assert codes(steps(client, recipients=OTHERS + LISTS)) == '250 451 451 451 451 503'
                 assert upstream.messages == mailman.messages == []
                 mailman.faults = {}
@@ -931,7 +934,7 @@ def test_while_mailman_cannot_say_nobody_knows_which_are_lists(
             mailman.released.clear()
             del upstream.messages[:], mailman.messages[:]
         mailman.stop()
-        with greet(proxy) as client:
+        with greet(proxy, HELLO) as client:
             assert codes(steps(client, recipients=OTHERS + LISTS)) == '250 451 451 451 451 503'
         mailman.start()
 
@@ -939,21 +942,21 @@ def test_while_mailman_cannot_say_nobody_knows_which_are_lists(
 def test_recipients_of_a_sender_whom_mailman_refuses_are_the_upstreams(upstream, mailman):
     mailman.faults = {'MAIL': '553 5.1.7 UTF-8?'}
     upstream.refused = {'a@lists.example': '550 5.1.1 Unknown here'}
-    with mailman_proxy_to(upstream, mailman) as proxy, greet(proxy) as client:
+    with mailman_proxy_to(upstream, mailman) as proxy, greet(proxy, HELLO) as client:
         assert codes(steps(client, recipients=LISTS[:1] + OTHERS)) == '250 550 250 250 354 250'
     assert upstream.messages[0][1] == list(OTHER_NAMES)
 
 
 def test_list_that_is_busy_is_not_taken_for_an_address_mailman_does_not_know(upstream, mailman):
     mailman.refused = {'b@lists.example': '450 4.2.1 Busy'}
-    with mailman_proxy_to(upstream, mailman) as proxy, greet(proxy) as client:
+    with mailman_proxy_to(upstream, mailman) as proxy, greet(proxy, HELLO) as client:
         assert steps(client, recipients=OTHERS + LISTS) == [OK] * 4 + ['450 4.2.1 Busy', GO_ON, OK]
     assert [each[1] for each in mailman.messages] == [['a@lists.example']]
 
 
 def test_upstream_that_refuses_the_sender_says_so_for_its_recipients(upstream, mailman):
     upstream.faults = {'MAIL': '553 5.1.8 Not from you'}
-    with mailman_proxy_to(upstream, mailman) as proxy, greet(proxy) as client:
+    with mailman_proxy_to(upstream, mailman) as proxy, greet(proxy, HELLO) as client:
         assert codes(steps(client, recipients=LISTS + OTHERS)) == '250 250 250 553 553 354 250'
     assert len(upstream.verbs(b'MAIL')) == 1
     assert len(mailman.messages) == 2
@@ -966,7 +969,7 @@ def test_message_that_the_upstream_does_not_take_is_not_posted(
         upstream, mailman, step, fault, reply):
     upstream.faults = {step: fault}
     with mailman_proxy_to(upstream, mailman) as proxy:
-        with greet(proxy) as client:
+        with greet(proxy, HELLO) as client:
             assert steps(client, recipients=LISTS + OTHERS)[-1] == reply
         assert upstream.messages == mailman.messages == []
         upstream.faults = {}
@@ -1006,7 +1009,7 @@ def test_list_that_took_the_post_does_not_get_it_again_when_another_did_not(upst
 
 
 def test_mailman_that_starts_anew_while_the_client_sends_its_message(upstream, mailman):
-    with mailman_proxy_to(upstream, mailman) as proxy, greet(proxy) as client:
+    with mailman_proxy_to(upstream, mailman) as proxy, greet(proxy, HELLO) as client:
         for line in b'MAIL FROM:' + SENDER, *(b'RCPT TO:' + each for each in LISTS), b'DATA':
             assert client.say(line)[:1] in b'23'
         mailman.stop()
@@ -1037,7 +1040,7 @@ def test_deliver_of_the_mailman_proxy_called_by_hand(upstream, mailman):
 # The loop, and what is closed meanwhile
 
 def test_nothing_stays_in_the_socket_map_when_no_message_is_under_way(upstream):
-    with proxy_to(upstream, timeout=60) as proxy, greet(proxy) as client:
+    with proxy_to(upstream, timeout=60) as proxy, greet(proxy, HELLO) as client:
         assert client.say(b'NOOP') == b'250 OK\r\n'
         before = dict(proxy._map)
         for _ in range(3):
@@ -1055,7 +1058,7 @@ def test_loop_ends_when_the_server_and_the_last_channel_are_closed(upstream, sel
     loop = threading.Thread(target=asyncore.loop, kwargs={'map': sockets, 'timeout': 60})
     loop.start()
     upstream.faults['.'] = 'hang'
-    with greet(proxy) as client, greet(proxy) as other:
+    with greet(proxy, HELLO) as client, greet(proxy, HELLO) as other:
         start_message(client)
         assert upstream.hangs.wait(20)
         proxy.close()
@@ -1069,7 +1072,7 @@ def test_loop_ends_when_the_server_and_the_last_channel_are_closed(upstream, sel
 
 
 def test_session_that_outlives_its_server_still_delivers(upstream, selector):
-    with proxy_to(upstream, smtpd.PureProxy) as proxy, greet(proxy) as client:
+    with proxy_to(upstream, smtpd.PureProxy) as proxy, greet(proxy, HELLO) as client:
         address = proxy.socket.getsockname()
         proxy.close()
         assert client.say(b'NOOP') == b'250 OK\r\n'  # the loop has seen it
@@ -1082,7 +1085,7 @@ def test_session_that_outlives_its_server_still_delivers(upstream, selector):
 
 def test_close_all_while_a_message_is_under_way_does_no_harm(upstream, selector, capfd):
     upstream.faults['.'] = 'hang'
-    with proxy_to(upstream, smtpd.PureProxy) as proxy, greet(proxy) as client:
+    with proxy_to(upstream, smtpd.PureProxy) as proxy, greet(proxy, HELLO) as client:
         start_message(client)
         assert upstream.hangs.wait(20)
         # serving() calls close_all() with the message still under way

@@ -18,6 +18,7 @@ import pytest
 import smtpd
 from tests.support import (
     BOTH_MODES,
+    HELLO,
     OTHER_NAMES,
     OTHERS,
     PEER,
@@ -225,7 +226,7 @@ def test_paths_arrive_verbatim_in_a_real_postfix(postfix, path):
 @pytest.mark.real
 def test_refusal_of_a_real_postfix_reaches_the_client(postfix):
     with proxy_to(postfix) as proxy:
-        with greet(proxy) as client:
+        with greet(proxy, HELLO) as client:
             assert client.say(b'MAIL FROM:<a@example.com>').startswith(b'250 ')
             assert client.say(b'RCPT TO:<unknown@example.com>') == (
                 b'550 5.1.1 <unknown@example.com>: Recipient address rejected: '
@@ -243,7 +244,7 @@ def test_message_too_large_for_a_real_postfix_reaches_the_client(postfix):
 
 @pytest.mark.real
 def test_each_recipient_hears_what_a_real_postfix_says(postfix):
-    with proxy_to(postfix) as proxy, greet(proxy) as client:
+    with proxy_to(postfix) as proxy, greet(proxy, HELLO) as client:
         assert client.say(b'MAIL FROM:<>').startswith(b'250 2.1.0 Ok')
         assert client.say(b'RCPT TO:<unknown@example.com>').startswith(b'550 5.1.1 <unknown@')
         assert client.say(b'RCPT TO:<rcpt@example.com>').startswith(b'250 2.1.5 Ok')
@@ -257,7 +258,7 @@ def test_each_recipient_hears_what_a_real_postfix_says(postfix):
 @pytest.mark.real
 @pytest.mark.slow
 def test_postfix_that_is_stopped_is_451_and_the_retry_arrives():
-    with running_postfix() as postfix, proxy_to(postfix) as proxy, greet(proxy) as client:
+    with running_postfix() as postfix, proxy_to(postfix) as proxy, greet(proxy, HELLO) as client:
         assert relay_message(client).startswith(b'250 ')
         postfix.kill()
         assert client.say(b'MAIL FROM:<a@example.com>') == b'451 Upstream not available\r\n'
@@ -336,7 +337,7 @@ SINK_TABLE = [
                          ids=[row[0] for row in SINK_TABLE])
 def test_answer_of_a_real_smtp_sink_is_the_clients(options, reply):
     with smtp_sink(*options) as address:
-        with serving(smtpd.PureProxy, remoteaddr=address) as proxy, greet(proxy) as client:
+        with serving(smtpd.PureProxy, remoteaddr=address) as proxy, greet(proxy, HELLO) as client:
             heard = steps(client)
             assert re.match(reply, next((each for each in heard if each[0] in '45'), heard[-1]))
 

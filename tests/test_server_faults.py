@@ -21,6 +21,7 @@ from tests.support import (
     FakeConnection,
     RawClient,
     RecordingServer,
+    greet,
     running,
     serving,
     variant,
@@ -43,14 +44,6 @@ def post(client, text=b'x'):
     assert replies[:3] == [b'250 OK\r\n', b'250 OK\r\n',
                            b'354 End data with <CR><LF>.<CR><LF>\r\n']
     return replies[3]
-
-
-@contextlib.contextmanager
-def greeted(server_or_address, **kwargs):
-    with RawClient(server_or_address, **kwargs) as client:
-        assert client.reply().startswith(b'220 ')
-        assert client.say(b'EHLO x').startswith(b'250')
-        yield client
 
 
 @contextlib.contextmanager
@@ -129,7 +122,8 @@ def test_a_traceback_that_cannot_be_had_ends_nothing(error, monkeypatch, capsys)
         raise ZeroDivisionError('on purpose')
 
     monkeypatch.setattr(traceback, 'format_exc', format_exc)
-    with serving(variant(channel={'smtp_XFAIL': fail})) as server, greeted(server) as client:
+    with serving(variant(channel={'smtp_XFAIL': fail})) as server, \
+            greet(server, b'EHLO x') as client:
         assert client.say(b'XFAIL') == b'451 Internal confusion\r\n'
         assert client.say(b'NOOP') == b'250 OK\r\n'
     assert 'ZeroDivisionError: on purpose' in capsys.readouterr().err
@@ -144,7 +138,7 @@ server = Server(('127.0.0.1', 0), None)
 tell_port(server)
 asyncore.loop()
 '''
-    with script(text) as (process, address), greeted(address) as client:
+    with script(text) as (process, address), greet(address, b'EHLO x') as client:
         assert client.say(b'XHOARD') == b'250 OK\r\n'
         assert client.say(b'XFAIL') == b'451 Internal confusion\r\n'
         assert client.say(b'NOOP') == b'250 OK\r\n'
@@ -171,7 +165,7 @@ sys.argv[1:] = ['-c', 'Server', '127.0.0.1:0']
 smtpd._main()
 '''
     with script(text) as (process, address):
-        with greeted(address) as client:
+        with greet(address, b'EHLO x') as client:
             assert client.say(b'XFAIL') == b'451 Internal confusion\r\n'
             assert client.say(b'NOOP') == b'250 OK\r\n'
         process.terminate()
@@ -215,7 +209,7 @@ def test_a_log_info_that_fails_ends_nothing(capsys):
         raise ZeroDivisionError('on purpose')
 
     channel = {'smtp_XFAIL': fail, 'log_info': fail}
-    with serving(variant(channel=channel)) as server, greeted(server) as client:
+    with serving(variant(channel=channel)) as server, greet(server, b'EHLO x') as client:
         assert client.say(b'XFAIL') == b'451 Internal confusion\r\n'
         assert client.say(b'NOOP') == b'250 OK\r\n'
     assert 'ZeroDivisionError: on purpose' in capsys.readouterr().err
@@ -244,7 +238,7 @@ for worker in workers:
     os.kill(worker, signal.SIGKILL)
 ''' % selector
     with script(text, PLAIN) as (process, address), contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(greeted(address)) for _ in range(10)]
+        clients = [stack.enter_context(greet(address, b'EHLO x')) for _ in range(10)]
         for _ in range(5):
             for client in clients:
                 client.send(NEXT_MESSAGE)
@@ -273,7 +267,7 @@ tell_port(server)
 asyncore.loop()
 ''' % (selector, threads)
     with script(text, PLAIN) as (process, address), \
-            greeted(address) as client, greeted(address) as other:
+            greet(address, b'EHLO x') as client, greet(address, b'EHLO x') as other:
         assert [post(client) for _ in range(2)] == 2 * [b'250 0\r\n']
         assert client.say(b'NOOP') == other.say(b'NOOP') == b'250 OK\r\n'
 
@@ -300,14 +294,14 @@ tell_port(server)
 asyncore.loop()
 ''' % selector
     with script(text, PLAIN) as (process, address):
-        with greeted(address) as client, greeted(address) as other:
+        with greet(address, b'EHLO x') as client, greet(address, b'EHLO x') as other:
             parent = post(client)
             assert client.say(b'XFORK') == b'250 OK\r\n'
             child = post(client)
             assert child != parent and post(client) == post(other) == child
             assert client.say(b'XCLOSE') == b'250 OK\r\n'
             assert client.say(b'QUIT') == other.say(b'QUIT') == b'221 Bye\r\n'
-        with greeted(address) as client:
+        with greet(address, b'EHLO x') as client:
             assert post(client) == parent
 
 
@@ -365,7 +359,7 @@ assert os.waitpid(worker, 0)[1] == 0
 tell_port(server)
 asyncore.loop()
 '''
-    with script(text, PLAIN) as (process, address), greeted(address) as client:
+    with script(text, PLAIN) as (process, address), greet(address, b'EHLO x') as client:
         assert client.say(b'NOOP') == b'250 OK\r\n'
 
 
@@ -396,7 +390,7 @@ os.write(1, b'all there')
 ''' % {'messages': messages}
     with script('Channel.ended = False\n' + SMALL_END + text) as (process, address):
         if messages:
-            with greeted(address) as client:
+            with greet(address, b'EHLO x') as client:
                 assert post(client).startswith(b'250 of')
                 assert client.say(b'QUIT') == b'221 Bye\r\n'
         out, log = process.communicate()
@@ -472,7 +466,7 @@ def test_close_just_when_a_message_is_given_to_a_thread(capsys):
                 closer.join()
             return 1
 
-    with looping(Server) as (server, thread), greeted(server) as client:
+    with looping(Server) as (server, thread), greet(server, b'EHLO x') as client:
         assert post(client) == post(client) == b'250 OK\r\n'
         assert client.say(b'QUIT') == b'221 Bye\r\n'
     assert capsys.readouterr() == ('', '')
@@ -496,7 +490,7 @@ def test_a_listener_that_blocks_is_accepted_from_once_an_event(selector):
         thread = threading.Thread(target=asyncore.loop, args=(.05,), kwargs={'map': sockets})
         thread.start()
         try:
-            with greeted(server, timeout=5) as client:
+            with greet(server, b'EHLO x', timeout=5) as client:
                 assert client.say(b'NOOP') == b'250 OK\r\n'
         finally:
             address = listener.getsockname()
@@ -552,7 +546,7 @@ smtpd._refuse = refuse
     with script(refusing + text + end) as (process, address):
         with RawClient(address) as client:
             assert client.rest() == b'421 Service not available\r\n'
-        with greeted(address) as client:
+        with greet(address, b'EHLO x') as client:
             assert client.say(b'NOOP') == b'250 OK\r\n'
 
 
@@ -576,7 +570,7 @@ class Own(Server):
 tell_port(Own())
 asyncore.loop()
 ''' % selector
-    with script(text) as (process, address), greeted(address) as client:
+    with script(text) as (process, address), greet(address, b'EHLO x') as client:
         assert client.say(b'XHOARD 1100') == b'250 OK\r\n'
         assert post(client) == b'451 Internal confusion\r\n'
         assert client.say(b'XFREE') == b'250 OK\r\n'
@@ -628,7 +622,7 @@ select.kevent = lambda *args: args
     options = [*STRICT, '-c', without_epoll + PRELUDE + text]
     with running(options) as process:
         address = ('127.0.0.1', int(process.stdout.readline()))
-        with greeted(address) as client:
+        with greet(address, b'EHLO x') as client:
             assert client.say(b'NOOP') == b'250 OK\r\n'
 
 
@@ -642,7 +636,7 @@ def test_without_threads_pipelined_messages_are_451_each(selector, monkeypatch, 
 
     count = 500
     server_class = variant(process_message_threads=1, channels_in_selector=selector)
-    with serving(server_class) as server, greeted(server) as client:
+    with serving(server_class) as server, greet(server, b'EHLO x') as client:
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, 'start', start)
             sender = NEXT_MESSAGE * count
@@ -665,7 +659,7 @@ server = Server(('127.0.0.1', 0), None)
 tell_port(server)
 asyncore.loop()
 '''
-    with script(text) as (process, address), greeted(address) as client:
+    with script(text) as (process, address), greet(address, b'EHLO x') as client:
         assert client.say(b'XCLOSE') == b'250 OK\r\n'
         assert client.say(b'XHOARD') == b'250 OK\r\n'
         assert post(client) == b'451 Internal confusion\r\n'
@@ -701,7 +695,7 @@ server = Counting(('127.0.0.1', 0), None)
 tell_port(server)
 asyncore.loop(use_poll=%r)
 ''' % (selector, use_poll)
-    with script(text) as (process, address), greeted(address) as client:
+    with script(text) as (process, address), greet(address, b'EHLO x') as client:
         assert client.say(b'XHOARD') == b'250 OK\r\n'
         with RawClient(address) as waiting:
             for _ in range(20):
@@ -730,7 +724,7 @@ def test_a_server_that_is_closed_frees_its_descriptors_without_the_garbage_colle
     try:
         for _ in range(5):
             with looping(type('Server', (server_class, KnownPort), {})) as (server, thread):
-                with greeted(server) as client:
+                with greet(server, b'EHLO x') as client:
                     assert post(client) == b'250 OK\r\n'
                     assert client.say(b'QUIT') == b'221 Bye\r\n'
             counts.append(len(os.listdir('/proc/self/fd')))

@@ -189,6 +189,7 @@ class TestServerStaysUpInAProcess:
                 assert first.say(b'NOOP') == b'250 OK\r\n'
             assert process.poll() is None
 
+    @pytest.mark.slow
     @pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='needs Linux /proc')
     @pytest.mark.parametrize('line', [b'.', b'x' * 76, b'x' * 1_000_000],
                              ids=['lines of one dot', 'lines of 76 octets', 'lines of 1 MB'])
