@@ -859,8 +859,8 @@ class SMTPChannel(_Transport):
         limit = None
         if self.smtp_state == self.COMMAND:
             limit = self.max_command_size_limit
-        elif self.smtp_state == self.DATA:
-            limit = self.data_size_limit
+        elif self.smtp_state == self.DATA and self.data_size_limit:
+            limit = 2 * self.data_size_limit  # doubled dots do not count; most of the rest does
         if limit:
             if self.num_bytes > limit:
                 return
@@ -1033,7 +1033,7 @@ class SMTPChannel(_Transport):
             if collected:
                 octets = self._add_all_but_the_last(collected)
             self._add_to_message(octets)
-            if octets_received > self.num_bytes:
+            if self.data_size_limit and octets_received > 2 * self.data_size_limit:
                 self.num_bytes = octets_received  # some were dropped
             self._handle_message()
         except BaseException:  # what follows is a command, whatever happened

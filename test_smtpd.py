@@ -784,6 +784,16 @@ def message_of(body):
     return b'\n'.join(line[1:] if line[:1] == b'.' else line for line in lines)
 
 
+class HookedChannel(smtpd.SMTPChannel):
+    """Takes asynchat's way, since it overrides the hooks."""
+
+    def collect_incoming_data(self, data):
+        super().collect_incoming_data(data)
+
+    def found_terminator(self):
+        super().found_terminator()
+
+
 class TestData:
     @pytest.mark.parametrize('size', [1, 2, 3, 7, 1 << 30], ids='in pieces of {}'.format)
     @both_modes
@@ -836,11 +846,14 @@ class TestData:
     @pytest.mark.parametrize('body, counted', [
         (b'', 0), (b'12345678\r\n', 10), (b'1\r\n2\r\n', 6), (b'..2\r\n..\r\n', 7),
         (b'...\r\n', 4), (b'\r\n\r\n', 4), (b'\n\n\n\r\n', 5), ('\xe4\xf6\r\n'.encode(), 6)])
+    @pytest.mark.parametrize('channel_class', [smtpd.SMTPChannel, HookedChannel])
     @both_modes
-    def test_size_is_counted_as_rfc_1870_says(self, body, counted, decode_data, size):
+    def test_size_is_counted_as_rfc_1870_says(
+            self, body, counted, decode_data, channel_class, size):
         """Octets with CRLF, without the doubled dots and without the last dot."""
         def reply_with_limit(limit):
-            channel = make_channel(data_size_limit=limit, decode_data=decode_data)
+            channel = make_channel(channel_class=channel_class, data_size_limit=limit,
+                                   decode_data=decode_data)
             feed(channel, TO_DATA)
             return feed(channel, *in_pieces(body + b'.\r\n', size))
 
@@ -849,9 +862,11 @@ class TestData:
         if counted > 1:
             assert reply_with_limit(counted - 1) == b'552 Error: Too much mail data\r\n'
 
+    @pytest.mark.parametrize('channel_class', [smtpd.SMTPChannel, HookedChannel])
     @both_modes
-    def test_data_over_the_limit_is_dropped_as_it_arrives(self, decode_data):
-        channel = make_channel(data_size_limit=10_000, decode_data=decode_data)
+    def test_data_over_the_limit_is_dropped_as_it_arrives(self, decode_data, channel_class):
+        channel = make_channel(channel_class=channel_class, data_size_limit=10_000,
+                               decode_data=decode_data)
         feed(channel, TO_DATA)
         piece = (b'x' * 70 + b'\r\n') * 900
         with traced_memory() as now_and_peak:
@@ -901,16 +916,6 @@ def cut(wire, cuts):
     """The wire, cut at these places."""
     places = sorted({0, len(wire), *(place for place in cuts if place < len(wire))})
     return [wire[start:stop] for start, stop in zip(places, places[1:])]
-
-
-class HookedChannel(smtpd.SMTPChannel):
-    """Takes asynchat's way, since it overrides the hooks."""
-
-    def collect_incoming_data(self, data):
-        super().collect_incoming_data(data)
-
-    def found_terminator(self):
-        super().found_terminator()
 
 
 wires = st.lists(st.sampled_from([
@@ -1203,6 +1208,18 @@ class TestSession:
         channel.handle_expt_event()
         assert channel.conn.recv.call_args_list == [unittest.mock.call(1, socket.MSG_OOB)]
         assert channel.connected and capsys.readouterr() == ('', '')
+
+    @pytest.mark.parametrize('error', [ValueError('TLS cannot peek'), OSError()], ids=repr)
+    def test_commands_that_come_while_replies_wait_are_executed(self, error):
+        channel = make_channel()
+        channel.conn.sends_at_most = 1
+        channel.conn.recv = unittest.mock.Mock(side_effect=[b'NOOP\r\n', error, b'QUIT\r\n'])
+        asyncore.read(channel)
+        asyncore.read(channel)
+        channel.conn.sends_at_most = None
+        while channel.connected and channel.writable():
+            asyncore.write(channel)
+        assert channel.conn.sent == b'250 OK\r\n221 Bye\r\n'
 
     def test_small_packets_are_not_held_back(self, monkeypatch):
         """By Nagle's rule, neither ours nor the client's, which may wait for an ACK of ours."""
