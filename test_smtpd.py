@@ -267,12 +267,10 @@ EHLO_TABLE = {
     'EHLO after a refused EHLO is taken':
         ('C: EHLO', 'S: 501 Syntax: EHLO hostname') + EHLO,
 }
-NOOP_TABLE = {
+SMALL_TABLE = {
     'NOOP does nothing': ('C: NOOP', 'S: 250 OK'),
     'NOOP takes no argument': ('C: NOOP hi', 'S: 501 Syntax: NOOP'),
     'a blank behind NOOP is no argument': ('C: NOOP ', 'S: 250 OK'),
-}
-RSET_TABLE = {
     'RSET is taken at any time': ('C: RSET', 'S: 250 OK'),
     'RSET takes no argument': ('C: RSET hi', 'S: 501 Syntax: RSET'),
     'RSET forgets the transaction': EHLO + MAIL + RCPT + (
@@ -280,12 +278,8 @@ RSET_TABLE = {
         'C: RCPT TO:<x@example>', 'S: 503 Error: need MAIL command') + MAIL,
     'RSET keeps the greeting': EHLO + (
         'C: RSET', 'S: 250 OK', 'C: EHLO again', 'S: 503 Duplicate HELO/EHLO'),
-}
-QUIT_TABLE = {
     'QUIT says good-bye': ('C: QUIT', 'S: 221 Bye'),
     'QUIT with an argument works': ('C: QUIT now', 'S: 221 Bye'),
-}
-VRFY_TABLE = {
     'VRFY of an address': ('C: VRFY one@example', 'S: 252 Cannot VRFY user, '
                            'but will accept message and attempt delivery'),
     'VRFY of an address in brackets': ('C: VRFY <one@example>', 'S: 252 Cannot VRFY user, '
@@ -293,8 +287,6 @@ VRFY_TABLE = {
     'VRFY of a local name': ('C: VRFY one', 'S: 252 Cannot VRFY user, '
                              'but will accept message and attempt delivery'),
     'VRFY without an address': ('C: VRFY', 'S: 501 Syntax: VRFY <address>'),
-}
-EXPN_TABLE = {
     'EXPN is not implemented': ('C: EXPN', 'S: 502 EXPN not implemented'),
     'EXPN of a list is not implemented': ('C: EXPN list', 'S: 502 EXPN not implemented'),
 }
@@ -401,8 +393,8 @@ UNKNOWN_TABLE.update({
     'a command with the control character %r' % control:
         ('C: NO%sOP' % control, 'S: 500 Error: bad syntax', 'C: NOOP', 'S: 250 OK')
     for control in ['\x00', '\x01', '\n', '\x0b', '\r', '\x1b', '\x7f']})
-ALL_TABLES = (HELO_TABLE, EHLO_TABLE, NOOP_TABLE, RSET_TABLE, QUIT_TABLE, VRFY_TABLE, EXPN_TABLE,
-              HELP_TABLE, MAIL_TABLE, RCPT_TABLE, DATA_TABLE, UNKNOWN_TABLE)
+ALL_TABLES = (HELO_TABLE, EHLO_TABLE, SMALL_TABLE, HELP_TABLE, MAIL_TABLE, RCPT_TABLE, DATA_TABLE,
+              UNKNOWN_TABLE)
 
 # With decode_data there is no 8BITMIME to offer, and so no BODY to take.
 BODY_TABLE = {

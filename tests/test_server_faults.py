@@ -331,7 +331,7 @@ tell_port(server)
 asyncore.loop()
 '''
     with script(text, PLAIN) as (process, address):
-        with greeted(address) as waiting, greeted(address) as client:
+        with greet(address, b'EHLO x') as waiting, greet(address, b'EHLO x') as client:
             waiting.send(NEXT_MESSAGE)
             assert [waiting.reply()[:3] for _ in range(3)] == [b'250', b'250', b'354']
             assert client.say(b'XFORK') == b'250 0\r\n'
@@ -746,7 +746,7 @@ server = Server(('127.0.0.1', 0), None)
 tell_port(server)
 asyncore.loop()
 '''
-    with script(text) as (process, address), greeted(address) as client:
+    with script(text) as (process, address), greet(address, b'EHLO x') as client:
         assert client.say(b'XCLOSE') == b'250 OK\r\n'
         count = client.say(b'XCOUNT')
         assert post(client).startswith(b'250 of')
