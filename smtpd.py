@@ -92,16 +92,16 @@ def _debug(form, *values):
 
 
 class _NoThread(Exception):
-    """There is no thread to be had, or no descriptor to wake the loop at its end."""
+    """No thread can be started, or there is no descriptor to wake the loop when it ends."""
 
 
-_ASYNCORES_LOG_INFO = asyncore.dispatcher.log_info  # before anybody replaces it
+_ASYNCORES_LOG_INFO = asyncore.dispatcher.log_info  # before a program replaces it
 
 
 def _log_info(self, message, *args, **kwargs):
     """asyncore's log_info(), but to standard error; never raises.
 
-    A mixin's goes before it, and so does one that was patched into asyncore.
+    A mixin's log_info() is called instead, and so is one that was patched into asyncore.
     """
     ours = next(each for each in self.__class__.__mro__
                 if vars(each).get('log_info') is _log_info)
@@ -118,12 +118,12 @@ def _log_to_stderr(self, message, type='info'):
 
 
 def _write_to_stderr(text):
-    with contextlib.suppress(Exception):  # it is closed, full, or there is none
+    with contextlib.suppress(Exception):  # closed, full, or None
         sys.stderr.write(text.encode('ascii', 'backslashreplace').decode('ascii'))
 
 
 def _log_exception(self):
-    """Write the exception that is being handled to the log; never raises."""
+    """Write the exception that is being handled to the log; never raise."""
     error = sys.exc_info()[1]
     message = 'exception in %s\n%s' % (_safe_repr(self), _safe_traceback(error))
     try:
@@ -133,11 +133,11 @@ def _log_exception(self):
 
 
 def _safe_traceback(error):
-    if isinstance(error, _NoThread):  # where it came from says nothing, and there may be many
+    if isinstance(error, _NoThread):  # there may be many, and all come from the same place
         return _describe(error)
     try:
         return traceback.format_exc()
-    except Exception:  # the first one imports modules: no descriptors, no memory, no right to
+    except Exception:  # the first call imports modules: descriptors, memory or rights may lack
         return _describe(error)
 
 
@@ -285,9 +285,9 @@ def _accepted_keywords(handler, offered):
 
 # What becomes of a channel's input:
 _OPEN = 0  # it is read and executed
-_IDLE = 1  # so it is, but none has come for long: the next turn of the loop says good-bye
+_IDLE = 1  # the same, but none has come for long: the loop's next turn says goodbye
 _PAUSED = 2  # it waits for a later turn of the loop, when the client has read its replies
-_BUSY = 3  # it waits until the message before it is dealt with
+_BUSY = 3  # it waits until the work before it is done
 _CLOSING = 4  # it is dropped
 
 _END_OF_LINE = b'\r\n'
@@ -297,18 +297,19 @@ _MOST_HELD = 500  # replies that leave together, or wait for a client that does 
 
 _ENDS_OF_THE_LOOP = (asyncore.ExitNow, KeyboardInterrupt, SystemExit)  # not errors, in asyncore
 
-_ANSWERED = '_smtpd_answered'  # marks an exception that the client has been told of
+_ANSWERED = '_smtpd_answered'  # marks an exception that the client has been told about
 
-_lock = threading.RLock()  # for what is called from other threads than the loop's
+_lock = threading.RLock()  # for what other threads than the loop's may call
 _acquire_lock, _release_lock = _lock.acquire, _lock.release
 
 
 class _Transport(asynchat.async_chat):
-    """asynchat with limits: cuts the input and gives it to hooks, queues and sends the output.
+    """asynchat with limits: cuts input into pieces for the hooks, queues and sends output.
 
-    The hooks are called in asynchat's order, with its arguments.  Beyond asynchat: input is
-    taken only while the gate is open; a fault uses up the input that caused it, or ends the
-    session; replies to pipelined commands leave together where no program could tell.
+    The hooks are called in asynchat's order, with asynchat's arguments.  What asynchat does
+    not do: input is processed only while the gate is open; a fault consumes the input that
+    caused it, or ends the session; replies to pipelined commands leave together if no
+    program can tell the difference.
     """
 
     # Slots are fast, and leave room in the instance's dict: with more than 29 attributes
@@ -321,7 +322,7 @@ class _Transport(asynchat.async_chat):
         '_holds_replies',  # they leave with those of the commands that follow
         '_has_replied',  # something was sent since the last piece went to a hook
         '_last_sign_of_life',  # of the client, on the monotonic clock
-        '_watcher',  # the selector that watches this channel in place of the socket map
+        '_watcher',  # the selector that watches this channel, instead of the socket map
     )
 
     idle_timeout_seconds = None
@@ -329,7 +330,7 @@ class _Transport(asynchat.async_chat):
     use_encoding = True  # asynchat's: a terminator may be text, as in Python 2's programs
 
     def __new__(cls, *args, **kwargs):
-        # State is born here: a program may have an __init__() that never calls ours.
+        # State is set here, since a program's __init__() may never call ours.
         channel = super().__new__(cls)
         channel._begin_anew()
         return channel
@@ -349,7 +350,7 @@ class _Transport(asynchat.async_chat):
         self._tell_watcher()
 
     def _tell_watcher(self):
-        """What readable() or writable() would say may have changed."""
+        """Call this when the answer of readable() or writable() may have changed."""
         if self._watcher is not None:
             self._watcher.watch(self)
 
@@ -359,7 +360,7 @@ class _Transport(asynchat.async_chat):
 
     @property
     def ac_in_buffer(self):
-        """What was received and not given to a hook, as in asynchat."""
+        """What was received and not yet given to a hook, as in asynchat."""
         return self._unread_input[self._input_start:] if self._input_start else self._unread_input
 
     @ac_in_buffer.setter
@@ -373,7 +374,7 @@ class _Transport(asynchat.async_chat):
             now = time.monotonic()
             if now - self._last_sign_of_life >= limit:
                 self._look_for_idleness(now)
-        # When closing, with nothing left to send, the end of the input is to be seen.
+        # When closing with nothing left to send: to see the end of the input.
         return bool((self._gate <= _IDLE or self._gate == _CLOSING and not self.producer_fifo)
                     and super().readable())
 
@@ -398,13 +399,13 @@ class _Transport(asynchat.async_chat):
         self._process_input()
 
     def _client_has_ended(self):
-        """Whether the client sends no more: recv() would tell, but close at once, too."""
+        """Whether the client has closed its half: recv() would tell too, but close at once."""
         with contextlib.suppress(OSError, TypeError, ValueError):  # ValueError: TLS cannot peek
             return self.socket.recv(1, _PEEK) == b''
         return False
 
     def _process_input(self):
-        """Take what was received, as far as the gate lets it in."""
+        """Process what was received, as far as the gate lets it in."""
         try:
             self._take_pieces()
         except _ENDS_OF_THE_LOOP:
@@ -418,21 +419,21 @@ class _Transport(asynchat.async_chat):
                 self._end_turn()
 
     def _take_pieces(self):
-        """Cut the input at its terminators, and give the pieces away."""
+        """Cut the input at its terminators, and pass the pieces on."""
         while self._unread_input and self._gate <= _IDLE and self.connected:
             unread, start = self._unread_input, self._input_start
             is_direct = self._holds_replies or self._goes_past_hooks()
             try:
                 terminator = self.terminator if is_direct else self.get_terminator()
                 end = unread.find(_END_OF_LINE, start) if terminator is _END_OF_LINE else -1
-                if end >= 0:  # as for nearly all commands
+                if end >= 0:  # nearly all commands
                     is_whole, rest = True, end + 2
                 else:
                     end, is_whole, rest = self._cut(unread, start, terminator)
                     is_direct = is_direct and terminator in (_END_OF_LINE, _END_OF_DATA)
             except _ENDS_OF_THE_LOOP:
                 raise
-            except BaseException:  # no hook has seen this input: the next try would be alike
+            except BaseException:  # no hook has seen this input: a retry would fail too
                 self._end_with_fault()
                 return
             if rest == start:
@@ -445,7 +446,7 @@ class _Transport(asynchat.async_chat):
                 self._send_held_replies()
                 if self._gate > _IDLE:
                     return
-            # Used up before a hook gets it: one that raises does not get it again.
+            # Consumed before a hook gets it: one that raises must not get it again.
             self._unread_input, self._input_start = (unread, rest) if more_follows else (b'', 0)
             self._has_replied = False
             self._give(unread[start:end], is_whole, is_direct)
@@ -453,7 +454,7 @@ class _Transport(asynchat.async_chat):
                 return
 
     def _give(self, piece, is_whole, is_direct):
-        """Give a piece, and the terminator after it, to the hooks or past them."""
+        """Pass a piece, and the terminator after it, to the hooks or past them."""
         self._is_mid_block = not (is_direct and is_whole)
         if is_direct:
             if is_whole:
@@ -468,7 +469,7 @@ class _Transport(asynchat.async_chat):
             self.found_terminator()
 
     def _end_turn(self):
-        """What is left to do when the input is used up, or waits."""
+        """Do what is left to do when the input is consumed, or must wait."""
         if self._holds_replies:
             self._send_held_replies()
         if self._gate == _IDLE:
@@ -479,7 +480,7 @@ class _Transport(asynchat.async_chat):
                 self.initiate_send()  # asynchat would close at the loop's next turn
 
     def _cut(self, unread, start, terminator):
-        """Where the next piece ends, whether its terminator follows, where the rest begins."""
+        """Tell where the next piece ends, whether it is whole, and where the rest begins."""
         length = len(unread)
         if not terminator:
             return length, False, length
@@ -528,22 +529,22 @@ class _Transport(asynchat.async_chat):
             _join_leading_bytes(self.producer_fifo)
         has_replied = self._has_replied
         self.initiate_send()
-        self._has_replied = has_replied  # what is sent now are earlier replies
+        self._has_replied = has_replied  # these replies are to earlier input
 
     def _may_hold_replies(self):
         return not self.producer_fifo and self._nobody_could_tell()
 
     def _nobody_could_tell(self):
-        """Whether no code of the program's runs, or is called, between commands of ours."""
+        """Whether none of the program's code is called between our own commands."""
         try:
             return (_overrides_only_commands(type(self))
                     and asynchat.async_chat.push is _ASYNCHAT_PUSH
                     and _methods_between_commands(self) == _METHODS_BETWEEN_COMMANDS)
-        except AttributeError:  # no method, but a function of the instance
+        except AttributeError:  # a plain function, set on the instance
             return False
 
     def _has_backlog(self):
-        """Whether the client reads so little that no more of its commands are executed."""
+        """Whether so much waits to be sent that no further command is executed."""
         limit = self.unsent_reply_limit
         if limit is None:
             return False
@@ -558,7 +559,7 @@ class _Transport(asynchat.async_chat):
         reads_replies = bool(self.producer_fifo)
         has_replied = self._has_replied
         super().handle_write_event()
-        self._has_replied = has_replied  # what is sent now are earlier replies
+        self._has_replied = has_replied  # these replies are to earlier input
         if reads_replies:
             self._last_sign_of_life = time.monotonic()
         if self._gate == _IDLE and not reads_replies:
@@ -572,19 +573,19 @@ class _Transport(asynchat.async_chat):
     # ------------------------------------------------------------------
 
     def close_when_done(self):
-        """Close when all replies are sent; what the client sent meanwhile is not executed."""
+        """Close after all replies are sent; further input is not executed."""
         super().close_when_done()
         self._set_gate(_CLOSING)
 
     def close(self):
-        """Close now: what waits is neither executed nor sent."""
+        """Close now; what waits is neither executed nor sent."""
         super().close()
         self.ac_in_buffer = b''
         self._holds_replies = False
         self._set_gate(_CLOSING)
 
     def handle_expt(self):
-        """Take an out-of-band byte away: nobody wants it, and select() would spin on it."""
+        """Discard an out-of-band byte: left unread, it would make select() spin."""
         with contextlib.suppress(OSError, ValueError):  # ValueError: TLS has none
             self.socket.recv(1, _OUT_OF_BAND)
 
@@ -607,7 +608,7 @@ class _Transport(asynchat.async_chat):
             self.close()
 
     def _answer_fault(self, error):
-        """Tell the client of a fault in a hook, once, unless the program has its own way to."""
+        """Tell the client about a fault in a hook, once; not if handle_error() is overridden."""
         if self._unread_input and self._gate <= _IDLE:
             self._set_gate(_PAUSED)  # handle_error() comes first
         if self._has_replied or not self.connected or not self._handles_errors_itself():
@@ -629,14 +630,14 @@ class _Transport(asynchat.async_chat):
         limit = self.idle_timeout_seconds
         if limit is None or now - self._last_sign_of_life < limit or self._gate == _BUSY:
             return
-        # The loop is asking for descriptors: nothing here may raise, or close one.
+        # The loop is collecting descriptors: nothing here may raise, or close one.
         with contextlib.suppress(OSError, ValueError, LookupError, AttributeError):
             if self._gate == _OPEN:
-                # handle_write_event() says good-bye: asyncore reads before it writes, so
+                # handle_write_event() says goodbye: asyncore reads before it writes, so
                 # what the client has sent meanwhile comes first.
-                self._last_sign_of_life = now - limit + 1  # a second for that
+                self._last_sign_of_life = now - limit + 1  # it has a second
                 self._set_gate(_IDLE)
-            else:  # it does not even read
+            else:  # the client does not even read
                 self.socket.shutdown(_SHUT_BOTH)
 
     def _end_idle_session(self):
@@ -645,13 +646,13 @@ class _Transport(asynchat.async_chat):
         self.initiate_send()
 
 
-# As they are before anybody patches them.
+# As they are before a program patches them.
 _ASYNCORE_HANDLE_ERROR = asyncore.dispatcher.handle_error
 _ASYNCHAT_PUSH = asynchat.async_chat.push
 
 
 def _join_leading_bytes(queue):
-    """Make one piece of those at the queue's beginning, so that one send() takes them."""
+    """Join the pieces at the front of the queue, so that one send() takes them."""
     pieces = []
     while queue and isinstance(queue[0], bytes):
         pieces.append(queue.popleft())
@@ -668,7 +669,7 @@ def _reads_as_asynchat(channel_class):
 
 @functools.lru_cache(maxsize=64)
 def _overrides_only_commands(channel_class):
-    """Whether a channel class leaves all but commands and limits as SMTPChannel has them."""
+    """Whether a channel class overrides nothing but commands and limits."""
     ours = {SMTPChannel, *SMTPChannel.__mro__}
     theirs = set().union(*(vars(base) for base in channel_class.__mro__ if base not in ours))
     return not any(name in _NAMES_OF_A_CHANNEL and not name.startswith('smtp_')
@@ -679,16 +680,16 @@ def _overrides_only_commands(channel_class):
 # The channel: the dialogue with one client
 # ---------------------------------------------------------------------------
 
-# What nearly all data is: no line that begins with a dot, no CR without LF.  Python looks for
-# one octet many times as fast as for two or three.
+# Finds a line that begins with a dot, or a CR without LF; nearly all data has neither.  It
+# is fast because Python looks for one octet many times faster than for two or three.
 _NEEDS_CARE = re.compile(rb'\r(?!\n[^.])')
 
 
 def _unstuff(octets):
-    """Undo dot-stuffing and CRLF (RFC 5321, 4.5.2): the size in octets before, the text.
+    """Undo dot-stuffing and CRLF (RFC 5321, 4.5.2); return the size in octets, and the text.
 
-    A piece must not end within CRLF or CRLF-dot; _cut() makes no such piece.  The size is
-    that of RFC 1870: with CRLF, without the doubled dots.
+    A piece must not end inside CRLF or CRLF-dot; _cut() makes no such piece.  The size is
+    RFC 1870's: with CRLF, without the doubled dots.
     """
     if not _NEEDS_CARE.search(octets):
         return len(octets), _without_cr(octets)
@@ -709,7 +710,7 @@ def _lf_for_crlf(octets):
     return octets.replace(b'\r\n', b'\n')
 
 
-_UNDECODED = re.compile('[\udc80-\udcff]*\\Z')  # by the error handler surrogateescape
+_UNDECODED = re.compile('[\udc80-\udcff]*\\Z')  # what surrogateescape made of a cut character
 
 
 def _renamed(old, new):
@@ -731,30 +732,54 @@ def _renamed(old, new):
 class SMTPChannel(_Transport):
     """The dialogue with one client (RFC 5321).
 
-    SMTPChannel(server, conn, addr, data_size_limit=33554432, map=None,
-                enable_SMTPUTF8=False, decode_data=False)
+    A server calls its `channel_class` with these seven arguments, all positional.
+    `conn` is the connected socket, `addr` the client's address as accept() gave it;
+    the others are the server's.  Raises ValueError if both `enable_SMTPUTF8` and
+    `decode_data` are true.
 
-    `conn` is the connected socket, `addr` the client's address as accept()
-    gave it.  The other arguments are SMTPServer's.  ValueError if both
-    enable_SMTPUTF8 and decode_data are true.
+    For each command line the channel calls smtp_VERB(arg); `arg` is the text after
+    the verb, None if there is none.  A subclass may override these methods, and has
+    a new command as soon as it has a method for it.  It may override push(), which
+    sees every reply, and collect_incoming_data() and found_terminator(), which are
+    then called as asynchat would call them.
 
-    Methods that may be overridden: smtp_VERB(arg) for each command, and new
-    ones for new commands (`arg` is the text after the verb, None if there is
-    none); push(msg), which sees every reply; collect_incoming_data() and
-    found_terminator(), which are called as asynchat calls them.
+    Instance variables:
 
-    Instance variables, to be read: smtp_server, conn, addr, peer, fqdn,
-    received_lines, smtp_state (COMMAND or DATA), seen_greeting, mailfrom,
-    rcpttos, received_data, mail_options, rcpt_options.
+    smtp_server           the server that made the channel
+    conn                  the socket of the connection
+    addr                  the client's address, as accept() gave it
+    peer                  the client's address, as conn.getpeername() gave it
+    fqdn                  the server's host name, as socket.getfqdn() gave it
+    received_lines        what was received of the current line or message: a list
+                          of bytes, or of str with `decode_data`
+    num_bytes             how many octets that is
+    smtp_state            COMMAND or, after the DATA command, DATA
+    seen_greeting         what the client called itself in HELO or EHLO
+    extended_smtp         true after EHLO, false after HELO
+    mailfrom              the address in MAIL FROM, or None
+    rcpttos               the list of the addresses in RCPT TO
+    mail_options          the list of the parameters of MAIL, in upper case
+    rcpt_options          the same for RCPT: always empty
+    require_SMTPUTF8      true if MAIL had the parameter SMTPUTF8
+    received_data         the last message, until the session's next command
+    data_size_limit       the argument; may be set
+    enable_SMTPUTF8       the argument; may be set
 
-    Class attributes that may be overridden (None turns all but the first off):
+    Class attributes that a subclass may override; None turns all but the first two
+    off:
 
-    command_size_limit      octets of a command line without its CRLF (512)
-    idle_timeout_seconds    without a sign of the client (300), then 421
-    recipient_limit         of one message (1000), then 452
-    error_limit             5yz replies since the last message (100), then 421
-    unsent_reply_limit      octets; no command is executed while more wait
-                            to be sent (65536)
+    command_size_limit    octets of a command line without its CRLF (512)
+    command_size_limits   the same by verb, where EHLO allows more
+    idle_timeout_seconds  without a sign of the client (300), then 421
+    recipient_limit       of one message (1000), then 452
+    error_limit           5yz replies since the last message (100), then 421
+    unsent_reply_limit    octets; no command is executed while more wait to be sent
+                          (65536)
+
+    Constants:
+
+    COMMAND               smtp_state while commands are read
+    DATA                  smtp_state while a message is read
     """
 
     COMMAND = 0
@@ -769,7 +794,7 @@ class SMTPChannel(_Transport):
 
     enable_SMTPUTF8 = False
 
-    # The form that received_lines has; copies of the old found_terminator() use these.
+    # str or bytes, as received_lines is; copies of the old found_terminator() use these.
     _emptystring = b''
     _linesep = b'\r\n'
     _dotsep = ord(b'.')  # what data[0] gives
@@ -810,7 +835,7 @@ class SMTPChannel(_Transport):
         self.push('220 %s %s' % (self.fqdn, __version__))
 
     def _begin_anew(self):
-        """The state of a connection on which nothing was said yet."""
+        """Set the state of a new connection."""
         super()._begin_anew()
         self._decode_data = False
         self._errors_since_message = 0
@@ -824,23 +849,23 @@ class SMTPChannel(_Transport):
         self.extended_smtp = False  # EHLO, not HELO
         self.seen_greeting = ''  # what the client called itself
         self.received_data = ''  # the last message, until the next command
-        self.received_lines = []  # pieces of the present line, or of data
+        self.received_lines = []  # pieces of the current line, or of data
         self.terminator = _END_OF_LINE
         self._begin_transaction()
 
     def _begin_transaction(self):
-        """The state that RSET and the end of the data bring back."""
+        """Set the state that RSET and the end of the data return to."""
         self.smtp_state = self.COMMAND
         self.mailfrom = None
         self.rcpttos = []
         self.mail_options = []
         self.rcpt_options = []
         self.require_SMTPUTF8 = False  # asked for in MAIL
-        self.num_bytes = 0  # octets of the present line, or of data, also those over the limit
+        self.num_bytes = 0  # octets of the current line, or of data, even over the limit
         self._message_under_way = None
 
     def _set_post_data_state(self):
-        """Forget the transaction, but for the message (RFC 5321, 4.1.1.4)."""
+        """Forget the transaction, but not the message (RFC 5321, 4.1.1.4)."""
         self._begin_transaction()
         self.set_terminator(_END_OF_LINE)
 
@@ -855,7 +880,7 @@ class SMTPChannel(_Transport):
     # ------------------------------------------------------------------
 
     def collect_incoming_data(self, data):
-        """Keep a piece of the present line or of data (asynchat's hook)."""
+        """Keep a piece of the current line or of data (asynchat's hook)."""
         limit = None
         if self.smtp_state == self.COMMAND:
             limit = self.max_command_size_limit
@@ -868,7 +893,7 @@ class SMTPChannel(_Transport):
         self.received_lines.append(self._decode_piece(data) if self._decode_data else data)
 
     def _decode_piece(self, octets):
-        """Decode a piece, and with it the beginning of a character that the last one ended in."""
+        """Decode a piece, with the beginning of a character that the last piece cut off."""
         last = self.received_lines[-1] if self.received_lines else ''
         cut_off = _UNDECODED.search(last[-3:])[0]
         if cut_off:
@@ -876,14 +901,14 @@ class SMTPChannel(_Transport):
         return (_as_octets(cut_off) + octets).decode('utf-8', 'surrogateescape')
 
     def found_terminator(self):
-        """Execute the command, or end the data, that was collected (asynchat's hook)."""
+        """Execute the collected command, or end the collected data (asynchat's hook)."""
         pieces, self.received_lines = self.received_lines, []
         octets, self.num_bytes = self.num_bytes, 0
         if not isinstance(DEBUGSTREAM, Devnull):
             _debug('Data: %r', self._emptystring.join(pieces))
         if self.smtp_state == self.COMMAND:
             line = b''.join(map(_as_octets, pieces))
-            if self.terminator == b'\n':  # a program's, for clients of all kinds
+            if self.terminator == b'\n':  # set by a program that also takes bare LF
                 line = line.rstrip(b'\r')
             self._execute_line(line, octets)
         elif self.smtp_state == self.DATA:
@@ -892,7 +917,7 @@ class SMTPChannel(_Transport):
             self.push('451 Internal confusion')
 
     def _goes_past_hooks(self):
-        """Whether nobody would see asynchat's hooks called for the next piece of input."""
+        """Whether the next piece may bypass asynchat's hooks: nobody would notice."""
         if self._is_mid_block:
             return self._message_under_way is not None
         try:
@@ -901,22 +926,22 @@ class SMTPChannel(_Transport):
                     and self.collect_incoming_data.__func__ is _COLLECT_INCOMING_DATA
                     and self.get_terminator.__func__ is _GET_TERMINATOR
                     and isinstance(DEBUGSTREAM, Devnull))
-        except AttributeError:  # no method, but a function of the instance
+        except AttributeError:  # a plain function, set on the instance
             return False
 
     def _take_piece(self, octets):
-        """What collect_incoming_data() would have to do."""
+        """Do what collect_incoming_data() would."""
         if self.smtp_state != self.DATA:
             self.collect_incoming_data(octets)
             return
         self._add_to_message(octets)
         if _QUICK_ACK and len(octets) < self.ac_in_buffer_size:
-            # The rest of the message may wait, by Nagle's rule, for our ACK.
+            # Nagle's algorithm may keep the rest of the message waiting for our ACK.
             with contextlib.suppress(OSError, AttributeError):
                 self.socket.setsockopt(*_QUICK_ACK)
 
     def _take_block(self, octets):
-        """What collect_incoming_data() and found_terminator() would have to do."""
+        """Do what collect_incoming_data() and found_terminator() would."""
         if self.smtp_state == self.COMMAND:
             self._execute_line(octets, len(octets))
         elif self.smtp_state == self.DATA:
@@ -925,10 +950,10 @@ class SMTPChannel(_Transport):
             self.push('451 Internal confusion')
 
     def push(self, msg):
-        """Send one line of a reply; CRLF is added.
+        """Send one line of a reply; CRLF is added.  Every reply passes through this method.
 
-        `msg` is text, of which ASCII goes out (UTF-8 where the client asked
-        for SMTPUTF8), or bytes, which go as they are.
+        `msg` is text, sent as ASCII with question marks for the rest (as UTF-8 if the
+        client asked for SMTPUTF8), or bytes, sent as they are.
         """
         if isinstance(msg, str):
             msg = msg.encode('utf-8' if self.require_SMTPUTF8 else 'ascii', 'replace')
@@ -965,7 +990,7 @@ class SMTPChannel(_Transport):
     # ------------------------------------------------------------------
 
     def _execute_line(self, line, octets):
-        """Run one command line; `octets` is its length before anything was dropped."""
+        """Execute a command line; `octets` is its length, including what was dropped."""
         limit = self.command_size_limit
         if octets > limit and octets > self.max_command_size_limit:
             self.push('500 Error: line too long')
@@ -986,7 +1011,7 @@ class SMTPChannel(_Transport):
             self.push('500 Error: command "%s" not recognized' % _printable(verb))
             return
         if self._holds_replies and getattr(method, '__func__', None) not in _COMMANDS:
-            self._send_held_replies()  # the program's: it may look, or send something itself
+            self._send_held_replies()  # a command of the program's may send something itself
             if self._gate == _CLOSING:
                 return
         method(argument)
@@ -1001,7 +1026,7 @@ class SMTPChannel(_Transport):
     # ------------------------------------------------------------------
 
     def _add_to_message(self, octets):
-        """Take a piece of data as it came over the wire; drop it if the message is too long."""
+        """Take a piece of data as it came over the wire; drop it if the message is too large."""
         message = self._message_under_way
         is_first = message is None
         if is_first and octets[:1] == b'.':
@@ -1011,14 +1036,14 @@ class SMTPChannel(_Transport):
         if self.data_size_limit and self.num_bytes > self.data_size_limit:
             self._message_under_way = io.BytesIO()
         elif is_first:
-            self._message_under_way = message = io.BytesIO(text)  # no copy, if no more follows
+            self._message_under_way = message = io.BytesIO(text)  # no copy if nothing follows
             message.seek(0, io.SEEK_END)
         else:
             message.write(text)
 
     def _add_all_but_the_last(self, pieces):
         """The same for collected pieces, which may be cut anywhere; returns what is left."""
-        pieces.reverse()  # there may be many: let go of each
+        pieces.reverse()  # so that each can be let go: there may be many
         octets = _as_octets(pieces.pop())
         while pieces:  # the next one may begin within CRLF or CRLF-dot
             end = len(octets) - asynchat.find_prefix_at_end(octets, _END_OF_DATA)
@@ -1042,7 +1067,7 @@ class SMTPChannel(_Transport):
             raise
 
     def _handle_message(self):
-        # RFC 1870 counts the last line end, too, which was cut off with the terminator.
+        # RFC 1870 also counts the last line end, which went with the terminator.
         size = self.num_bytes + len(_END_OF_LINE) if self.num_bytes else 0
         if self.data_size_limit and size > self.data_size_limit:
             self._set_post_data_state()
@@ -1069,7 +1094,7 @@ class SMTPChannel(_Transport):
             handler, self.peer, self.mailfrom, self.rcpttos, message, **keywords)
 
     def _run_aside(self, call, take_result):
-        """take_result(call()), with the call in one of the server's threads if it has any."""
+        """take_result(call()), where call() runs in one of the server's threads if it has any."""
         server = self.smtp_server
         if _is_server(server) and server.process_message_threads:
             self._set_gate(_BUSY)
@@ -1119,11 +1144,11 @@ class SMTPChannel(_Transport):
         return arg[length:].strip() if arg[:length].upper() == keyword else ''
 
     def _getaddr(self, arg):
-        """Split a path off: (address, rest); the address is '' if it is malformed."""
+        """Split off a path: (address, rest); the address is '' if it is malformed."""
         return _parse_path(arg or '')
 
     def _getparams(self, params):
-        """Make a dict of ['KEYWORD=value', 'KEYWORD']; None if one is malformed.
+        """Turn ['KEYWORD=value', 'KEYWORD']; None if one is malformed.
 
         RFC 5321, 4.1.2 (esmtp-param).  A keyword without a value gets True.
         """
@@ -1136,7 +1161,7 @@ class SMTPChannel(_Transport):
         return parsed
 
     def _refusal_of_mail_parameters(self, parameters):
-        """The reply to the parameters of MAIL that we do not take, or None."""
+        """The reply that refuses these parameters of MAIL; None if we take them."""
         if parameters is None:
             return self._mail_syntax()
         parameters = dict(parameters)
@@ -1149,7 +1174,7 @@ class SMTPChannel(_Transport):
         size = parameters.pop('SIZE', '0')  # RFC 1870
         if size is True or not (size.isascii() and size.isdigit()):
             return self._mail_syntax()
-        # RFC 1870, 4: 20 digits at most; int() raises ValueError where there are thousands.
+        # RFC 1870, 4: 20 digits at most; int() raises ValueError for thousands of them.
         if self.data_size_limit and (len(size) > 20 or int(size) > self.data_size_limit):
             return '552 Error: message size exceeds fixed maximum message size'
         if parameters:
@@ -1170,12 +1195,12 @@ class SMTPChannel(_Transport):
     # ------------------------------------------------------------------
 
     def smtp_HELO(self, arg):
-        """RFC 5321, 4.1.1.1."""
+        """Begin a session; `arg` is the client's name (RFC 5321, 4.1.1.1)."""
         if self._begin_session('HELO', arg):
             self.push('250 %s' % self.fqdn)
 
     def _begin_session(self, verb, arg):
-        """Take the client's name; false, and answered, if HELO or EHLO is out of order."""
+        """Take the client's name; if HELO or EHLO is out of place, refuse it and return False."""
         if not arg:
             self.push('501 Syntax: %s hostname' % verb)
         elif self.seen_greeting:
@@ -1187,7 +1212,7 @@ class SMTPChannel(_Transport):
         return False
 
     def smtp_EHLO(self, arg):
-        """RFC 5321, 4.1.1.1: the extensions, and longer lines for their parameters."""
+        """Begin a session, list the extensions, allow longer lines (RFC 5321, 4.1.1.1)."""
         if not self._begin_session('EHLO', arg):
             return
         self.extended_smtp = True
@@ -1210,7 +1235,7 @@ class SMTPChannel(_Transport):
         limits['MAIL'] = max(limits.get('MAIL', 0), mail_limit)
 
     def smtp_MAIL(self, arg):
-        """RFC 5321, 4.1.1.2."""
+        """Begin a transaction: check the parameters, set `mailfrom` (RFC 5321, 4.1.1.2)."""
         if not self.seen_greeting:
             self.push('503 Error: send HELO first')
             return
@@ -1242,7 +1267,7 @@ class SMTPChannel(_Transport):
             self._ask_upstream('mail', address, options)
 
     def smtp_RCPT(self, arg):
-        """RFC 5321, 4.1.1.3."""
+        """Add an address to `rcpttos` (RFC 5321, 4.1.1.3)."""
         if not self.seen_greeting:
             self.push('503 Error: send HELO first')
             return
@@ -1272,7 +1297,7 @@ class SMTPChannel(_Transport):
             self._ask_upstream('rcpt', address)
 
     def smtp_DATA(self, arg):
-        """RFC 5321, 4.1.1.4."""
+        """Read a message, up to a line with nothing but a dot (RFC 5321, 4.1.1.4)."""
         if not self.seen_greeting:
             self.push('503 Error: send HELO first')
             return
@@ -1294,7 +1319,7 @@ class SMTPChannel(_Transport):
         return self._relay is not None and self._relay.knows(self.mailfrom, self.rcpttos)
 
     def _ask_upstream(self, step, *arguments):
-        """Let a proxy's upstream reply to a step that we have nothing against."""
+        """Let a proxy's upstream reply to a step that we accept."""
         call = functools.partial(getattr(self._relay, step), *arguments)
         take_reply = functools.partial(self._take_upstream_reply, step, arguments)
         reply = self._relay.answer_at_once(call)
@@ -1320,7 +1345,7 @@ class SMTPChannel(_Transport):
             self.push(line)
 
     def smtp_RSET(self, arg):
-        """RFC 5321, 4.1.1.5."""
+        """Forget the transaction and the message, but not the greeting (RFC 5321, 4.1.1.5)."""
         if arg:
             self.push('501 Syntax: RSET')
             return
@@ -1328,14 +1353,14 @@ class SMTPChannel(_Transport):
         self.push('250 OK')
 
     def smtp_NOOP(self, arg):
-        """RFC 5321, 4.1.1.9; no argument is taken, as ever in this module."""
+        """Do nothing (RFC 5321, 4.1.1.9); an argument is refused, as it always was here."""
         if arg:
             self.push('501 Syntax: NOOP')
         else:
             self.push('250 OK')
 
     def smtp_HELP(self, arg):
-        """RFC 5321, 4.1.1.8."""
+        """List the commands, or show the syntax of one (RFC 5321, 4.1.1.8)."""
         syntax = _COMMAND_SYNTAX.get(arg.upper() if arg else '')
         if syntax:
             if arg.upper() in ('MAIL', 'RCPT'):
@@ -1346,21 +1371,21 @@ class SMTPChannel(_Transport):
             self.push(code + ' Supported commands: EHLO HELO MAIL RCPT DATA RSET NOOP QUIT VRFY')
 
     def smtp_VRFY(self, arg):
-        """RFC 5321, 4.1.1.6 and 7.3: nobody is told who has a mailbox here."""
+        """Answer 252: whether an address exists is not told (RFC 5321, 4.1.1.6 and 7.3)."""
         if arg and (self._getaddr(arg)[0] or self._getaddr(arg.split()[0])[0]):
             self.push('252 Cannot VRFY user, but will accept message and attempt delivery')
         else:
             self.push('501 Syntax: VRFY <address>')
 
     def smtp_QUIT(self, arg):
-        """RFC 5321, 4.1.1.10."""
+        """Say goodbye and close the connection (RFC 5321, 4.1.1.10)."""
         self.push('221 Bye')
         self.close_when_done()
 
     # Not implemented
 
     def smtp_EXPN(self, arg):
-        """RFC 5321, 4.1.1.7."""
+        """Answer 502: not implemented (RFC 5321, 4.1.1.7)."""
         self.push('502 EXPN not implemented')
 
     # ------------------------------------------------------------------
@@ -1436,13 +1461,13 @@ def _getfqdn():
 # What wakes the loop, and what spares it
 # ---------------------------------------------------------------------------
 
-_forks = 0  # this process has seen: those that it made, and those that it comes from
+_forks = 0  # calls of fork() that this process comes from, and those that it made
 
 
 def _before_fork():
     global _forks
     _forks += 1
-    _lock.acquire()  # or a child might find it taken by a thread that it has not got
+    _lock.acquire()  # or a child might inherit it locked, without the thread that unlocks it
 
 
 if hasattr(os, 'register_at_fork'):  # not on Windows
@@ -1451,12 +1476,12 @@ if hasattr(os, 'register_at_fork'):  # not on Windows
 
 
 def _is_too_much_for_select(descriptor, sockets=()):
-    """Whether the loop that called us would end in select() with this descriptor in its map."""
+    """Whether our loop waits in select(), which cannot take this descriptor or so many sockets."""
     return (descriptor >= _FD_SETSIZE or len(sockets) >= _MOST_SOCKETS) and _wait_is_select()
 
 
 def _wait_is_select():
-    # Only the stack tells: asyncore asks nothing of poll() that it does not ask of poll2().
+    # Only the stack tells: asyncore's poll() and poll2() ask us the same questions.
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code is asyncore.poll.__code__:
@@ -1472,7 +1497,7 @@ def _refuse(connection):
 
 
 def _identity(sock):
-    """What tells whether the socket's descriptor is still its own; None where nothing does."""
+    """Device and inode, which tell whether a descriptor is still the socket's; None if unknown."""
     try:
         status = os.fstat(sock.fileno())
     except OSError:  # closed; Windows
@@ -1489,7 +1514,7 @@ def _throw(error):
 
 
 class _Reader(asyncore.dispatcher):
-    """Stands in a socket map to be read from, and lives on after a fault."""
+    """A dispatcher that is only read from, and survives its faults."""
 
     log_info = _log_info
 
@@ -1508,8 +1533,8 @@ class _Threads(_Reader):
     and stands in the socket map only while there are calls, so that a loop ends
     when its servers and channels are closed.
 
-    An outcome is a function that returns or raises what the call did.  Where no
-    thread is to be had it raises _NoThread, and comes before run() returns.
+    An outcome is a function that returns or raises what the call did.  If no
+    thread can be started it raises _NoThread, and comes before run() returns.
     """
 
     def __init__(self, map):
@@ -1631,32 +1656,32 @@ class _Threads(_Reader):
         for each, identity in self._pair:
             if _identity(each) == identity:
                 each.close()
-            else:  # the number is somebody else's by now
+            else:  # the descriptor is something else by now
                 each.detach()
         self._pair = ()
 
 
 class _Selector(_Reader):
-    """Stands in the socket map for all channels of a server.
+    """Stands for all channels of a server in the socket map.
 
     asyncore asks every object in the map at every turn whether it wants to
     read or write.  This one asks the kernel instead: its descriptor is an
-    epoll set, which is readable while one of the channels in it is ready.
+    epoll set, which is readable while one of its channels is ready.
     The set is made for the first channel and closed with the last.
     """
 
-    is_possible = hasattr(select, 'epoll')  # Linux.  kqueue might do, but nobody has tried it.
+    is_possible = hasattr(select, 'epoll')  # Linux; kqueue is untried
 
     def __init__(self, map):
         asyncore.dispatcher.__init__(self, map=map)
         self._channels = {}  # by descriptor
         self._events = {}  # what is watched, by descriptor
         self._epoll = None
-        self._process = None  # number of the one whose set it is
+        self._process = None  # the number of the one that made it
         self._next_look_for_idle = 0.0  # on the monotonic clock
 
     def open(self):
-        """Make the epoll set, if there is none; false where it cannot be had."""
+        """Make the epoll set if there is none; return False if that fails."""
         if self._epoll is None:
             try:
                 epoll = select.epoll()
@@ -1672,7 +1697,7 @@ class _Selector(_Reader):
         return True
 
     def _own_epoll(self):
-        """The set; in a child after fork() a new one, since the old one is its parent's too."""
+        """The set; in a child after fork() a new one, since the parent still uses the old one."""
         if self._process != os.getpid():
             with select.epoll() as epoll:  # under the number by which the socket map knows it
                 os.dup2(epoll.fileno(), self._fileno, inheritable=False)
@@ -1683,7 +1708,7 @@ class _Selector(_Reader):
         return self._epoll
 
     def add(self, channel):
-        """Watch a channel from now on; open() was true."""
+        """Watch a channel from now on; open() must have returned True."""
         with _lock:
             self._forget(channel._fileno)  # its socket was closed without a word to us
             self._channels[channel._fileno] = channel
@@ -1721,7 +1746,7 @@ class _Selector(_Reader):
             epoll.register(descriptor, wanted)
         elif wanted:
             epoll.modify(descriptor, wanted)
-        else:  # epoll tells of errors even if it is asked for nothing
+        else:  # epoll reports errors even if asked for nothing
             epoll.unregister(descriptor)
         self._events[descriptor] = wanted
 
@@ -1790,36 +1815,36 @@ _COMPLAINT_SECONDS = 60  # between two lines in the log about it
 class SMTPServer(_Reader):
     """Listens, and gives each complete message to process_message().
 
-    SMTPServer(localaddr, remoteaddr, data_size_limit=33554432, map=None,
-               enable_SMTPUTF8=False, decode_data=False)
+    `localaddr` is the (host, port) to listen on: an empty host or None stands for
+    all IPv4 interfaces, '::' for all IPv6 interfaces, port 0 for any free port,
+    which `socket.getsockname()` then tells.  `remoteaddr` is the (host, port) of an
+    upstream server, for subclasses that relay; they find it in `_remoteaddr`.
+    `data_size_limit` is the most octets that a message may have, counted as in
+    RFC 1870; None or 0 for no limit.  `map` is the socket map, asyncore's own if
+    there is none.  `enable_SMTPUTF8` offers RFC 6531.  With `decode_data`, handlers
+    get str instead of bytes, decoded from UTF-8; octets that are not UTF-8 become
+    surrogate escapes, and 8BITMIME is not offered.
 
-    `localaddr` is the (host, port) to listen on; host '' or None stands for
-    all interfaces (IPv4).  `remoteaddr` is the (host, port) of an upstream
-    relay, for subclasses that have one, as _remoteaddr.  `data_size_limit` is
-    the most octets that a message may have, counted as in RFC 1870; None or 0:
-    no limit.  `map` is the socket map, asyncore's own if there is none.
-    `enable_SMTPUTF8` offers RFC 6531.  With `decode_data` handlers get text,
-    decoded from UTF-8 (what is not UTF-8 as surrogate escapes), else bytes.
-    ValueError if both are true; OSError if the address cannot be had.
+    Raises ValueError if both `enable_SMTPUTF8` and `decode_data` are true, and
+    OSError if the address cannot be bound.
 
-    Methods that may be overridden: process_message(); handle_accept() and
-    handle_accepted(conn, addr), which make the channels; handle_error();
-    listen(num).
+    Class attributes that a subclass may override:
 
-    Class attributes that may be overridden:
-
-    channel_class            the class of the channels
-    process_message_threads  0 (the default): process_message() runs in the
-                             loop, and all sessions wait for it; else it runs
-                             in up to so many threads
-    channels_in_selector     true: channels stand not in the socket map, but in
-                             one epoll set, where there is epoll, so that idle
-                             ones cost nothing (default: false; python -m smtpd
-                             has it)
+    channel_class            the class of the channels (SMTPChannel)
+    process_message_threads  n: process_message() runs in up to n threads, and only
+                             its own session waits for it; 0: it runs in the loop,
+                             and all sessions wait (0)
+    channels_in_selector     true: where there is epoll, the channels share one set
+                             in the socket map, so that thousands of idle ones cost
+                             nothing; not those that override readable(), writable()
+                             or a handle_*_event() method (false; `python -m smtpd`
+                             sets it)
     listen_backlog           connections that may wait to be accepted (1024)
-    accepts_per_event        connections accepted at one turn of the loop (100);
-                             one where the listener is not of our making, or
-                             accept() is overridden
+    accepts_per_event        connections accepted in one turn of the loop (100); one
+                             if the listener is not of our making, or accept() is
+                             overridden
+    data_size_limit          the argument; may be set
+    enable_SMTPUTF8          the argument; may be set
     """
 
     channel_class = SMTPChannel
@@ -1869,18 +1894,23 @@ class SMTPServer(_Reader):
         self._own_listener, self._forks_before_listener = self.socket, _forks
 
     def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
-        """Do something with a message: to be overridden.
+        """Do something with a message: subclasses override this method.
 
-        `peer` is the client's address, a (host, port) pair for IPv4;
-        `mailfrom` the reverse-path and `rcpttos` the list of forward-paths as
-        the client gave them, without angle brackets ('<>' is the null path).
-        `data` is the message, lines ended by LF, without the last line end:
-        text if decode_data is true, else bytes.  Then `kwargs` has
-        mail_options and rcpt_options, lists like ['BODY=8BITMIME',
-        'SMTPUTF8'], and may have more one day.
+        `peer` is the client's socket address, a (host, port) pair for IPv4.
+        `mailfrom` is the reverse-path and `rcpttos` the list of forward-paths, as
+        the client gave them, but without angle brackets; the null path stays '<>'.
+        `data` is the message: lines that end in LF, the last one without it; bytes,
+        or str with `decode_data`.
 
-        Return None for "250 OK", or another reply ("550 No such user"), of one
-        or several lines.  If it raises, the client gets 451 and tries again.
+        `kwargs` is empty with `decode_data`; otherwise it has `mail_options` and
+        `rcpt_options`, the parameters of MAIL and RCPT in upper case, such as
+        `['BODY=8BITMIME', 'SMTPUTF8']`.  No parameter of RCPT is supported, so the
+        second list is empty.  More keys may come: take `**kwargs`.  A handler
+        without them, as in Python 3.4, is called without keywords.
+
+        Return None for `250 OK`, or another reply, such as `'550 No such user'`:
+        str or bytes, of one or more lines.  If the method raises, the client gets
+        451 and keeps the message.  The base class raises NotImplementedError.
         """
         raise NotImplementedError
 
@@ -1893,7 +1923,7 @@ class SMTPServer(_Reader):
         return True
 
     def accept(self):
-        """asyncore's accept(); None, too, where the connection cannot be served now."""
+        """asyncore's accept(); returns None also if the connection cannot be served now."""
         try:
             pair = asyncore.dispatcher.accept(self)
         except OSError as error:
@@ -1911,7 +1941,7 @@ class SMTPServer(_Reader):
 
     def _wait_for_resources(self, error):
         """Pause until a session has something to say, but only for a moment."""
-        # The connection waits in the backlog, so that no loop would wait for it.
+        # The connection stays in the backlog, where it keeps the loop from waiting.
         now = time.monotonic()
         if now >= self._complains_again_at:
             self._complains_again_at = now + _COMPLAINT_SECONDS
@@ -1923,6 +1953,7 @@ class SMTPServer(_Reader):
             time.sleep(_PAUSE_SECONDS)
 
     def handle_accept(self):
+        """Accept the connections that wait."""
         for _ in range(self.accepts_per_event if self._accept_ends_with_none() else 1):
             pair = self.accept()
             if pair is None:
@@ -1938,11 +1969,12 @@ class SMTPServer(_Reader):
                 return
 
     def _accept_ends_with_none(self):
-        """Whether accept() says when no connection waits; another's might block, or never end."""
+        """Whether accept() returns None when no connection waits; others may block, or go on."""
         return (self.socket is self._own_listener
                 and getattr(self.accept, '__func__', None) is SMTPServer.accept)
 
     def handle_accepted(self, conn, addr):
+        """Make a channel for a connection."""
         _debug('Incoming connection from %r', addr)
         arguments = (self, conn, addr, self.data_size_limit, self._map,
                      self.enable_SMTPUTF8, self._decode_data)
@@ -1968,7 +2000,7 @@ class SMTPServer(_Reader):
             self._threads_for_handlers.close_when_idle()
 
     def _may_shut_down(self):
-        """Whether no other process has the listener, which it would be shut down for too."""
+        """Whether no other process shares the listener: shutdown() would end it for all."""
         return self.socket is self._own_listener and self._forks_before_listener == _forks
 
     def _is_watched_elsewhere(self):
@@ -1982,7 +2014,7 @@ class SMTPServer(_Reader):
 
     def _own_name(self):
         if self._name_of_this_host is None:
-            self._name_of_this_host = _getfqdn()  # may take seconds: once a server
+            self._name_of_this_host = _getfqdn()  # may take seconds: once per server
         return self._name_of_this_host
 
     def _own_threads(self):
@@ -2036,9 +2068,10 @@ def _leaves_events_alone(channel_class):
 
 
 class DebuggingServer(SMTPServer):
-    """Prints each message to standard output.
+    """Prints each message to standard output, and discards it.
 
-    DebuggingServer(localaddr, remoteaddr): arguments as SMTPServer's.
+    Arguments as SMTPServer's.  Lines of bytes are printed as Python writes them:
+    b'Subject: hello'.
     """
 
     def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
@@ -2066,14 +2099,14 @@ class DebuggingServer(SMTPServer):
 
 
 def _print(text):
-    """print() that never raises, whatever stdout cannot encode or has become of it."""
+    """print() that never raises, even if standard output cannot encode the text or is closed."""
     encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
     with contextlib.suppress(OSError, ValueError):
         print(text.encode(encoding, 'backslashreplace').decode(encoding))
 
 
 def _host_of(peer):
-    """The host of a socket address; AF_UNIX has but a path."""
+    """The host of a socket address; AF_UNIX has only a path."""
     return str(peer[0]) if isinstance(peer, tuple) and peer else str(peer)
 
 
@@ -2081,7 +2114,7 @@ def _host_of(peer):
 # The proxies
 # ---------------------------------------------------------------------------
 
-# Imported before root becomes nobody, who may not be able to read the files.
+# Imported before root becomes nobody, who may be unable to read the files.
 _MODULES_OF_PROXIES = ('encodings.idna', 'hashlib')
 
 _NULL_PATH = '<>'
@@ -2089,19 +2122,19 @@ _NOT_AVAILABLE = b'Upstream not available'
 _TOO_MANY_HOPS = 554, b'Error: too many hops'
 _TRACE_HEADER = re.compile(rb'^(?:received|x-peer)[ \t]*:', re.IGNORECASE | re.MULTILINE)
 _REPLY_LINE = re.compile(rb'([2-5][0-9][0-9])(?:([ -])(.*))?', re.DOTALL)
-_MOST_OF_A_REPLY = 65536  # octets; no server means as much as that
+_MOST_OF_A_REPLY = 65536  # octets; no real reply is as long
 _MOST_OF_A_LINE = 506  # octets of text; RFC 5321, 4.5.3.1.5: 512 with code and CRLF
 _MOST_DELIVERIES = 1000  # messages to remember
 _BLOCK = 65536  # octets of a message; a time limit holds for each
-_EXTENSIONS = {'SIZE': b'SIZE', 'BODY': b'8BITMIME'}  # that offer the parameter
+_EXTENSIONS = {'SIZE': b'SIZE', 'BODY': b'8BITMIME'}  # which offer the parameter
 _A_MOMENT = 0.001  # seconds; the least that poll() can wait
 
 
 class _ThreadsUnlessOverridden:
     """process_message_threads of the proxies.
 
-    0 where the program has a process_message() or _deliver() of its own, which
-    may not expect threads.
+    0 if the program overrides process_message() or _deliver(), since its code may
+    not expect threads.
     """
 
     def __init__(self, threads):
@@ -2114,33 +2147,32 @@ class _ThreadsUnlessOverridden:
 class PureProxy(SMTPServer):
     """Relays each step of a session to `remoteaddr`, whose replies are the client's.
 
-    PureProxy(localaddr, remoteaddr): arguments as SMTPServer's, but that
-    enable_SMTPUTF8 is refused with ValueError.  Listening on a public address
-    makes an open relay.
+    Arguments as SMTPServer's, but `enable_SMTPUTF8` raises ValueError.  Whoever can
+    connect can send mail anywhere: on a public address this is an open relay.
 
-    MAIL, RCPT, DATA and the message go upstream when the client sends them, in
-    one upstream session for each client's.  451 while the upstream cannot be
-    reached, when it breaks off, and for what is no reply to the step.
+    MAIL, RCPT, DATA and the message go to the upstream when the client sends them,
+    in one upstream session for each client's session.  The client gets 451 if the
+    upstream cannot be reached, breaks off, or says what is no reply to the step.
 
-    A program that overrides process_message() or _deliver() is given each
-    message as a whole instead.  process_message() adds the X-Peer header and
-    calls _deliver(mailfrom, rcpttos, data), which sends the message upstream
-    and returns {recipient: (code, text)} of those that were refused.
+    A program that overrides process_message() or _deliver() gets each message as a
+    whole instead.  process_message() adds the X-Peer header and calls
+    _deliver(mailfrom, rcpttos, data), which sends the message to the upstream and
+    returns {recipient: (code, text)} of those that were refused.
 
-    Class attributes that may be overridden, besides SMTPServer's (the time
-    limits are RFC 5321's, 4.5.3.2):
+    Class attributes that a subclass may override, besides SMTPServer's; the time
+    limits are in seconds:
 
-    process_message_threads           32; 0 in a program that overrides
-                                      process_message() or _deliver(), unless
-                                      it sets this too
+    process_message_threads           threads that wait for upstreams (32); 0 in a
+                                      program that overrides process_message() or
+                                      _deliver(), unless it sets this too
     upstream_timeout_seconds          to connect (60)
-    upstream_command_timeout_seconds  for the reply to connecting, EHLO, MAIL,
-                                      RCPT and RSET (300)
+    upstream_command_timeout_seconds  for the greeting and the replies to EHLO,
+                                      MAIL, RCPT and RSET (300)
     upstream_data_timeout_seconds     for the reply to DATA (120)
     upstream_block_timeout_seconds    to send each 64 KB of a message (180)
     upstream_final_timeout_seconds    for the reply to a message (600)
-    hop_limit                         trace headers that a message may have
-                                      (50); one with more runs in circles: 554
+    hop_limit                         headers X-Peer and Received that make a message
+                                      run in circles (50), then 554
     """
 
     process_message_threads = _ThreadsUnlessOverridden(32)
@@ -2194,7 +2226,7 @@ class PureProxy(SMTPServer):
         return _UpstreamSession(self, self._remoteaddr)
 
     def _relay_for(self, channel):
-        """What takes the steps of this channel upstream; None where the program sees to it."""
+        """The relay of this channel; None if the program overrides what relays."""
         if _relays_step_by_step(self, type(self)):
             return channel._relay or _Relay(self, channel)
         if channel._relay is not None:  # overridden since the last message
@@ -2209,17 +2241,17 @@ class PureProxy(SMTPServer):
 class MailmanProxy(PureProxy):
     """PureProxy that gives the addresses of Mailman 3's lists to Mailman.
 
-    MailmanProxy(localaddr, remoteaddr): arguments as PureProxy's.
+    Arguments as PureProxy's.
 
-    Mailman's LMTP server is asked for each recipient; what it does not know is
-    asked of `remoteaddr`.  While Mailman cannot be reached each recipient gets
-    451, since nobody knows which are lists.  If a message has reached some of
-    its recipients and not others, the client gets 451, and its next try goes
-    to the others only.
+    Mailman's LMTP server is asked about each recipient; `remoteaddr` is asked about
+    what Mailman does not know.  While Mailman cannot be reached each recipient gets
+    451, since nobody knows which are lists.  If a message has reached some of its
+    recipients and not others, the client gets 451, and its next try goes to the
+    others only.
 
-    Class attribute that may be overridden, besides PureProxy's:
+    Class attribute that a subclass may override, besides PureProxy's:
 
-    mailman_lmtp_address   (host, port), ('localhost', 8024) unless changed
+    mailman_lmtp_address  (host, port), ('localhost', 8024) unless changed
     """
 
     mailman_lmtp_address = ('localhost', 8024)  # Mailman's default
@@ -2245,10 +2277,10 @@ def _deliveries_of(proxy):
 
 
 class _Relay:
-    """Takes the steps of one client's session upstream.
+    """Takes the steps of one client's session to the upstream.
 
-    mail(), rcpt(), data() and deliver() block: they are for the server's
-    threads, and return the reply to the client.
+    mail(), rcpt(), data() and deliver() return the reply to the client.  They
+    block, so they run in the server's threads.
     """
 
     def __init__(self, proxy, channel):
@@ -2285,7 +2317,7 @@ class _Relay:
     def mail(self, mailfrom, options):
         self._mailfrom, self._rcpttos = mailfrom, []
         if not any(each.startswith('BODY=') for each in options):
-            options = [*options, 'BODY=8BITMIME']  # it may be: nobody knows yet
+            options = [*options, 'BODY=8BITMIME']  # the data may be 8-bit: it is still to come
         return self._take(self._session.mail, mailfrom, options)
 
     def rcpt(self, recipient):
@@ -2301,13 +2333,13 @@ class _Relay:
         return self._take(self._deliver, _lf_lines(_as_octets(message)))
 
     def end(self):
-        """The client has gone: let the upstream go, but from a message that it has."""
+        """The client has gone: leave the upstream, unless it has the whole message."""
         self._is_ended = True
         if self._lock.acquire(blocking=False):
             self._session.quit()
             self._lock.release()
         elif not self._is_delivering:
-            self._session.interrupt()  # its thread ends what it does, and comes back here
+            self._session.interrupt()  # its thread gives up, and comes back here
 
     def _take(self, step, *arguments):
         try:
@@ -2340,7 +2372,7 @@ class _Relay:
 
 
 def _has_gone(channel):
-    """Whether the client has closed the connection, and nothing of its commands is left."""
+    """Whether the client has closed the connection, and no command of it is left."""
     if channel.ac_in_buffer:
         return False
     try:
@@ -2585,7 +2617,7 @@ class _UpstreamSession:
 
 
 class _UpstreamLost(ConnectionError):
-    """The upstream has closed, or what it says can no longer be told from another reply."""
+    """The upstream has closed, or its replies can no longer be told apart."""
 
 
 class _RunsInCircle(Exception):
@@ -2593,7 +2625,7 @@ class _RunsInCircle(Exception):
 
 
 class _NotYet(Exception):
-    """The reply does not come at once: the same step, called again, will wait for it."""
+    """The reply did not come at once: call the same step again to wait for it."""
 
 
 class _Connection:
@@ -2675,7 +2707,7 @@ class _Connection:
         return reply
 
     def _has_sent(self, block):
-        """False if the server has said something before, or has closed."""
+        """Send a block; return False if the server has said something, or has closed."""
         if not self.is_silent():
             return False
         try:
@@ -2771,7 +2803,7 @@ _READABLE, _WRITABLE = 0, 1
 
 
 def _is_ready(sock, event, seconds):
-    """Wait until the socket is readable, or writable; false if it is not in time."""
+    """Wait until the socket is readable, or writable; return False if it takes too long."""
     if not hasattr(select, 'poll'):  # Windows, whose select() takes any descriptor
         sockets = [[], []]
         sockets[event] = [sock]
@@ -2800,7 +2832,7 @@ def _check(reply, good=range(200, 300)):
 
 
 def _is_success(reply):
-    return 200 <= reply[0] < 300  # RFC 5321, 4.3.2: by the first digit
+    return 200 <= reply[0] < 300  # RFC 5321, 4.3.2: the first digit tells
 
 
 def _refused_of(replies):
@@ -2847,7 +2879,7 @@ def _with_peer_header(octets, peer):
     headers_end = _end_of_headers(octets)
     peer_header = b'X-Peer: ' + _host_of(peer).encode('ascii', 'backslashreplace')
     if octets[-1:] == b'\n':
-        octets += b'\n'  # or else _deliver() would take the last, empty line for a line end
+        octets += b'\n'  # otherwise _deliver() would take the last, empty line for a line end
     if headers_end < len(octets):
         peer_header += b'\n'
     elif octets:

@@ -33,12 +33,12 @@ html_css_files = ['manual.css']
 
 # The attributes that the standard library's module had; its methods are all there.
 STANDARD = {
-    'SMTPServer': {'channel_class'},
+    'SMTPServer': {'channel_class', 'data_size_limit', 'enable_SMTPUTF8'},
     'SMTPChannel': {
         'smtp_server', 'conn', 'addr', 'peer', 'fqdn', 'received_lines', 'num_bytes', 'smtp_state',
         'seen_greeting', 'extended_smtp', 'mailfrom', 'rcpttos', 'mail_options', 'rcpt_options',
-        'require_SMTPUTF8', 'received_data', 'data_size_limit', 'command_size_limit',
-        'command_size_limits'},
+        'require_SMTPUTF8', 'received_data', 'data_size_limit', 'enable_SMTPUTF8',
+        'command_size_limit', 'command_size_limits', 'COMMAND', 'DATA'},
     'Options': {'setuid', 'classname', 'size_limit', 'enable_SMTPUTF8', 'localhost', 'localport',
                 'remotehost', 'remoteport'},
 }
@@ -47,13 +47,6 @@ STANDARD = {
 def mark(is_standard=True):
     return ['.. rst-class:: mark', '',
             'Standard' if is_standard else 'pysmtpd only: no effect below Python 3.12', '']
-
-
-def drop_signature(lines, class_name):
-    """Take away the paragraph that shows how a class is called: Sphinx shows that itself."""
-    text = '\n'.join(lines)
-    lines[:] = re.sub(r'^%s\(.*?\)(?:: arguments as .*?)?\n\n' % class_name, '', text,
-                      flags=re.MULTILINE | re.DOTALL).split('\n')
 
 
 def attributes_of_columns(lines, class_name):
@@ -81,7 +74,6 @@ def process_docstring(app, what, name, obj, options, lines):
     if what == 'module':
         return
     if what == 'class':
-        drop_signature(lines, name)
         attributes_of_columns(lines, name)
     lines[:0] = mark()
 
