@@ -1139,7 +1139,7 @@ class SMTPChannel(_Transport):
     # ------------------------------------------------------------------
 
     def _strip_command_keyword(self, keyword, arg):
-        """What stands after "FROM:" or "TO:" in `arg`; '' if it does not begin so."""
+        """The text after "FROM:" or "TO:" in `arg`; '' if it does not begin with that."""
         length = len(keyword)
         return arg[length:].strip() if arg[:length].upper() == keyword else ''
 
