@@ -382,8 +382,9 @@ class _Transport(asynchat.async_chat):
         if not _reads_as_asynchat(type(self)):
             super().handle_read()
             return
-        if self.producer_fifo and self._client_has_ended():
+        if self.producer_fifo and self._gate != _CLOSING and self._client_has_ended():
             self.close_when_done()
+            self._set_gate(_CLOSING)  # in case that is overridden: the end can be read for ever
             return
         try:
             data = self.recv(self.ac_in_buffer_size)
@@ -421,10 +422,10 @@ class _Transport(asynchat.async_chat):
     def _take_pieces(self):
         """Cut the input at its terminators, and pass the pieces on."""
         while self._unread_input and self._gate <= _IDLE and self.connected:
-            unread, start = self._unread_input, self._input_start
             is_direct = self._holds_replies or self._goes_past_hooks()
             try:
                 terminator = self.terminator if is_direct else self.get_terminator()
+                unread, start = self._unread_input, self._input_start
                 end = unread.find(_END_OF_LINE, start) if terminator is _END_OF_LINE else -1
                 if end >= 0:  # nearly all commands
                     is_whole, rest = True, end + 2
@@ -556,6 +557,10 @@ class _Transport(asynchat.async_chat):
         return self._gate == _IDLE or self._gate == _PAUSED or bool(super().writable())
 
     def handle_write_event(self):
+        if not self.connected:  # nothing can be sent, and writable() would be true for ever
+            if self._fileno is not None:  # not closed meanwhile
+                self.close()
+            return
         reads_replies = bool(self.producer_fifo)
         has_replied = self._has_replied
         super().handle_write_event()

@@ -1239,7 +1239,8 @@ class Case(typing.NamedTuple):
     def seen(self, name):
         """What an attribute is here, in the old module and in ours."""
         return [next((event[1][name] for event in reversed(trace[:self.at + 1])
-                      if event[0] == 'state' and name in event[1]), repr(WATCHED[name]))
+                      if event[0] == 'state' and name in event[1]),
+                     _state_text(name, WATCHED[name]))
                 for trace in (self.old, self.new)]
 
 
@@ -1250,7 +1251,10 @@ def all_methods(program):
 
 
 def overridden(program):
-    return {name for methods in all_methods(program) for name in methods}
+    mixin = program['after'] or {'base': None, 'methods': {}}
+    hidden = set(mixin['methods']) if mixin['base'] == 'object' else set()  # by asynchat's
+    return {name for methods in all_methods(program) for name in methods
+            if methods is not mixin['methods'] or name not in hidden}
 
 
 def compared(trace):
@@ -1354,17 +1358,23 @@ def sent_at_the_end(trace):
 
 
 BEGINNINGS = {'client', 'found_terminator', 'process_message', 'get_terminator',
-              'collect_incoming_data'}
+              'collect_incoming_data', '_getaddr', '_getparams', '_strip_command_keyword'}
+INPUT = {'found_terminator', 'process_message', 'get_terminator', 'collect_incoming_data'}
+BEGINS_DATA = ['set_terminator', repr(b'\r\n.\r\n')]  # smtp_DATA() replies later
 FAILURE = '451 Internal confusion\r\n'
 
 
 def was_answered(case):
     """Whether anything was sent since the program, or a command of the client, was called."""
     is_limited = case.program['room'] is not None or case.program['most'] is not None
-    for event in reversed(case.old[:case.at]):
+    for number in reversed(range(case.at)):
+        event = case.old[number]
+        if (event[0] == 'push' and not is_limited and case.old[number - 1][0] == 'state'
+                and 'ac_in_buffer' in case.old[number - 1][1]):
+            return False  # the first one of a command
         if event[0] == 'sent' or event[0] == 'push' and is_limited:
             return True
-        if event[0] in BEGINNINGS or event[0].startswith('smtp_'):
+        if event[0] in BEGINNINGS or event[0].startswith('smtp_') or event == BEGINS_DATA:
             return False
     return False
 
@@ -1374,7 +1384,7 @@ def until_error(events):
     for number, event in enumerate(events):
         if event[0] == 'error':
             return events[:number], event[1]
-        if event[0] == 'log_info':
+        if event[0] == 'log_info' and event[1] != repr('no exception'):
             return events[:number], event[1].strip("'")
     return events, None
 
@@ -1383,14 +1393,15 @@ def failure_answered(case):
     """Ours says 451 to a command or a message that failed before it had an answer."""
     if case.overrides('handle_error') or was_answered(case):
         return False
-    if case.old_rest[0] == ['closed'] and case.old[case.at - 1][0] == 'error':
+    if case.old_rest[0] in (['closed'], ['close']) and case.old[case.at - 1][0] == 'error':
         # What was sent is compared apart.
         return FAILURE[:5] in str([event for event in case.new_rest if event[0] == 'sent'])
     old_events, old_error = until_error(case.old_rest)
     new_events, new_error = until_error(case.new_rest)
     says = case.new_says() + ''.join(
         event[1] for event in case.new_rest[1:10] if event[0] == 'sent')
-    return (new_error == old_error is not None
+    push_fails = new_error is not None and ['push', repr(FAILURE[:-2])] in case.new_rest[:3]
+    return ((new_error == old_error or push_fails) and old_error is not None
             and all(event[0] in ('state', 'sent') for event in old_events)
             and (says[:5] == FAILURE[:5] or '451 Internal confusion' in str(new_events)))
 
@@ -1400,11 +1411,12 @@ def failed_message_is_over(case):
     calls = [event[0] for event in case.old[:case.at]
              if event[0] not in {'state', 'sent', 'push', *SENDING}]
     fault = next((event for event in case.old_rest if event[0] != 'state'), ['end'])
-    calls = calls[:-1] if calls[-1:] == ['error'] else calls
+    while calls[-1:] in (['error'], ['patched handle_error'], ['_set_post_data_state']):
+        calls.pop()
     return (calls[-1:] == ['process_message'] and fault in case.new_rest[:6]
             and fault[0] in ('handle_error', 'error', 'replaced handle_error', 'log_info',
-                             'handle_close', 'close')
-            and all(event[0] in ('state', 'set_terminator', '_set_post_data_state')
+                             'handle_close', 'close', 'left the loop')
+            and all(event[0] in ('state', 'set_terminator', '_set_post_data_state', 'sent')
                     for event in case.new_rest[:case.new_rest.index(fault)]))
 
 
@@ -1413,7 +1425,8 @@ def goes_on_after_failure(case):
     before = {event[0] for event in case.old[max(0, case.at - 8):case.at]}
     return (before.intersection(('handle_error', 'error', 'handle_close', 'close',
                                  'replaced handle_error'))
-            and case.old_rest[0][0] in ('client', 'end', 'map', 'sent')
+            and next(event[0] for event in case.old_rest if event[0] != 'state') in (
+                'client', 'end', 'map', 'sent')
             and (case.overrides('handle_error', 'handle_close', 'close')
                  or 'replace(' in case.source))
 
@@ -1457,7 +1470,45 @@ def has_ended(case):
 def stops_at_close_when_done(case):
     """After close_when_done() ours executes no more of what the client sent."""
     return (asks_for_the_end(case) and has_ended(case) and is_quiet(
-        [event for event in case.new_rest if event[0] not in ('sent', 'busy')]))
+        [event for event in until_close(case.new_rest) if event[0] not in ('sent', 'busy')])
+        and not any(event[0] in INPUT for event in case.new_rest))
+
+
+def until_close(events):
+    """The events up to where close() is called, which may have a body of the program's."""
+    return events[:next((number for number, event in enumerate(events)
+                         if event[0] in ('close', 'handle_close')), len(events))]
+
+
+def collects_less(case):
+    """After close_when_done() ours does not even collect what comes in."""
+    return (asks_for_the_end(case) and has_ended(case) and bool(case.state_differs_in())
+            and case.seen('received_lines')[1] == "'(none)'"
+            and case.state_differs_in() <= {'received_lines', 'num_bytes', 'ac_in_buffer'}
+            and case.seen('ac_in_buffer')[1] == "b''")
+
+
+def not_connected(case):
+    """A program that sets `connected` to false has ended the session, to ours."""
+    return 'self.connected = False' in case.source and is_quiet(
+        [event for event in case.new_rest if event[0] != 'busy'])
+
+
+def end_without_recv(case):
+    """Ours looks for the end of the input before it calls recv(), where something waits."""
+    old = [event[0] for event in case.old_rest if event[0] != 'state']
+    is_recv = old[0] in ('recv', 'patched recv')
+    return (is_recv and old[1] in ('closed', 'close', 'handle_close', 'patched handle_close')
+            and ['eof'] in case.program['client'] and case.program['room'] is not None
+            and case.new_rest[0] != case.old_rest[0] and is_quiet(
+                [event for event in case.new_rest if event[0] != 'sent']))
+
+
+def nothing_is_no_piece(case):
+    """A program emptied the buffer in get_terminator(): ours collects nothing."""
+    old, new = case.seen('received_lines')
+    return (case.state_differs_in() == {'received_lines'} and case.overrides('get_terminator')
+            and old in ("b''", "''") and new == "'(none)'")
 
 
 def debugs_less(case):
@@ -1478,7 +1529,7 @@ def old_never_ends(case):
 def state_is_there(case):
     """The old module has not set an attribute yet that ours has from the start."""
     event = next((each for each in case.old_rest if each[0] not in (
-        'state', '_set_rset_state', '_set_post_data_state')), ['end'])
+        'state', '_set_rset_state', '_set_post_data_state', 'patched handle_error')), ['end'])
     if event[0] == '__getattr__' and event[1].strip("'") in WATCHED:
         return True
     words = str(event[1] if event[1:] else '').strip("'").split()
@@ -1493,7 +1544,9 @@ def too_much_data(case):
     limit = case.program['data_size_limit']
     not_seen_yet = (case.program['room'] is not None and limit and limit < 1000
                     and 'smtp_state' in case.state_differs_in())
-    return not_seen_yet or any('552 Error: T' in str(event) for event in near)
+    is_over = (limit and limit < 1000 and case.new_rest[0] == ['_set_post_data_state']
+               and '552 Error: T' in str(case.new))
+    return not_seen_yet or is_over or any('552 Error: T' in str(event) for event in near)
 
 
 def sends_before_it_closes(case):
@@ -1549,7 +1602,10 @@ def control_character(case):
     """CR or LF is left in a command line: by a terminator of the program's own, mostly."""
     old, new = str(case.old_rest), str(case.new_rest[:6])
     is_in_reply = re.search(r'command "[^"]*\\+[rn]', old) is not None
-    return is_in_reply or ('terminator' in case.source and '500 Error: bad syntax' in new
+    is_in_name = re.fullmatch(r"\['__getattr__', .*\\+r.*\]", str(case.old_rest[0])) is not None
+    is_in_line = ('terminator' in case.source and '\\r\\n' in case.seen('received_lines')[1]
+                  and '501 Syntax: RCPT' in new and '555 RCPT' in old)
+    return is_in_reply or is_in_name or is_in_line or ('terminator' in case.source and '500 Error: bad syntax' in new
                            and '500 Error: bad syntax' not in old)
 
 
@@ -1584,6 +1640,10 @@ def empty_message(case):
 
 def first_dot(case):
     """A dot at the beginning of data may be the end of an empty message."""
+    if case.overrides('get_terminator') or 'replaced get_terminator' in str(case.old_rest[:4]):
+        return (case.state_differs_in() == {'received_lines', 'ac_in_buffer'}
+                and case.seen('received_lines')[0] == "b'.'"
+                and case.seen('ac_in_buffer')[1].startswith("b'."))
     pieces = [next((event[1] for event in events
                     if event[0].endswith('collect_incoming_data')), '')
               for events in (case.old_rest[:4], case.new_rest[:6])]
@@ -1592,7 +1652,7 @@ def first_dot(case):
 
 def abandoned_connection(case):
     """The server closes the connection of a channel that could not be made."""
-    return case.program['listens'] and case.new_rest[0] == ['closed'] and any(
+    return case.program['listens'] and ['closed'] in case.new_rest[:2] and any(
         event[0] in ('error', 'handle_error') for event in case.old_rest[:2]) and not any(
         event[0] == 'client' for event in case.new[:case.at])
 
@@ -1649,6 +1709,84 @@ def second_init(case):
             and case.state_differs_in() <= {'seen_greeting', 'extended_smtp'})
 
 
+BEGUN_ANEW = ('seen_greeting', 'extended_smtp', 'num_bytes', 'received_lines', 'mailfrom',
+              'rcpttos', 'terminator')
+
+
+def init_begins_first(case):
+    """What a program set before __init__(), or before it calls it again, is not seen in it."""
+    names = case.state_differs_in()
+    return (bool(names) and names <= {*BEGUN_ANEW} and case.source.count('__init__(') > 1
+            and all(case.seen(name)[1] == _state_text(name, WATCHED[name]) for name in names))
+
+
+def second_init_failed(case):
+    """A second __init__() did not get so far as to set `peer` again."""
+    old, new = case.old_rest[0], case.new_rest[0]
+    return (case.source.count('__init__(') > 1 and old[0] == new[0] == 'process_message'
+            and new[1] == 'None' and old[2:] == new[2:])
+
+
+def set_before_the_session(case):
+    """What a hook sets while the channel is made is not set back."""
+    return ("self.seen_greeting = 'set'" in case.source
+            and case.overrides('_set_rset_state', '_set_post_data_state', 'set_terminator')
+            and '503 Duplicate HELO/EHLO' in str(case.new_rest[0])
+            and '503 Duplicate HELO/EHLO' not in str(case.old_rest[0]))
+
+
+def log_info_fails(case):
+    """A log_info() of the program's that raises does not end the loop."""
+    old, new = case.old_rest[0], case.new_rest[0]
+    return (case.overrides('log_info') and old[0] == 'left the loop' and new == ['error', old[1]]
+            and any(event[0] == 'log_info' for event in case.old[case.at - 4:case.at]))
+
+
+def answer_fails(case):
+    """The 451 for a failing send() fails, too: one more line in the log."""
+    return (case.program['fails'] is not None and case.new_rest[0][0] == 'error'
+            and case.new_rest[0] in case.old[case.at - 3:case.at]
+            and case.new_rest[1:] == case.old_rest)
+
+
+def input_of_its_own(case):
+    """A command that fails has put itself into the input: ours goes on after the failure."""
+    never_ends = case.new == [['hung']] or case.new[-1] == ['busy']
+    return (never_ends and re.search(r"self\.ac_in_buffer \+?= b?'", case.source) is not None
+            and re.search(r'raise|Error', case.source) is not None)
+
+
+def behind_a_producer(case):
+    """A session fails while replies wait for a producer that stands before them."""
+    old, new = case.old_rest[0], case.new_rest[0]
+    return ('push_with_producer' in case.source and old[0] == new[0] == 'sent'
+            and old[1].startswith(new[1]) and ['closed'] in case.old[:case.at]
+            and any(event[0] == 'error' for event in case.old[:case.at]))
+
+
+def replied_past_push(case):
+    """A reply that the program gave to the socket itself is not known to be one."""
+    before = str([event for event in case.old[:case.at] if event[0] == 'sent'][-1:])
+    error = until_error(case.old_rest)[1]
+    return (re.search(r'self\.(send|socket\.send|conn\.sendall)\(', case.source) is not None
+            and re.search('250 (sent|socket|conn)', before) is not None
+            and error is not None and FAILURE[:-2] in str(case.new_rest[:6]))
+
+
+def malformed_path(case):
+    """A program's own input has made an address without a bracket."""
+    old, new = str(case.old_rest[:4]), str(case.new_rest[:4])
+    return ('ac_in_buffer' in case.source and "@xRSET'" in old + str(case.old[case.at - 4:])
+            and re.search('501 Syntax: (MAIL|RCPT)', new) is not None)
+
+
+def cannot_verify(case):
+    """VRFY of what _getaddr() finds no address in."""
+    old, new = str(case.old_rest[:3]), str(case.new_rest[:3])
+    return ('502 Could not VRFY' in old and '501 Syntax: VRFY' in new
+            and case.overrides('_getaddr'))
+
+
 def listener_lives_on(case):
     """The server listens on after the fault of a channel that was to be made."""
     return (case.program['listens'] and case.old_rest[0][0] == case.new_rest[0][0] == 'map'
@@ -1682,6 +1820,12 @@ ALLOWED = [
             'no more of the input is executed', without_state('ac_in_buffer')),
     Allowed(second_init, 'a second __init__() begins anew at once',
             'starts the session anew before', without_state('seen_greeting', 'extended_smtp')),
+    Allowed(init_begins_first, '__init__() begins anew at once',
+            'starts the session anew before', without_state(*BEGUN_ANEW)),
+    Allowed(second_init_failed, 'a second __init__() that fails leaves no `peer`',
+            'starts the session anew before'),
+    Allowed(set_before_the_session, 'what a hook sets while a channel is made stays',
+            'have their defaults from the start'),
     Allowed(set_before_a_failure, 'what a channel has before it fails',
             'have their defaults from the start', without_state('fqdn', 'peer', 'addr')),
     Allowed(failure_answered, 'a failure is answered with 451', 'raises before it has replied'),
@@ -1694,10 +1838,17 @@ ALLOWED = [
             'no more of the input is executed'),
     Allowed(stops_at_close_when_done, 'nothing is executed after close_when_done()',
             'no more of the input is executed'),
+    Allowed(collects_less, 'nothing is collected after close_when_done()',
+            'no more of the input is executed',
+            without_state('received_lines', 'num_bytes', 'ac_in_buffer')),
+    Allowed(not_connected, 'nothing is executed while `connected` is false',
+            'nor while ``connected`` is false'),
     Allowed(state_is_there, 'attributes are there before the old module sets them',
             'have their defaults from the start'),
     Allowed(sends_before_it_closes, 'what waits is sent before the end',
             'What waits to be sent is sent before'),
+    Allowed(end_without_recv, 'the end of the input is seen without a call of recv()',
+            'without a call of ``recv()``'),
     Allowed(sends_until_full, 'ours sends until the socket is full',
             'not one piece at each turn', sent_at_the_end),
     Allowed(control_character, 'control characters in a command', 'with control characters'),
@@ -1710,6 +1861,18 @@ ALLOWED = [
     Allowed(first_dot, 'a first dot may be an empty message', 'An empty message'),
     Allowed(fails_later, 'a connection that fails is noticed at another piece',
             'not one piece at each turn'),
+    Allowed(log_info_fails, 'a log_info() that fails does not end the loop',
+            'A ``log_info()`` that raises'),
+    Allowed(answer_fails, 'a 451 that cannot be sent is in the log, too',
+            'raises before it has replied'),
+    Allowed(input_of_its_own, 'a command that fails may be in the input again',
+            'and the session goes on'),
+    Allowed(behind_a_producer, 'what waits behind a producer is not sent',
+            'What waits behind a producer'),
+    Allowed(replied_past_push, 'a reply past push() is not known', 'past ``push()``'),
+    Allowed(malformed_path, 'an address without a bracket', 'a missing bracket'),
+    Allowed(cannot_verify, 'VRFY of what is no address', 'VRFY of what is no address'),
+    Allowed(nothing_is_no_piece, 'nothing is collected of nothing', 'Nothing is never collected'),
     Allowed(base_goes_on, 'a method of SMTPChannel goes on to the mixin behind',
             'goes on to the classes after'),
     Allowed(ends_first, 'a session that ends does so before the log has the fault',
