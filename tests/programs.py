@@ -1217,6 +1217,11 @@ class Case(typing.NamedTuple):
     def overrides(self, *names):
         return bool(overridden(self.program).intersection(names))
 
+    def raises_in(self, name):
+        """Whether a method of the program's has a statement that raises."""
+        return any('raise' in statement for methods in all_methods(self.program)
+                   for statement in methods.get(name, ()))
+
     def new_says(self):
         """What ours sends before anything else happens, beyond what the old module sends too."""
         first = self.new_rest[0]
@@ -1366,7 +1371,9 @@ FAILURE = '451 Internal confusion\r\n'
 
 def was_answered(case):
     """Whether anything was sent since the program, or a command of the client, was called."""
-    is_limited = case.program['room'] is not None or case.program['most'] is not None
+    push_fails = case.raises_in('push')
+    is_limited = not push_fails and (
+        case.program['room'] is not None or case.program['most'] is not None)
     for number in reversed(range(case.at)):
         event = case.old[number]
         if (event[0] == 'push' and not is_limited and case.old[number - 1][0] == 'state'
@@ -1411,8 +1418,14 @@ def failed_message_is_over(case):
     calls = [event[0] for event in case.old[:case.at]
              if event[0] not in {'state', 'sent', 'push', *SENDING}]
     fault = next((event for event in case.old_rest if event[0] != 'state'), ['end'])
-    while calls[-1:] in (['error'], ['patched handle_error'], ['_set_post_data_state']):
+    while calls[-1:] and calls[-1] in ('error', 'patched handle_error', 'closed',
+                                       '_set_post_data_state'):
         calls.pop()
+    fails_again = (case.new_rest[0] == ['_set_post_data_state']
+                   and case.raises_in('_set_post_data_state'))
+    if fails_again and calls[-1:] == ['process_message']:
+        return fault[0] in ('error', 'left the loop') and any(
+            event[0] == fault[0] for event in case.new_rest[:4])
     return (calls[-1:] == ['process_message'] and fault in case.new_rest[:6]
             and fault[0] in ('handle_error', 'error', 'replaced handle_error', 'log_info',
                              'handle_close', 'close', 'left the loop')
@@ -1462,15 +1475,21 @@ def asks_for_the_end(case):
 def has_ended(case):
     """Ours has ended the session, or would have but for the program or a full socket."""
     return (['closed'] in case.new or case.program['room'] is not None
-            or 'del_channel' in case.source or case.overrides(
+            or re.search('del_channel|fifo.clear|discard_buffers', case.source) is not None or case.overrides(
                 'handle_close', 'close', 'initiate_send', 'writable', 'handle_write',
                 'handle_write_event'))
 
 
 def stops_at_close_when_done(case):
     """After close_when_done() ours executes no more of what the client sent."""
+    harmless = {'sent', 'busy'}
+    if case.raises_in('handle_write'):
+        harmless.add('error')
+    if case.overrides('handle_write_event', 'handle_read_event'):  # it may push
+        harmless |= {'push', 'patched push'}
     return (asks_for_the_end(case) and has_ended(case) and is_quiet(
-        [event for event in until_close(case.new_rest) if event[0] not in ('sent', 'busy')])
+        [event for event in until_close(case.new_rest) if event[0] not in harmless
+         and not (event[0] == 'error' and event in case.old_rest)])
         and not any(event[0] in INPUT for event in case.new_rest))
 
 
@@ -1504,6 +1523,21 @@ def end_without_recv(case):
                 [event for event in case.new_rest if event[0] != 'sent']))
 
 
+def replaced_meanwhile(case):
+    """A hook was set in the instance while a message came in: called from the next one on."""
+    return (case.seen('smtp_state') != ['0', '0'] and case.seen('num_bytes')[1] != "'0'"
+            and re.search(r"replace\(self, '(collect|found_term|get_term)", case.source) is not None
+            and (case.state_differs_in() == {'received_lines'}
+                 or case.old_rest[0][0].startswith('replaced ')))
+
+
+def input_set_while_collecting(case):
+    """asynchat goes on with a copy of what it had."""
+    return case.new_rest[0][0] == 'collect_incoming_data' and any(
+        'self.ac_in_buffer' in statement for methods in all_methods(case.program)
+        for statement in methods.get('collect_incoming_data', ()))
+
+
 def nothing_is_no_piece(case):
     """A program emptied the buffer in get_terminator(): ours collects nothing."""
     old, new = case.seen('received_lines')
@@ -1515,7 +1549,8 @@ def debugs_less(case):
     """What is not executed after the end is not in the debugging output either."""
     old, new = case.old_rest[0], case.new_rest[0]
     is_less = old[0] == 'debug' and (new[0] != 'debug' or old[1].startswith(new[1]))
-    ends = asks_for_the_end(case) or case.program['fails'] is not None
+    ends = (asks_for_the_end(case) or case.program['fails'] is not None
+            or re.search(r'(socket|conn)\.close\(\)', case.source) is not None)
     return is_less and ends and has_ended(case) and not any(
         event[0].startswith(('smtp_', 'process_message')) for event in case.new_rest)
 
@@ -1529,7 +1564,7 @@ def old_never_ends(case):
 def state_is_there(case):
     """The old module has not set an attribute yet that ours has from the start."""
     event = next((each for each in case.old_rest if each[0] not in (
-        'state', '_set_rset_state', '_set_post_data_state', 'patched handle_error')), ['end'])
+        'state', '_set_rset_state', '_set_post_data_state', 'patched handle_error', 'sent')), ['end'])
     if event[0] == '__getattr__' and event[1].strip("'") in WATCHED:
         return True
     words = str(event[1] if event[1:] else '').strip("'").split()
@@ -1553,7 +1588,8 @@ def sends_before_it_closes(case):
     """Ours closes only when what waits for a client that reads slowly is sent."""
     old_closes = any(event[0] in ('closed', 'handle_close', 'close', 'replaced handle_close',
                                   'replaced close') for event in case.old_rest[:2])
-    new_sends = case.new_rest[0][0] == 'sent' and ['closed'] in case.new_rest
+    new_sends = (case.new_rest[0][0] in ('sent', 'close_when_done')
+                 and ['closed'] in case.new_rest)
     if case.old_rest[0][0] == 'sent' and case.new_says() and ['closed'] in case.old:
         return any(event[0] == 'error' for event in case.old) and ['closed'] in case.new
     is_limited = case.program['room'] is not None or case.program['most'] is not None
@@ -1579,7 +1615,8 @@ def ends_first(case):
     """A session that ends does so before the exception of the command that ended it is seen."""
     new_errors = [event for event in case.new_rest[:4] if event[0] in ('error', 'left the loop')]
     return (case.new_rest[0] == ['closed'] and asks_for_the_end(case)
-            and case.old_rest[0] in new_errors)
+            and (case.old_rest[0] in new_errors
+                 or case.old_rest[0] == case.new_rest[1] == ['patched handle_error']))
 
 
 def sends_until_full(case):
@@ -1605,7 +1642,9 @@ def control_character(case):
     is_in_name = re.fullmatch(r"\['__getattr__', .*\\+r.*\]", str(case.old_rest[0])) is not None
     is_in_line = ('terminator' in case.source and '\\r\\n' in case.seen('received_lines')[1]
                   and '501 Syntax: RCPT' in new and '555 RCPT' in old)
-    return is_in_reply or is_in_name or is_in_line or ('terminator' in case.source and '500 Error: bad syntax' in new
+    cut_off = (case.program['room'] is not None and 'terminator' in case.source
+               and case.new_rest[0][0] == 'sent' and case.new_rest[0][1][-4:] == '500 ')
+    return cut_off or is_in_reply or is_in_name or is_in_line or ('terminator' in case.source and '500 Error: bad syntax' in new
                            and '500 Error: bad syntax' not in old)
 
 
@@ -1634,15 +1673,14 @@ def text_as_terminator(case):
 def empty_message(case):
     return case.new_rest[0] != case.old_rest[0] and any(
         event[0] == 'process_message' and event[4] in ("b''", "''")
-        for event in case.new_rest[:3]) and not any(
-        event[0] == 'process_message' for event in case.old_rest[:3])
+        for event in case.new_rest[:4]) and not any(
+        event[0] == 'process_message' for event in case.old_rest[:4])
 
 
 def first_dot(case):
     """A dot at the beginning of data may be the end of an empty message."""
-    if case.overrides('get_terminator') or 'replaced get_terminator' in str(case.old_rest[:4]):
-        return (case.state_differs_in() == {'received_lines', 'ac_in_buffer'}
-                and case.seen('received_lines')[0] == "b'.'"
+    if case.state_differs_in() == {'received_lines', 'ac_in_buffer'}:
+        return (case.seen('received_lines')[0] in ("b'.'", "'.'")
                 and case.seen('ac_in_buffer')[1].startswith("b'."))
     pieces = [next((event[1] for event in events
                     if event[0].endswith('collect_incoming_data')), '')
@@ -1652,7 +1690,8 @@ def first_dot(case):
 
 def abandoned_connection(case):
     """The server closes the connection of a channel that could not be made."""
-    return case.program['listens'] and ['closed'] in case.new_rest[:2] and any(
+    return case.program['listens'] and (
+        ['closed'] in case.new_rest[:2] or case.new_rest[0] == ['close']) and any(
         event[0] in ('error', 'handle_error') for event in case.old_rest[:2]) and not any(
         event[0] == 'client' for event in case.new[:case.at])
 
@@ -1716,13 +1755,16 @@ BEGUN_ANEW = ('seen_greeting', 'extended_smtp', 'num_bytes', 'received_lines', '
 def init_begins_first(case):
     """What a program set before __init__(), or before it calls it again, is not seen in it."""
     names = case.state_differs_in()
-    return (bool(names) and names <= {*BEGUN_ANEW} and case.source.count('__init__(') > 1
+    return (bool(names) and names <= {*BEGUN_ANEW} and '__init__(' in case.source
             and all(case.seen(name)[1] == _state_text(name, WATCHED[name]) for name in names))
 
 
 def second_init_failed(case):
     """A second __init__() did not get so far as to set `peer` again."""
     old, new = case.old_rest[0], case.new_rest[0]
+    if old[0] == new[0] == 'sent' and old[1].replace(FQDN, '', 1) == new[1]:
+        return case.source.count('__init__(') > 1 and any(
+            event[0] == 'start raised' for event in case.old[:case.at])
     return (case.source.count('__init__(') > 1 and old[0] == new[0] == 'process_message'
             and new[1] == 'None' and old[2:] == new[2:])
 
@@ -1744,6 +1786,10 @@ def log_info_fails(case):
 
 def answer_fails(case):
     """The 451 for a failing send() fails, too: one more line in the log."""
+    if case.overrides('send', 'initiate_send'):
+        errors = [event for event in case.new_rest[:8] if event[0] == 'error']
+        return (FAILURE[:-2] in str(case.new_rest[:4]) and len(errors) > 1
+                and case.old_rest[0] in errors[1:])
     return (case.program['fails'] is not None and case.new_rest[0][0] == 'error'
             and case.new_rest[0] in case.old[case.at - 3:case.at]
             and case.new_rest[1:] == case.old_rest)
@@ -1752,6 +1798,9 @@ def answer_fails(case):
 def input_of_its_own(case):
     """A command that fails has put itself into the input: ours goes on after the failure."""
     never_ends = case.new == [['hung']] or case.new[-1] == ['busy']
+    if (never_ends and case.program['fails'] and case.overrides('set_terminator')
+            and ['error', 'AttributeError terminator'] in case.old):
+        return case.overrides('close')  # which pushes, which fails, which closes ...
     return (never_ends and re.search(r"self\.ac_in_buffer \+?= b?'", case.source) is not None
             and re.search(r'raise|Error', case.source) is not None)
 
@@ -1774,10 +1823,10 @@ def replied_past_push(case):
 
 
 def malformed_path(case):
-    """A program's own input has made an address without a bracket."""
-    old, new = str(case.old_rest[:4]), str(case.new_rest[:4])
-    return ('ac_in_buffer' in case.source and "@xRSET'" in old + str(case.old[case.at - 4:])
-            and re.search('501 Syntax: (MAIL|RCPT)', new) is not None)
+    """A program's own input stands directly behind an address, or in it."""
+    is_own = 'ac_in_buffer' in case.source or "collect_incoming_data(b'NOOP')" in case.source
+    return (is_own and re.search("@x>?RSET|@x>?NOOP|'NOOP'", str(case.old_rest[:4])) is not None
+            and re.search('501 Syntax: (MAIL|RCPT)', str(case.new_rest[:4])) is not None)
 
 
 def cannot_verify(case):
@@ -1872,7 +1921,10 @@ ALLOWED = [
     Allowed(replied_past_push, 'a reply past push() is not known', 'past ``push()``'),
     Allowed(malformed_path, 'an address without a bracket', 'a missing bracket'),
     Allowed(cannot_verify, 'VRFY of what is no address', 'VRFY of what is no address'),
-    Allowed(nothing_is_no_piece, 'nothing is collected of nothing', 'Nothing is never collected'),
+    Allowed(nothing_is_no_piece, 'nothing is collected of nothing', 'empty piece is never collected'),
+    Allowed(replaced_meanwhile, 'a hook that is replaced within a message', 'when it begins'),
+    Allowed(input_set_while_collecting, 'what a hook puts into ac_in_buffer is input',
+            'A piece is used up before'),
     Allowed(base_goes_on, 'a method of SMTPChannel goes on to the mixin behind',
             'goes on to the classes after'),
     Allowed(ends_first, 'a session that ends does so before the log has the fault',
