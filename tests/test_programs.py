@@ -1,4 +1,4 @@
-"""The oracle over programs (see programs.py), with seeds that never change.
+"""The oracle over programs (see compare_programs.py), with seeds that never change.
 
 Up to Python 3.11 the old module is this Python's own; later ones have none, and take
 python3.11's.
@@ -11,7 +11,7 @@ import sys
 import pytest
 
 import smtpd
-from tests import programs
+from tests import compare_programs, programs
 from tests.support import HERE, missing
 
 PROGRAMS = 1000
@@ -111,12 +111,12 @@ def test_a_limit_that_is_none_never_hangs_a_session(old, ours):
 
 
 def test_generated_programs_behave_alike(old, ours):
-    """Run python tests/programs.py for more of them, and to shrink what this finds."""
+    """Run python -m tests.compare_programs for more, and to shrink what this finds."""
     faults = []
-    for seed, case, _ in programs.compare_seeds(0, PROGRAMS, old, ours):
+    for seed, case, _ in compare_programs.compare_seeds(0, PROGRAMS, old, ours):
         if case is not None:
             faults.append('--show %d' % seed)
-            print(programs.shown_case(case))
+            print(compare_programs.shown_case(case))
     assert not faults
 
 
@@ -127,7 +127,7 @@ def test_every_row_of_the_table_has_words_in_the_documentation():
     with open(path, encoding='utf-8') as file:
         text = file.read().partition('Differences from the standard library\n=')[2]
     text = ' '.join(text.split())
-    assert [row.reason for row in programs.ALLOWED
+    assert [row.reason for row in compare_programs.ALLOWED
             if not row.readme or row.readme not in text] == []
 
 

@@ -1,0 +1,972 @@
+"""The oracle over programs: what may differ between the old module and ours, and what does.
+
+judge() compares two traces of one program (see programs.py); what may differ stands in the
+table ALLOWED.
+
+    python -m tests.compare_programs --seeds 1000:21000 --old python3.11 --new python3.13
+
+runs the old module of one Python against the smtpd.py of this checkout on another (which
+needs asyncore and asynchat: name a virtual environment's), shrinks what differs and is
+not allowed, and prints it.
+"""
+
+import argparse
+import collections
+import json
+import os
+import re
+import sys
+import typing
+
+from tests.programs import (
+    EMPTY_PROGRAM,
+    FQDN,
+    WATCHED,
+    Worker,
+    make_program,
+    method_source,
+    shortened,
+    shown,
+    source_of,
+    state_text,
+)
+
+OUR_MODULE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'smtpd.py')
+
+# ---------------------------------------------------------------------------
+# Comparing
+# ---------------------------------------------------------------------------
+
+class Case(typing.NamedTuple):
+    """A program, both traces, and the place where they first differ."""
+
+    program: dict
+    old: list
+    new: list
+    at: int
+
+    @property
+    def old_rest(self):
+        return self.old[self.at:] + [['end']]
+
+    @property
+    def new_rest(self):
+        return self.new[self.at:] + [['end']]
+
+    @property
+    def source(self):
+        return source_of(self.program)
+
+    def overrides(self, *names):
+        return bool(overridden(self.program).intersection(names))
+
+    def raises_in(self, name):
+        """Whether a method of the program's has a statement that raises."""
+        return any('raise' in statement for methods in all_methods(self.program)
+                   for statement in methods.get(name, ()))
+
+    def new_says(self):
+        """What ours sends before anything else happens, beyond what the old module sends too."""
+        first = self.new_rest[0]
+        if first[0] != 'sent':
+            return ''
+        if self.old_rest[0][0] != 'sent':
+            return first[1]
+        old = self.old_rest[0][1]
+        return first[1][len(old):] if first[1].startswith(old) else ''
+
+    def state_differs_in(self):
+        """The names of the attributes in which the states differ here."""
+        old, new = self.old_rest[0], self.new_rest[0]
+        if old[0] != 'state' and new[0] != 'state':
+            return set()
+        old = old[1] if old[0] == 'state' else {}
+        new = new[1] if new[0] == 'state' else {}
+        return {name for name in {*old, *new} if old.get(name) != new.get(name)}
+
+    def seen(self, name):
+        """What an attribute is here, in the old module and in ours."""
+        return [next((event[1][name] for event in reversed(trace[:self.at + 1])
+                      if event[0] == 'state' and name in event[1]),
+                     state_text(name, WATCHED[name]))
+                for trace in (self.old, self.new)]
+
+
+def all_methods(program):
+    """The methods of the channel's class and of its mixins."""
+    mixins = [program[where]['methods'] for where in ('before', 'after') if program[where]]
+    return [program['methods'], *mixins]
+
+
+def overridden(program):
+    mixin = program['after'] or {'base': None, 'methods': {}}
+    hidden = set(mixin['methods']) if mixin['base'] == 'object' else set()  # by asynchat's
+    return {name for methods in all_methods(program) for name in methods
+            if methods is not mixin['methods'] or name not in hidden}
+
+
+def compared(trace):
+    """The trace without what is nobody's business."""
+    together = []
+    for event in trace:
+        # Whether a line of debugging output or a reply comes first, nobody can tell.
+        if event[0] in ('sent', 'debug'):
+            run = 0
+            while run < len(together) and together[-1 - run][0] in ('sent', 'debug'):
+                run += 1
+            same = [each for each in together[len(together) - run:] if each[0] == event[0]]
+            if same:
+                same[0][1] += event[1]
+            else:
+                together.insert(len(together) - (run if event[0] == 'debug' else 0), list(event))
+        else:
+            together.append(event)
+    return together
+
+
+def first_case(program, old, new):
+    """The Case of two traces, or None where they are the same."""
+    for at, (one, other) in enumerate(zip(old, new)):
+        if one != other:
+            return Case(program, old, new, at)
+    if len(old) != len(new):
+        return Case(program, old, new, min(len(old), len(new)))
+    return None
+
+
+def judge(program, old, new):
+    """(Case that nothing allows, or None; the rows of ALLOWED that were needed)."""
+    old, new = compared(old), compared(new)
+    rows = []
+    while True:
+        case = first_case(program, old, new)
+        if case is None:
+            return None, rows
+        if old_never_ends(case):
+            return None, [NOT_COMPARED]
+        row = next((each for each in ALLOWED if each not in rows and each.applies(case)), None)
+        if row is None:
+            return case, rows
+        rows.append(row)
+        if row.forget is None:
+            return None, rows
+        old, new = compared(row.forget(old)), compared(row.forget(new))
+
+
+# ---------------------------------------------------------------------------
+# What may differ
+# ---------------------------------------------------------------------------
+
+class Allowed(typing.NamedTuple):
+    """A row of the table: what may differ, why, and README's words for it.
+
+    `forget` takes out of a trace what differs, and the rest is compared; without it
+    nothing that comes after is compared.
+    """
+
+    applies: typing.Callable
+    reason: str
+    readme: str
+    forget: typing.Optional[typing.Callable] = None
+
+
+def without_state(*names):
+    def forget(trace):
+        for event in trace:
+            if event[0] != 'state':
+                yield event
+                continue
+            left = {name: value for name, value in event[1].items() if name not in names}
+            if left:
+                yield ['state', left]
+
+    return lambda trace: list(forget(trace))
+
+
+SENDING = {'send', 'initiate_send', 'handle_write', 'handle_write_event', 'replaced send',
+           'patched send', 'patched initiate_send'}
+ENDING = {'closed', 'map', 'client', 'state', 'end', 'close', 'handle_close', 'replaced close',
+          'replaced handle_close', 'patched close', 'patched handle_close', *SENDING}
+
+
+def sent_at_the_end(trace):
+    """What was sent after each act of the client, all at the end of it; not by which calls."""
+    result, sent = [], ''
+    for event in [*without_state('producer_fifo')(trace), ['client']]:
+        if event[0] in SENDING:
+            continue
+        if event[0] == 'sent':
+            sent += event[1]
+            continue
+        if event[0] == 'client' and sent:
+            result.append(['sent', sent])
+            sent = ''
+        result.append(event)
+    return result[:-1]
+
+
+BEGINNINGS = {'client', 'found_terminator', 'process_message', 'get_terminator',
+              'collect_incoming_data', '_getaddr', '_getparams', '_strip_command_keyword'}
+INPUT = {'found_terminator', 'process_message', 'get_terminator', 'collect_incoming_data'}
+BEGINS_DATA = ['set_terminator', repr(b'\r\n.\r\n')]  # smtp_DATA() replies later
+FAILURE = '451 Internal confusion\r\n'
+
+
+def was_answered(case):
+    """Whether anything was sent since the program, or a command of the client, was called."""
+    push_fails = case.raises_in('push')
+    is_limited = not push_fails and (
+        case.program['room'] is not None or case.program['most'] is not None)
+    for number in reversed(range(case.at)):
+        event = case.old[number]
+        if (event[0] == 'push' and not is_limited and case.old[number - 1][0] == 'state'
+                and 'ac_in_buffer' in case.old[number - 1][1]):
+            return False  # the first one of a command
+        if event[0] == 'sent' or event[0] == 'push' and is_limited:
+            return True
+        if event[0] in BEGINNINGS or event[0].startswith('smtp_') or event == BEGINS_DATA:
+            return False
+    return False
+
+
+def until_error(events):
+    """The events up to the first error, and its name."""
+    for number, event in enumerate(events):
+        if event[0] == 'error':
+            return events[:number], event[1]
+        if event[0] == 'log_info' and event[1] != repr('no exception'):
+            return events[:number], event[1].strip("'")
+    return events, None
+
+
+def failure_answered(case):
+    """Ours says 451 to a command or a message that failed before it had an answer."""
+    if case.overrides('handle_error') or was_answered(case):
+        return False
+    if case.old_rest[0] in (['closed'], ['close']) and case.old[case.at - 1][0] == 'error':
+        # What was sent is compared apart.
+        return FAILURE[:5] in str([event for event in case.new_rest if event[0] == 'sent'])
+    old_events, old_error = until_error(case.old_rest)
+    new_events, new_error = until_error(case.new_rest)
+    says = case.new_says() + ''.join(
+        event[1] for event in case.new_rest[1:10] if event[0] == 'sent')
+    push_fails = new_error is not None and ['push', repr(FAILURE[:-2])] in case.new_rest[:3]
+    return ((new_error == old_error or push_fails) and old_error is not None
+            and all(event[0] in ('state', 'sent') for event in old_events)
+            and (says[:5] == FAILURE[:5] or '451 Internal confusion' in str(new_events)))
+
+
+def failed_message_is_over(case):
+    """A handler failed: ours forgets the transaction before handle_error() is called."""
+    calls = [event[0] for event in case.old[:case.at]
+             if event[0] not in {'state', 'sent', 'push', *SENDING}]
+    fault = next((event for event in case.old_rest if event[0] != 'state'), ['end'])
+    while calls[-1:] and calls[-1] in ('error', 'patched handle_error', 'closed',
+                                       '_set_post_data_state'):
+        calls.pop()
+    fails_again = (case.new_rest[0] == ['_set_post_data_state']
+                   and case.raises_in('_set_post_data_state'))
+    if fails_again and calls[-1:] == ['process_message']:
+        return fault[0] in ('error', 'left the loop') and any(
+            event[0] == fault[0] for event in case.new_rest[:4])
+    return (calls[-1:] == ['process_message'] and fault in case.new_rest[:6]
+            and fault[0] in ('handle_error', 'error', 'replaced handle_error', 'log_info',
+                             'handle_close', 'close', 'left the loop')
+            and all(event[0] in ('state', 'set_terminator', '_set_post_data_state', 'sent')
+                    for event in case.new_rest[:case.new_rest.index(fault)]))
+
+
+def goes_on_after_failure(case):
+    """Ours goes on with the input after a failure, the old module when more comes in."""
+    before = {event[0] for event in case.old[max(0, case.at - 8):case.at]}
+    return (before.intersection(('handle_error', 'error', 'handle_close', 'close',
+                                 'replaced handle_error'))
+            and next(event[0] for event in case.old_rest if event[0] != 'state') in (
+                'client', 'end', 'map', 'sent')
+            and (case.overrides('handle_error', 'handle_close', 'close')
+                 or 'replace(' in case.source))
+
+
+def limit_after_ehlo(case):
+    """command_size_limit holds after EHLO, too."""
+    near = str([*case.old_rest[:6], *case.new_rest[:6]])
+    return ('command_size_limit = ' in case.source
+            and ('line too long' in near or 'TypeError' in near))
+
+
+def set_before_a_failure(case):
+    """The channel could not be made, and has got so far."""
+    return (bool(case.state_differs_in()) and case.state_differs_in() <= {'fqdn', 'peer', 'addr'}
+            and any(event[0] in ('error', 'start raised', 'handle_error')
+                    for event in case.old[:case.at]))
+
+
+def is_quiet(events):
+    return all(event[0] in ENDING or event[0] == 'left the loop' for event in events)
+
+
+def stops_at_close(case):
+    """After close() ours executes no more of what the client sent."""
+    return ['closed'] in case.new[:case.at] and is_quiet(case.new_rest)
+
+
+def asks_for_the_end(case):
+    said = ''.join(event[1] for event in case.program['client'] if event[0] == 'feed')
+    return 'QUIT' in said.upper() or 'QUIT' in case.source or 'close_when_done' in case.source
+
+
+def has_ended(case):
+    """Ours has ended the session, or would have but for the program or a full socket."""
+    return (['closed'] in case.new or case.program['room'] is not None
+            or re.search('del_channel|fifo.clear|discard_buffers', case.source) is not None or case.overrides(
+                'handle_close', 'close', 'initiate_send', 'writable', 'handle_write',
+                'handle_write_event'))
+
+
+def stops_at_close_when_done(case):
+    """After close_when_done() ours executes no more of what the client sent."""
+    harmless = {'sent', 'busy'}
+    if case.raises_in('handle_write'):
+        harmless.add('error')
+    if case.overrides('handle_write_event', 'handle_read_event'):  # it may push
+        harmless |= {'push', 'patched push'}
+    return (asks_for_the_end(case) and has_ended(case) and is_quiet(
+        [event for event in until_close(case.new_rest) if event[0] not in harmless
+         and not (event[0] == 'error' and event in case.old_rest)])
+        and not any(event[0] in INPUT for event in case.new_rest))
+
+
+def until_close(events):
+    """The events up to where close() is called, which may have a body of the program's."""
+    return events[:next((number for number, event in enumerate(events)
+                         if event[0] in ('close', 'handle_close')), len(events))]
+
+
+def collects_less(case):
+    """After close_when_done() ours does not even collect what comes in."""
+    return (asks_for_the_end(case) and has_ended(case) and bool(case.state_differs_in())
+            and case.seen('received_lines')[1] == "'(none)'"
+            and case.state_differs_in() <= {'received_lines', 'num_bytes', 'ac_in_buffer'}
+            and case.seen('ac_in_buffer')[1] == "b''")
+
+
+def not_connected(case):
+    """A program that sets `connected` to false has ended the session, to ours."""
+    return 'self.connected = False' in case.source and is_quiet(
+        [event for event in case.new_rest if event[0] != 'busy'])
+
+
+def end_without_recv(case):
+    """Ours looks for the end of the input before it calls recv(), where something waits."""
+    old = [event[0] for event in case.old_rest if event[0] != 'state']
+    is_recv = old[0] in ('recv', 'patched recv')
+    return (is_recv and old[1] in ('closed', 'close', 'handle_close', 'patched handle_close')
+            and ['eof'] in case.program['client'] and case.program['room'] is not None
+            and case.new_rest[0] != case.old_rest[0] and is_quiet(
+                [event for event in case.new_rest if event[0] != 'sent']))
+
+
+def replaced_meanwhile(case):
+    """A hook was set in the instance while a message came in: called from the next one on."""
+    return (case.seen('smtp_state') != ['0', '0'] and case.seen('num_bytes')[1] != "'0'"
+            and re.search(r"replace\(self, '(collect|found_term|get_term)", case.source) is not None
+            and (case.state_differs_in() == {'received_lines'}
+                 or case.old_rest[0][0].startswith('replaced ')))
+
+
+def input_set_while_collecting(case):
+    """asynchat goes on with a copy of what it had."""
+    return case.new_rest[0][0] == 'collect_incoming_data' and any(
+        'self.ac_in_buffer' in statement for methods in all_methods(case.program)
+        for statement in methods.get('collect_incoming_data', ()))
+
+
+def nothing_is_no_piece(case):
+    """A program emptied the buffer in get_terminator(): ours collects nothing."""
+    old, new = case.seen('received_lines')
+    return (case.state_differs_in() == {'received_lines'} and case.overrides('get_terminator')
+            and old in ("b''", "''") and new == "'(none)'")
+
+
+def debugs_less(case):
+    """What is not executed after the end is not in the debugging output either."""
+    old, new = case.old_rest[0], case.new_rest[0]
+    is_less = old[0] == 'debug' and (new[0] != 'debug' or old[1].startswith(new[1]))
+    ends = (asks_for_the_end(case) or case.program['fails'] is not None
+            or re.search(r'(socket|conn)\.close\(\)', case.source) is not None)
+    return is_less and ends and has_ended(case) and not any(
+        event[0].startswith(('smtp_', 'process_message')) for event in case.new_rest)
+
+
+def old_never_ends(case):
+    """The old module turns in circles, or the program does in it."""
+    return any(event[0] in ('busy', 'hung') or 'RecursionError' in str(event[1:2])
+               for event in case.old)
+
+
+def state_is_there(case):
+    """The old module has not set an attribute yet that ours has from the start."""
+    event = next((each for each in case.old_rest if each[0] not in (
+        'state', '_set_rset_state', '_set_post_data_state', 'patched handle_error', 'sent')), ['end'])
+    if event[0] == '__getattr__' and event[1].strip("'") in WATCHED:
+        return True
+    words = str(event[1] if event[1:] else '').strip("'").split()
+    return (event[0] in ('error', 'start raised', 'handle_error', 'left the loop', 'log_info')
+            and words[:1] == ['AttributeError'] and words[1:] != [] and (
+                words[1] in WATCHED or words[1] in (
+                    'command_size_limits', '_decode_data', 'conn', 'smtp_server', 'socket')))
+
+
+def too_much_data(case):
+    near = [*case.old_rest[:3], *case.new_rest[:3], *case.old[max(0, case.at - 3):case.at]]
+    limit = case.program['data_size_limit']
+    not_seen_yet = (case.program['room'] is not None and limit and limit < 1000
+                    and 'smtp_state' in case.state_differs_in())
+    is_over = (limit and limit < 1000 and case.new_rest[0] == ['_set_post_data_state']
+               and '552 Error: T' in str(case.new))
+    return not_seen_yet or is_over or any('552 Error: T' in str(event) for event in near)
+
+
+def sends_before_it_closes(case):
+    """Ours closes only when what waits for a client that reads slowly is sent."""
+    old_closes = any(event[0] in ('closed', 'handle_close', 'close', 'replaced handle_close',
+                                  'replaced close') for event in case.old_rest[:2])
+    new_sends = (case.new_rest[0][0] in ('sent', 'close_when_done')
+                 and ['closed'] in case.new_rest)
+    if case.old_rest[0][0] == 'sent' and case.new_says() and ['closed'] in case.old:
+        return any(event[0] == 'error' for event in case.old) and ['closed'] in case.new
+    is_limited = case.program['room'] is not None or case.program['most'] is not None
+    return old_closes and (is_limited or new_sends)
+
+
+def fails_later(case):
+    """Ours has sent what it held before the connection fails, or tries again a turn later."""
+    return (case.program['fails'] is not None
+            and case.old_rest[0][0] in (
+                'closed', 'error', 'handle_error', 'log_info', 'handle_close')
+            and case.old_rest[0] in case.new_rest)
+
+
+def base_goes_on(case):
+    """smtpd.SMTPChannel.close(self) goes on to a mixin behind that has close(), too."""
+    mixin = case.program['after']
+    return mixin is not None and any('smtpd.SMTPChannel.%s(' % name in case.source
+                                     for name in mixin['methods'])
+
+
+def ends_first(case):
+    """A session that ends does so before the exception of the command that ended it is seen."""
+    new_errors = [event for event in case.new_rest[:4] if event[0] in ('error', 'left the loop')]
+    return (case.new_rest[0] == ['closed'] and asks_for_the_end(case)
+            and (case.old_rest[0] in new_errors
+                 or case.old_rest[0] == case.new_rest[1] == ['patched handle_error']))
+
+
+def sends_until_full(case):
+    """Ours sends until the socket is full, the old module one piece at each turn of the loop."""
+    nested = any('push' in statement or 'producer' in statement
+                 for name in ('initiate_send', 'send') for methods in all_methods(case.program)
+                 for statement in methods.get(name, ()) if 'once(' in statement)
+    if not (nested or 'push_with_producer' in case.source or 'ac_out_buffer_size' in case.source
+            or 'producer_fifo' in case.source or case.program['most'] is not None
+            or case.program['room'] is not None):
+        return False
+    old, new = case.old_rest[0], case.new_rest[0]
+    return (case.state_differs_in() == {'producer_fifo'}
+            or old[0] == new[0] == 'sent' and (
+                old[1].startswith(new[1]) or new[1].startswith(old[1]))
+            or old[0] in SENDING or new[0] in SENDING or (old[0] == 'sent') != (new[0] == 'sent'))
+
+
+def control_character(case):
+    """CR or LF is left in a command line: by a terminator of the program's own, mostly."""
+    old, new = str(case.old_rest), str(case.new_rest[:6])
+    is_in_reply = re.search(r'command "[^"]*\\+[rn]', old) is not None
+    is_in_name = re.fullmatch(r"\['__getattr__', .*\\+r.*\]", str(case.old_rest[0])) is not None
+    is_in_line = ('terminator' in case.source and '\\r\\n' in case.seen('received_lines')[1]
+                  and '501 Syntax: RCPT' in new and '555 RCPT' in old)
+    cut_off = (case.program['room'] is not None and 'terminator' in case.source
+               and case.new_rest[0][0] == 'sent' and case.new_rest[0][1][-4:] == '500 ')
+    return cut_off or is_in_reply or is_in_name or is_in_line or ('terminator' in case.source and '500 Error: bad syntax' in new
+                           and '500 Error: bad syntax' not in old)
+
+
+def pieces_of_either_kind(case):
+    """The program puts bytes among text into received_lines, or text among bytes."""
+    return ('received_lines.append(data' in case.source
+            and any(event in (['error', 'TypeError'], ['handle_error', "'TypeError'"],
+                              ['log_info', "'TypeError'", "'error'"])
+                    for event in case.old_rest[:2]))
+
+
+def lines_of_a_reply(case):
+    """A reply of several lines that a handler returned is pushed line by line."""
+    return '550-no\\\\r\\\\n550 not' in (
+        str(case.old_rest[0]).replace('\\\\\\\\', '\\\\'))
+
+
+def text_as_terminator(case):
+    """set_terminator() of text is taken; it ended the session."""
+    error = until_error(case.old_rest[:4])[1]
+    return "set_terminator('" in case.source and (
+        error == 'TypeError' or case.state_differs_in() == {'terminator'}
+        or ['handle_error', "'TypeError'"] in case.old_rest[:4])
+
+
+def empty_message(case):
+    return case.new_rest[0] != case.old_rest[0] and any(
+        event[0] == 'process_message' and event[4] in ("b''", "''")
+        for event in case.new_rest[:4]) and not any(
+        event[0] == 'process_message' for event in case.old_rest[:4])
+
+
+def first_dot(case):
+    """A dot at the beginning of data may be the end of an empty message."""
+    if case.state_differs_in() == {'received_lines', 'ac_in_buffer'}:
+        return (case.seen('received_lines')[0] in ("b'.'", "'.'")
+                and case.seen('ac_in_buffer')[1].startswith("b'."))
+    pieces = [next((event[1] for event in events
+                    if event[0].endswith('collect_incoming_data')), '')
+              for events in (case.old_rest[:4], case.new_rest[:6])]
+    return pieces[0] == "b'.'" and pieces[1].startswith("b'.")
+
+
+def abandoned_connection(case):
+    """The server closes the connection of a channel that could not be made."""
+    return case.program['listens'] and (
+        ['closed'] in case.new_rest[:2] or case.new_rest[0] == ['close']) and any(
+        event[0] in ('error', 'handle_error') for event in case.old_rest[:2]) and not any(
+        event[0] == 'client' for event in case.new[:case.at])
+
+
+def piece_in_another_form(case):
+    """Nobody but a hook of asynchat's sees the pieces of what is not whole yet."""
+    return (case.state_differs_in() <= {'received_lines', 'num_bytes', 'ac_in_buffer'}
+            and bool(case.state_differs_in()) and not case.overrides(
+                'collect_incoming_data', 'found_terminator', 'get_terminator')
+            and not any(event[0].startswith(
+                ('replaced collect_', 'replaced found_', 'replaced get_')) for event in case.old))
+
+
+def number_as_terminator(case):
+    """A terminator that is a number is counted down before the hook is called."""
+    return case.state_differs_in() == {'terminator'} and (case.overrides('get_terminator') or any(
+        event[0].endswith('collect_incoming_data')
+        for event in [*case.old_rest[:2], *case.new_rest[:2]]))
+
+
+def buffer_is_emptied(case):
+    """close() lets go of what the client sent."""
+    return ['closed'] in case.old[:case.at] and 'ac_in_buffer' in case.state_differs_in()
+
+
+def piece_is_used_up(case):
+    """A piece is out of the buffer before collect_incoming_data(), even if that raises."""
+    calls = [event[0] for event in case.old[:case.at] if event[0] != 'state']
+    if case.old_rest[0][0].endswith('collect_incoming_data') and case.overrides('handle_error'):
+        return any('raise' in statement for methods in all_methods(case.program)
+                   for statement in methods.get('collect_incoming_data', ()))
+    return 'ac_in_buffer' in case.state_differs_in() and (
+        calls[-1:] != [] and calls[-1].endswith('collect_incoming_data'))
+
+
+def counted_as_in_rfc_1870(case):
+    """num_bytes, while data is received."""
+    return 'num_bytes' in case.state_differs_in() and case.seen('smtp_state')[0] != '0'
+
+
+def message_is_let_go(case):
+    return ('received_data' in case.state_differs_in()
+            and case.seen('received_data')[1] in ("''", "b''"))
+
+
+def options_left_behind(case):
+    return bool(case.state_differs_in().intersection(('mail_options', 'rcpt_options')))
+
+
+def second_init(case):
+    """A second __init__() begins the session anew before it calls any hook."""
+    is_made = any(event[0] == 'client' for event in case.old[:case.at])
+    return (('__init__' in case.source or not is_made) and bool(case.state_differs_in())
+            and case.state_differs_in() <= {'seen_greeting', 'extended_smtp'})
+
+
+BEGUN_ANEW = ('seen_greeting', 'extended_smtp', 'num_bytes', 'received_lines', 'mailfrom',
+              'rcpttos', 'terminator')
+
+
+def init_begins_first(case):
+    """What a program set before __init__(), or before it calls it again, is not seen in it."""
+    names = case.state_differs_in()
+    return (bool(names) and names <= {*BEGUN_ANEW} and '__init__(' in case.source
+            and all(case.seen(name)[1] == state_text(name, WATCHED[name]) for name in names))
+
+
+def second_init_failed(case):
+    """A second __init__() did not get so far as to set `peer` again."""
+    old, new = case.old_rest[0], case.new_rest[0]
+    if old[0] == new[0] == 'sent' and old[1].replace(FQDN, '', 1) == new[1]:
+        return case.source.count('__init__(') > 1 and any(
+            event[0] == 'start raised' for event in case.old[:case.at])
+    return (case.source.count('__init__(') > 1 and old[0] == new[0] == 'process_message'
+            and new[1] == 'None' and old[2:] == new[2:])
+
+
+def set_before_the_session(case):
+    """What a hook sets while the channel is made is not set back."""
+    return ("self.seen_greeting = 'set'" in case.source
+            and case.overrides('_set_rset_state', '_set_post_data_state', 'set_terminator')
+            and '503 Duplicate HELO/EHLO' in str(case.new_rest[0])
+            and '503 Duplicate HELO/EHLO' not in str(case.old_rest[0]))
+
+
+def log_info_fails(case):
+    """A log_info() of the program's that raises does not end the loop."""
+    old, new = case.old_rest[0], case.new_rest[0]
+    return (case.overrides('log_info') and old[0] == 'left the loop' and new == ['error', old[1]]
+            and any(event[0] == 'log_info' for event in case.old[case.at - 4:case.at]))
+
+
+def answer_fails(case):
+    """The 451 for a failing send() fails, too: one more line in the log."""
+    if case.overrides('send', 'initiate_send'):
+        errors = [event for event in case.new_rest[:8] if event[0] == 'error']
+        return (FAILURE[:-2] in str(case.new_rest[:4]) and len(errors) > 1
+                and case.old_rest[0] in errors[1:])
+    return (case.program['fails'] is not None and case.new_rest[0][0] == 'error'
+            and case.new_rest[0] in case.old[case.at - 3:case.at]
+            and case.new_rest[1:] == case.old_rest)
+
+
+def input_of_its_own(case):
+    """A command that fails has put itself into the input: ours goes on after the failure."""
+    never_ends = case.new == [['hung']] or case.new[-1] == ['busy']
+    if (never_ends and case.program['fails'] and case.overrides('set_terminator')
+            and ['error', 'AttributeError terminator'] in case.old):
+        return case.overrides('close')  # which pushes, which fails, which closes ...
+    return (never_ends and re.search(r"self\.ac_in_buffer \+?= b?'", case.source) is not None
+            and re.search(r'raise|Error', case.source) is not None)
+
+
+def behind_a_producer(case):
+    """A session fails while replies wait for a producer that stands before them."""
+    old, new = case.old_rest[0], case.new_rest[0]
+    return ('push_with_producer' in case.source and old[0] == new[0] == 'sent'
+            and old[1].startswith(new[1]) and ['closed'] in case.old[:case.at]
+            and any(event[0] == 'error' for event in case.old[:case.at]))
+
+
+def replied_past_push(case):
+    """A reply that the program gave to the socket itself is not known to be one."""
+    before = str([event for event in case.old[:case.at] if event[0] == 'sent'][-1:])
+    error = until_error(case.old_rest)[1]
+    return (re.search(r'self\.(send|socket\.send|conn\.sendall)\(', case.source) is not None
+            and re.search('250 (sent|socket|conn)', before) is not None
+            and error is not None and FAILURE[:-2] in str(case.new_rest[:6]))
+
+
+def malformed_path(case):
+    """A program's own input stands directly behind an address, or in it."""
+    is_own = 'ac_in_buffer' in case.source or "collect_incoming_data(b'NOOP')" in case.source
+    return (is_own and re.search("@x>?RSET|@x>?NOOP|'NOOP'", str(case.old_rest[:4])) is not None
+            and re.search('501 Syntax: (MAIL|RCPT)', str(case.new_rest[:4])) is not None)
+
+
+def cannot_verify(case):
+    """VRFY of what _getaddr() finds no address in."""
+    old, new = str(case.old_rest[:3]), str(case.new_rest[:3])
+    return ('502 Could not VRFY' in old and '501 Syntax: VRFY' in new
+            and case.overrides('_getaddr'))
+
+
+def listener_lives_on(case):
+    """The server listens on after the fault of a channel that was to be made."""
+    return (case.program['listens'] and case.old_rest[0][0] == case.new_rest[0][0] == 'map'
+            and '8' not in case.old_rest[0][1] and '8' in case.new_rest[0][1])
+
+
+def gone_already(case):
+    """A connection that is closed while the channel is made is no error."""
+    return (case.old_rest[0] in (['start raised', 'OSError'], ['error', 'OSError'])
+            and ['closed'] in case.new[:case.at]
+            and not any(event[0] == 'client' for event in case.new[:case.at]))
+
+
+NOT_COMPARED = Allowed(old_never_ends, 'not compared: the old module never comes to rest', '')
+
+ALLOWED = [
+    Allowed(counted_as_in_rfc_1870, 'num_bytes in data: RFC 1870 says what counts',
+            'CRLF counts as two, doubled dots as one', without_state('num_bytes')),
+    Allowed(message_is_let_go, 'the last message is let go early',
+            "let go at the session's next command", without_state('received_data')),
+    Allowed(options_left_behind, 'what was refused leaves no trace',
+            'leave no trace', without_state('mail_options', 'rcpt_options')),
+    Allowed(piece_in_another_form, 'what is not whole yet is kept in another form',
+            'Where neither is overridden, ``received_lines`` stays empty',
+            without_state('received_lines', 'num_bytes', 'ac_in_buffer')),
+    Allowed(number_as_terminator, 'a number as terminator is counted down early',
+            'A piece is used up before', without_state('terminator')),
+    Allowed(piece_is_used_up, 'a piece is used up before collect_incoming_data() is called',
+            'A piece is used up before', without_state('ac_in_buffer')),
+    Allowed(buffer_is_emptied, 'close() lets go of what the client sent',
+            'no more of the input is executed', without_state('ac_in_buffer')),
+    Allowed(second_init, 'a second __init__() begins anew at once',
+            'starts the session anew before', without_state('seen_greeting', 'extended_smtp')),
+    Allowed(init_begins_first, '__init__() begins anew at once',
+            'starts the session anew before', without_state(*BEGUN_ANEW)),
+    Allowed(second_init_failed, 'a second __init__() that fails leaves no `peer`',
+            'starts the session anew before'),
+    Allowed(set_before_the_session, 'what a hook sets while a channel is made stays',
+            'have their defaults from the start'),
+    Allowed(set_before_a_failure, 'what a channel has before it fails',
+            'have their defaults from the start', without_state('fqdn', 'peer', 'addr')),
+    Allowed(failure_answered, 'a failure is answered with 451', 'raises before it has replied'),
+    Allowed(failed_message_is_over, 'a failed message is over', 'its message is forgotten'),
+    Allowed(goes_on_after_failure, 'the input after a failure is not left lying',
+            'does not wait for more'),
+    Allowed(stops_at_close, 'nothing is executed after close()',
+            'no more of the input is executed'),
+    Allowed(debugs_less, 'nothing is executed after the end, nor in the debugging output',
+            'no more of the input is executed'),
+    Allowed(stops_at_close_when_done, 'nothing is executed after close_when_done()',
+            'no more of the input is executed'),
+    Allowed(collects_less, 'nothing is collected after close_when_done()',
+            'no more of the input is executed',
+            without_state('received_lines', 'num_bytes', 'ac_in_buffer')),
+    Allowed(not_connected, 'nothing is executed while `connected` is false',
+            'nor while ``connected`` is false'),
+    Allowed(state_is_there, 'attributes are there before the old module sets them',
+            'have their defaults from the start'),
+    Allowed(sends_before_it_closes, 'what waits is sent before the end',
+            'What waits to be sent is sent before'),
+    Allowed(end_without_recv, 'the end of the input is seen without a call of recv()',
+            'without a call of ``recv()``'),
+    Allowed(sends_until_full, 'ours sends until the socket is full',
+            'not one piece at each turn', sent_at_the_end),
+    Allowed(control_character, 'control characters in a command', 'with control characters'),
+    Allowed(pieces_of_either_kind, 'received_lines may hold text and bytes',
+            'may mix bytes and text'),
+    Allowed(lines_of_a_reply, 'a reply of several lines is pushed line by line',
+            'each of them is pushed'),
+    Allowed(text_as_terminator, 'text is taken as a terminator', 'takes text'),
+    Allowed(empty_message, 'an empty message is a message', 'An empty message'),
+    Allowed(first_dot, 'a first dot may be an empty message', 'An empty message'),
+    Allowed(fails_later, 'a connection that fails is noticed at another piece',
+            'not one piece at each turn'),
+    Allowed(log_info_fails, 'a log_info() that fails does not end the loop',
+            'A ``log_info()`` that raises'),
+    Allowed(answer_fails, 'a 451 that cannot be sent is in the log, too',
+            'raises before it has replied'),
+    Allowed(input_of_its_own, 'a command that fails may be in the input again',
+            'and the session goes on'),
+    Allowed(behind_a_producer, 'what waits behind a producer is not sent',
+            'What waits behind a producer'),
+    Allowed(replied_past_push, 'a reply past push() is not known', 'past ``push()``'),
+    Allowed(malformed_path, 'an address without a bracket', 'a missing bracket'),
+    Allowed(cannot_verify, 'VRFY of what is no address', 'VRFY of what is no address'),
+    Allowed(nothing_is_no_piece, 'nothing is collected of nothing', 'empty piece is never collected'),
+    Allowed(replaced_meanwhile, 'a hook that is replaced within a message', 'when it begins'),
+    Allowed(input_set_while_collecting, 'what a hook puts into ac_in_buffer is input',
+            'A piece is used up before'),
+    Allowed(base_goes_on, 'a method of SMTPChannel goes on to the mixin behind',
+            'goes on to the classes after'),
+    Allowed(ends_first, 'a session that ends does so before the log has the fault',
+            'What waits to be sent is sent before'),
+    Allowed(abandoned_connection, 'a connection without a channel is closed',
+            'Where making a channel fails'),
+    Allowed(listener_lives_on, 'a listener outlives faults', 'Where making a channel fails'),
+    Allowed(limit_after_ehlo, 'command_size_limit holds after EHLO, too', 'holds after EHLO, too'),
+    Allowed(gone_already, 'a client that has gone already is no error',
+            'a client that has gone already is no fault'),
+    Allowed(too_much_data, 'a message over the limit', 'refused with ``552``'),
+]
+
+
+# ---------------------------------------------------------------------------
+# Shrinking
+# ---------------------------------------------------------------------------
+
+def shrunk(program, is_interesting):
+    """The smallest program found by leaving things out that is still interesting."""
+    smaller = True
+    while smaller:
+        smaller = False
+        for candidate in smaller_programs(program):
+            if is_interesting(candidate):
+                program, smaller = candidate, True
+                break
+    return program
+
+
+def smaller_programs(program):
+    yield from _with_smaller_client(program)
+    for name, value in EMPTY_PROGRAM.items():
+        if name != 'client' and program[name] != value:
+            yield {**program, name: value}
+    for where in 'methods', 'server':
+        for methods in _smaller_methods(program[where]):
+            yield {**program, where: methods}
+    for where in 'before', 'after':
+        if program[where]:
+            for methods in _smaller_methods(program[where]['methods']):
+                yield {**program, where: {**program[where], 'methods': methods}}
+    for name in program['attributes']:
+        yield {**program, 'attributes': _without(program['attributes'], name)}
+
+
+def _without(mapping, name):
+    return {key: value for key, value in mapping.items() if key != name}
+
+
+def _smaller_methods(methods):
+    for name in methods:
+        yield _without(methods, name)
+    for name, body in methods.items():
+        for number, statement in enumerate(body):
+            yield {**methods, name: body[:number] + body[number + 1:]}
+            for smaller in _smaller_statements(statement):
+                yield {**methods, name: body[:number] + [smaller] + body[number + 1:]}
+
+
+def _smaller_statements(statement):
+    lines = statement.split('\n')
+    if len(lines) == 1:
+        return
+    guard = re.fullmatch(r'if once\(.*\):', lines[0])
+    if guard and all(line.startswith('    ') for line in lines[1:]):
+        yield '\n'.join(line[4:] for line in lines[1:])
+    for number in range(len(lines)):
+        smaller = '\n'.join(lines[:number] + lines[number + 1:])
+        try:
+            compile(method_source('f', [smaller]).strip(), '', 'exec')
+        except SyntaxError:
+            continue
+        yield smaller
+
+
+def _with_smaller_client(program):
+    client = program['client']
+    for number in range(len(client), 0, -1):
+        yield {**program, 'client': client[:number - 1]} if number < len(client) else {
+            **program, 'client': client[:-1]}
+    for number, event in enumerate(client):
+        yield {**program, 'client': client[:number] + client[number + 1:]}
+        if event[0] != 'feed':
+            continue
+        if number + 1 < len(client) and client[number + 1][0] == 'feed':
+            joined = ['feed', event[1] + client[number + 1][1]]
+            yield {**program, 'client': client[:number] + [joined] + client[number + 2:]}
+        lines = event[1].splitlines(True)
+        for place in range(len(lines) if len(lines) > 1 else 0):
+            less = ''.join(lines[:place] + lines[place + 1:])
+            yield {**program,
+                   'client': client[:number] + [['feed', less]] + client[number + 1:]}
+
+
+# ---------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------
+
+def compare_seeds(first, last, old, new, chunk=100):
+    """Yield (seed, *judgement) for each seed from first up to last."""
+    for start in range(first, last, chunk):
+        seeds = range(start, min(start + chunk, last))
+        answers = [worker.ask([start, seeds.stop], len(seeds)) for worker in (old, new)]
+        for seed, old_line, new_line in zip(seeds, *answers):
+            if old_line == new_line:
+                yield seed, None, []
+            else:
+                traces = json.loads(old_line), json.loads(new_line)
+                yield (seed, *judge(make_program(seed), *traces))
+
+
+def signature(case):
+    """What differences of the same origin have in common, mostly."""
+    old, new = case.old_rest[0], case.new_rest[0]
+    if old[0] == new[0] == 'state':
+        names = sorted(name for name in {*old[1], *new[1]} if old[1].get(name) != new[1].get(name))
+        return 'state of ' + ' '.join(names)
+    texts = [old[1:] and str(old[1]), new[1:] and str(new[1])]
+    if old[0] == new[0] and None not in texts:
+        same = len(os.path.commonprefix(texts))
+        texts = [text[max(0, same - 3):] for text in texts]
+    texts = ['' if event[0] == 'state' or not text else text[:15].strip().replace('\n', ' ')
+             for event, text in zip((old, new), texts)]
+    return '%s %s / %s %s' % (old[0], texts[0], new[0], texts[1])
+
+
+def shown_case(case):
+    lines = [shown(case.program), '']
+    same = case.at
+    lines += ['both  %s' % shown_event(event) for event in case.old[max(0, same - 6):same]]
+    lines += ['old   %s' % shown_event(event) for event in case.old[same:same + 8]]
+    lines += ['ours  %s' % shown_event(event) for event in case.new[same:same + 8]]
+    return '\n'.join(lines)
+
+
+def shown_event(event):
+    return ' '.join(shortened(each) if number else each for number, each in enumerate(event))
+
+
+def parse_arguments(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--seeds', default='0:1000', help='first:last+1')
+    parser.add_argument('--old', default='python3.11', help='a Python with the old module')
+    parser.add_argument('--new', default=sys.executable, help='the Python for ours')
+    parser.add_argument('--module', default=OUR_MODULE, help='our smtpd.py')
+    parser.add_argument('--shrink', type=int, default=1, help='so many of each kind (default 1)')
+    parser.add_argument('--show', help='the seed of one program: show it and both traces')
+    parser.add_argument('--kinds', type=int, default=20, help='kinds of differences to show')
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    options = parse_arguments(arguments)
+    with Worker(options.old) as old, Worker(options.new, options.module) as new:
+        return compare_and_report(options, old, new)
+
+
+def compare_and_report(options, old, new):
+    if options.show is not None:
+        show_one(make_program(int(options.show)), old, new)
+        return 0
+    first, last = map(int, options.seeds.split(':'))
+    faults = collections.defaultdict(list)
+    rows = collections.Counter()
+    differing = 0
+    for _, case, needed in compare_seeds(first, last, old, new):
+        differing += bool(case or needed)
+        rows.update(row.reason for row in needed)
+        if case is not None:
+            faults[signature(case)].append(case)
+    count = sum(map(len, faults.values()))
+    total = last - first
+    print('%d programs, %s against %s: %d alike, %d differ as allowed, %d otherwise' % (
+        total, options.new, options.old, total - differing, differing - count, count))
+    for reason, times in rows.most_common():
+        print('%6d  %s' % (times, reason))
+    for kind, cases in sorted(faults.items(), key=lambda item: -len(item[1]))[:options.kinds]:
+        print('=' * 80 + '\n%d of this kind: %s' % (len(cases), kind))
+        for case in cases[:options.shrink]:
+            print(shown_case(shrunk_case(case, kind, old, new)) + '\n')
+    return 1 if faults else 0
+
+
+def shrunk_case(case, kind, old, new):
+    def fault(program):
+        case, _ = judge(program, old.run(program), new.run(program))
+        return case if case is not None and signature(case) == kind else None
+
+    return fault(shrunk(case.program, fault)) or case
+
+
+def show_one(program, old, new):
+    print(shown(program))
+    for name, worker in ('old', old), ('ours', new):
+        print('\n# ' + name)
+        for event in worker.run(program):
+            print(shown_event(event))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
