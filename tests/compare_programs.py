@@ -318,9 +318,9 @@ def asks_for_the_end(case):
 def has_ended(case):
     """Ours has ended the session, or would have but for the program or a full socket."""
     return (['closed'] in case.new or case.program['room'] is not None
-            or re.search('del_channel|fifo.clear|discard_buffers', case.source) is not None or case.overrides(
-                'handle_close', 'close', 'initiate_send', 'writable', 'handle_write',
-                'handle_write_event'))
+            or re.search('del_channel|fifo.clear|discard_buffers', case.source) is not None
+            or case.overrides('handle_close', 'close', 'initiate_send', 'writable',
+                              'handle_write', 'handle_write_event'))
 
 
 def stops_at_close_when_done(case):
@@ -368,8 +368,9 @@ def end_without_recv(case):
 
 def replaced_meanwhile(case):
     """A hook was set in the instance while a message came in: called from the next one on."""
-    return (case.seen('smtp_state') != ['0', '0'] and case.seen('num_bytes')[1] != "'0'"
-            and re.search(r"replace\(self, '(collect|found_term|get_term)", case.source) is not None
+    hooks = r"replace\(self, '(collect_inc|found_term|get_term)"
+    return (case.seen('smtp_state') != ['0', '0'] and case.seen('num_bytes')[1] != '0'
+            and re.search(hooks, case.source) is not None
             and (case.state_differs_in() == {'received_lines'}
                  or case.old_rest[0][0].startswith('replaced ')))
 
@@ -406,8 +407,8 @@ def old_never_ends(case):
 
 def state_is_there(case):
     """The old module has not set an attribute yet that ours has from the start."""
-    event = next((each for each in case.old_rest if each[0] not in (
-        'state', '_set_rset_state', '_set_post_data_state', 'patched handle_error', 'sent')), ['end'])
+    before = {'state', 'sent', '_set_rset_state', '_set_post_data_state', 'patched handle_error'}
+    event = next((each for each in case.old_rest if each[0] not in before), ['end'])
     if event[0] == '__getattr__' and event[1].strip("'") in WATCHED:
         return True
     words = str(event[1] if event[1:] else '').strip("'").split()
@@ -481,14 +482,18 @@ def sends_until_full(case):
 def control_character(case):
     """CR or LF is left in a command line: by a terminator of the program's own, mostly."""
     old, new = str(case.old_rest), str(case.new_rest[:6])
-    is_in_reply = re.search(r'command "[^"]*\\+[rn]', old) is not None
-    is_in_name = re.fullmatch(r"\['__getattr__', .*\\+r.*\]", str(case.old_rest[0])) is not None
-    is_in_line = ('terminator' in case.source and '\\r\\n' in case.seen('received_lines')[1]
-                  and '501 Syntax: RCPT' in new and '555 RCPT' in old)
-    cut_off = (case.program['room'] is not None and 'terminator' in case.source
-               and case.new_rest[0][0] == 'sent' and case.new_rest[0][1][-4:] == '500 ')
-    return cut_off or is_in_reply or is_in_name or is_in_line or ('terminator' in case.source and '500 Error: bad syntax' in new
-                           and '500 Error: bad syntax' not in old)
+    if re.search(r'command "[^"]*\\+[rn]', old) is not None:
+        return True
+    if re.fullmatch(r"\['__getattr__', .*\\+r.*\]", str(case.old_rest[0])) is not None:
+        return True
+    if 'terminator' not in case.source:
+        return False
+    if case.program['room'] is not None and case.new_rest[0][0] == 'sent':
+        if case.new_rest[0][1].endswith('500 '):  # the socket is full
+            return True
+    in_arguments = ('\\r\\n' in case.seen('received_lines')[1]
+                    and '501 Syntax: RCPT' in new and '555 RCPT' in old)
+    return in_arguments or '500 Error: bad syntax' in new and '500 Error: bad syntax' not in old
 
 
 def pieces_of_either_kind(case):
@@ -702,7 +707,7 @@ ALLOWED = [
     Allowed(options_left_behind, 'what was refused leaves no trace',
             'leave no trace', without_state('mail_options', 'rcpt_options')),
     Allowed(piece_in_another_form, 'what is not whole yet is kept in another form',
-            'Where neither is overridden, ``received_lines`` stays empty',
+            'neither is overridden when a line',
             without_state('received_lines', 'num_bytes', 'ac_in_buffer')),
     Allowed(number_as_terminator, 'a number as terminator is counted down early',
             'A piece is used up before', without_state('terminator')),
@@ -764,8 +769,10 @@ ALLOWED = [
     Allowed(replied_past_push, 'a reply past push() is not known', 'past ``push()``'),
     Allowed(malformed_path, 'an address without a bracket', 'a missing bracket'),
     Allowed(cannot_verify, 'VRFY of what is no address', 'VRFY of what is no address'),
-    Allowed(nothing_is_no_piece, 'nothing is collected of nothing', 'empty piece is never collected'),
-    Allowed(replaced_meanwhile, 'a hook that is replaced within a message', 'when it begins'),
+    Allowed(nothing_is_no_piece, 'an empty piece is not collected',
+            'empty piece is never collected'),
+    Allowed(replaced_meanwhile, 'a hook that is replaced within a message',
+            'neither is overridden when a line'),
     Allowed(input_set_while_collecting, 'what a hook puts into ac_in_buffer is input',
             'A piece is used up before'),
     Allowed(base_goes_on, 'a method of SMTPChannel goes on to the mixin behind',

@@ -90,6 +90,10 @@ KNOWN_PROGRAMS = {
     'a command that answers and then raises': (
         a_program(['XFOO\r\nNOOP\r\n'], smtp_XFOO="self.push('250 ok')\nraise ValueError('x')"),
         ('250 ok|', True)),
+    'a get_terminator() that drops the input': (
+        a_program(['NOOP\r\n', 'NOOP\r\n'], get_terminator='if once("it"):\n'
+                  '    self.discard_buffers()\nreturn self.terminator'),
+        ('250 OK|', False)),
     'push() and send() by turns': (
         a_program(['EHLO x\r\n'], push="super().push(msg)\nself.send(b'(sent)')"),
         ('(sent)250-mx.example|(sent)250-SIZE 33554432|(sent)250-8BITMIME|(sent)250 HELP|(sent)',
@@ -108,6 +112,17 @@ def test_a_limit_that_is_none_never_hangs_a_session(old, ours):
     program = a_program(['NO', 'OP\r\n'], attributes={'command_size_limit': 'None'})
     assert octets_sent(old.run(program)) == ('', True)
     assert octets_sent(ours.run(program)) in [('', True), ('451 Internal confusion|', False)]
+
+
+@pytest.mark.parametrize('program', [
+    a_program(['XFOO\r\nNOOP\r\n'], smtp_XFOO='self.connected = False'),
+    a_program(['NOOP\r\n', ['eof']], close_when_done='', push='super().push(msg)\n'
+              'self.producer_fifo.append(Producer(b"more"))'),
+], ids=['that is not connected any more', 'that ends when all is sent, or never'])
+def test_no_channel_keeps_the_loop_busy(program, ours):
+    trace = ours.run(program)
+    assert ['busy'] not in trace
+    assert ['closed'] in trace
 
 
 def test_generated_programs_behave_alike(old, ours):
