@@ -887,14 +887,16 @@ class SMTPChannel(_Transport):
     def collect_incoming_data(self, data):
         """Keep a piece of the current line or of data (asynchat's hook)."""
         limit = None
+        octets = len(data)
         if self.smtp_state == self.COMMAND:
             limit = self.max_command_size_limit
-        elif self.smtp_state == self.DATA and self.data_size_limit:
-            limit = 2 * self.data_size_limit  # doubled dots do not count; most of the rest does
+        elif self.smtp_state == self.DATA:
+            limit = self.data_size_limit
+            octets -= data.count(b'\r\n.')  # RFC 1870 does not count doubled dots
         if limit:
             if self.num_bytes > limit:
                 return
-            self.num_bytes += len(data)
+            self.num_bytes += octets
         self.received_lines.append(self._decode_piece(data) if self._decode_data else data)
 
     def _decode_piece(self, octets):
@@ -1063,7 +1065,7 @@ class SMTPChannel(_Transport):
             if collected:
                 octets = self._add_all_but_the_last(collected)
             self._add_to_message(octets)
-            if self.data_size_limit and octets_received > 2 * self.data_size_limit:
+            if self.data_size_limit and octets_received > self.data_size_limit:
                 self.num_bytes = octets_received  # some were dropped
             self._handle_message()
         except BaseException:  # what follows is a command, whatever happened
