@@ -8,8 +8,7 @@ import pytest
 
 pytest.register_assert_rewrite('tests.support')
 
-import smtpd
-from tests.support import FQDN, Upstream
+from tests.support import FQDN, Upstream, smtpd  # not by itself: tests.support chooses it
 
 
 @pytest.fixture(autouse=True)

@@ -54,7 +54,10 @@ from tests.support import (
     TRANSACTION_ANSWERED,
     AuthChannel,
     BusyServer,
+    Exploding,
+    FailingServer,
     FakeConnection,
+    HookedChannel,
     Listener,
     LMTPServer,
     OwnInit,
@@ -62,9 +65,11 @@ from tests.support import (
     RawClient,
     RecordingServer,
     SelfMadeChannel,
+    ShortOfMemory,
     StubServer,
     ThreeArguments,
     WaitingServer,
+    WithoutRepr,
     both_modes,
     channel_with,
     channels_of,
@@ -776,16 +781,6 @@ def message_of(body):
     return b'\n'.join(line[1:] if line[:1] == b'.' else line for line in lines)
 
 
-class HookedChannel(smtpd.SMTPChannel):
-    """Takes asynchat's way, since it overrides the hooks."""
-
-    def collect_incoming_data(self, data):
-        super().collect_incoming_data(data)
-
-    def found_terminator(self):
-        super().found_terminator()
-
-
 class TestData:
     @pytest.mark.parametrize('size', [1, 2, 3, 7, 1 << 30], ids='in pieces of {}'.format)
     @both_modes
@@ -966,11 +961,6 @@ RETURNS = {  # sentence: what the handler returns, what the client gets
 }
 
 
-class WithoutRepr:
-    def __repr__(self):
-        raise ValueError
-
-
 JUNK = {
     'an int': 250, 'True': True, 'an object': object(), 'a list': ['250 OK'],
     'an object without a repr': WithoutRepr(),
@@ -1025,6 +1015,15 @@ class TestHandlers:
             2 * b'451 Internal confusion\r\n' + b'250 OK\r\n')
         err = capsys.readouterr().err
         assert err.count('Traceback') == 2 and "KeyError: 'x'" in err and "KeyError: 'y'" in err
+
+    def test_a_command_that_raises_after_its_reply_ends_the_session(self, capsys):
+        def smtp_FAIL(self, arg):
+            self.push('250 OK')
+            raise KeyError(arg)
+
+        channel = channel_with(smtp_FAIL=smtp_FAIL)
+        assert feed(channel, b'FAIL\r\nNOOP\r\n') == b'250 OK\r\n'
+        assert channel.conn.closed and 'KeyError' in capsys.readouterr().err
 
     def test_what_ends_the_loop_goes_through_after_a_command_that_failed(self, capsys):
         def smtp_RAISE(self, arg):
@@ -1148,13 +1147,6 @@ class TestHandlers:
         assert len(calls) == 1 and 'TypeError' in capsys.readouterr().err
 
 
-class ShortOfMemory(io.BytesIO):
-    def write(self, octets):
-        if len(self.getvalue()) + len(octets) > 100:
-            raise MemoryError
-        return super().write(octets)
-
-
 class TestSession:
     @pytest.mark.parametrize('options', [
         b'SMTPUTF8 SIZE=99999999', b'SMTPUTF8 X=Y', b'BODY=7BIT SMTPUTF8=1'])
@@ -1205,13 +1197,28 @@ class TestSession:
     def test_commands_that_come_while_replies_wait_are_executed(self, error):
         channel = make_channel()
         channel.conn.sends_at_most = 1
-        channel.conn.recv = unittest.mock.Mock(side_effect=[b'NOOP\r\n', error, b'QUIT\r\n'])
+        channel.conn.recv = unittest.mock.Mock(
+            side_effect=[b'NOOP\r\n', error, b'HELO x\r\nQUIT\r\n'])
         asyncore.read(channel)
         asyncore.read(channel)
+        assert channel.seen_greeting == 'x'
         channel.conn.sends_at_most = None
         while channel.connected and channel.writable():
             asyncore.write(channel)
-        assert channel.conn.sent == b'250 OK\r\n221 Bye\r\n'
+        assert channel.conn.sent == b'250 OK\r\n250 mx.example\r\n221 Bye\r\n'
+
+    def test_no_command_is_executed_while_too_much_waits_to_be_sent(self):
+        done = []
+
+        def smtp_XLONG(self, arg):
+            done.append(arg)
+            self.push('250 ' + 10_000 * 'x')
+
+        channel = channel_with(smtp_XLONG=smtp_XLONG)
+        channel.conn.sends_at_most = 1
+        channel.conn.incoming.append(b'XLONG\r\n' * 20)
+        asyncore.read(channel)
+        assert len(done) == 7  # of 64 KB
 
     def test_small_packets_are_not_held_back(self, monkeypatch):
         """By Nagle's rule, neither ours nor the client's, which may wait for an ACK of ours."""
@@ -1423,6 +1430,13 @@ class TestExistingPrograms:
         channel = make_channel()
         assert feed(channel, b'NOOP\r\n' * 20) == b'250 OK\r\n' * 20
         assert len(channel.conn.sends) <= 2
+
+    def test_each_reply_leaves_at_once_where_a_program_could_tell(self):
+        for overridden in 'push', 'send', 'found_terminator':
+            hook = functools.partialmethod(getattr(smtpd.SMTPChannel, overridden))
+            channel = channel_with(**{overridden: hook})
+            feed(channel, b'NOOP\r\n' * 3)
+            assert channel.conn.sends[-3:] == 3 * [b'250 OK\r\n']
 
     def test_no_more_of_them_than_one_send_takes(self):
         channel = make_channel()
@@ -1766,18 +1780,6 @@ class TestExistingPrograms:
 # ---------------------------------------------------------------------------
 # A real socket with raw octets
 # ---------------------------------------------------------------------------
-
-class Exploding(smtpd.SMTPChannel):
-    """The second one fails."""
-
-    made = 0
-
-    def __init__(self, server, *args, **kwargs):
-        super().__init__(server, *args, **kwargs)
-        Exploding.made += 1
-        if Exploding.made == 2:
-            raise RuntimeError('in __init__')
-
 
 class TestSocket:
     @pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])
@@ -2622,15 +2624,6 @@ def test_an_outcome_that_fails_takes_no_other_with_it(capsys):
 # ---------------------------------------------------------------------------
 # Programs that override, on a real socket
 # ---------------------------------------------------------------------------
-
-class FailingServer(RecordingServer):
-    """Fails for one recipient."""
-
-    def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
-        if rcpttos == ['fail@example']:
-            raise ZeroDivisionError
-        return super().process_message(peer, mailfrom, rcpttos, data, **kwargs)
-
 
 def counting(base, hook, calls):
     """The class, with one method overridden that counts its calls."""

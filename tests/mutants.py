@@ -37,8 +37,20 @@ NOT_SLOW = 'not slow and not real'
 IN_PROCESSES = ('CommandLine', 'server_faults')
 FEW = 20  # where no more tests than these reach a line, those that start processes run too
 
-# Mutants that no user can tell from the module: (function, changed from, to): the reason.
+# Mutants that no user can tell from the module: (function, line, what its part becomes): why.
 EQUIVALENT = {
+    ('_Transport', 'idle_timeout_seconds = None', 'pass'): 'SMTPChannel has its own',
+    ('_Transport._begin_anew', 'self._input_start = 0', 'pass'):
+        "asynchat's __init__() sets ac_in_buffer, and that this",
+    ('_Transport._begin_anew', 'self._is_mid_block = False', 'True'):
+        'the first terminator is a line end, and each piece sets it',
+    ('_Transport._client_has_ended', 'return False', 'return'): 'None is as false',
+    ('_Transport._process_input',
+     'while self._unread_input and self._gate <= _IDLE and self.connected:',
+     '(self._gate <= _IDLE and self.connected)'): '_cut() finds no more in nothing',
+    ('_Transport._look_for_idleness',
+     'if limit is None or now - self._last_sign_of_life < limit or self._gate == _BUSY:',
+     '(now - self._last_sign_of_life <= limit)'): 'no clock shows the very moment',
 }
 
 
@@ -54,7 +66,7 @@ OPERATORS = {
 
 
 class Mutant(collections.namedtuple(
-        'Mutant', 'function start stop before after line source ordinal')):
+        'Mutant', 'function start stop before after line source text ordinal')):
     """One change: source[start:stop], which is `before`, becomes `after`."""
 
     @property
@@ -173,7 +185,8 @@ def make_mutants(module):
                 after = '(%s)' % after
             function, source = function_of(node)
             found[start, stop, after] = Mutant(
-                function, start, stop, before, after, node.lineno, source, 0)
+                function, start, stop, before, after, node.lineno, source,
+                module[starts[node.lineno - 1]:starts[node.lineno]].strip(), 0)
     seen = collections.Counter()
     mutants = []
     for place in sorted(found):
@@ -420,7 +433,7 @@ def is_known(mutant, results, digest):
 
 
 def mutant_name(mutant):
-    return mutant.function, ' '.join(mutant.before.split()), ' '.join(mutant.after.split())
+    return mutant.function, mutant.text, ' '.join(mutant.after.split())
 
 
 def tell(mutants, results):

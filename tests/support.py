@@ -10,6 +10,7 @@ import errno
 import functools
 import gc
 import importlib.util
+import io
 import itertools
 import os
 import re
@@ -316,6 +317,40 @@ class ThreeArguments(smtpd.SMTPChannel):
         smtpd.SMTPChannel.__init__(self, server, conn, addr)
 
 
+class HookedChannel(smtpd.SMTPChannel):
+    """Takes asynchat's way, since it overrides the hooks."""
+
+    def collect_incoming_data(self, data):
+        super().collect_incoming_data(data)
+
+    def found_terminator(self):
+        super().found_terminator()
+
+
+class WithoutRepr:
+    def __repr__(self):
+        raise ValueError
+
+
+class ShortOfMemory(io.BytesIO):
+    def write(self, octets):
+        if len(self.getvalue()) + len(octets) > 100:
+            raise MemoryError
+        return super().write(octets)
+
+
+class Exploding(smtpd.SMTPChannel):
+    """The second one fails."""
+
+    made = 0
+
+    def __init__(self, server, *args, **kwargs):
+        super().__init__(server, *args, **kwargs)
+        Exploding.made += 1
+        if Exploding.made == 2:
+            raise RuntimeError('in __init__')
+
+
 # ---------------------------------------------------------------------------------------------
 # A server in a thread, and a client of raw octets
 
@@ -334,6 +369,15 @@ class RecordingServer(smtpd.SMTPServer):
         if isinstance(self.reply, Exception):
             raise self.reply
         return self.reply
+
+
+class FailingServer(RecordingServer):
+    """Fails for one recipient."""
+
+    def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
+        if rcpttos == ['fail@example']:
+            raise ZeroDivisionError
+        return super().process_message(peer, mailfrom, rcpttos, data, **kwargs)
 
 
 @contextlib.contextmanager
