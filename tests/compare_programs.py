@@ -618,11 +618,13 @@ def second_init_failed(case):
 
 
 def set_before_the_session(case):
-    """What a hook sets while the channel is made is not set back."""
+    """What is set before the end of __init__() is not set back."""
     return ("self.seen_greeting = 'set'" in case.source
-            and case.overrides('_set_rset_state', '_set_post_data_state', 'set_terminator')
-            and '503 Duplicate HELO/EHLO' in str(case.new_rest[0])
-            and '503 Duplicate HELO/EHLO' not in str(case.old_rest[0]))
+            and case.overrides('_set_rset_state', '_set_post_data_state', 'set_terminator',
+                               '__init__')
+            and ('503 Duplicate HELO/EHLO' in str(case.new_rest[0])
+                 or '503 Error: send HELO first' in str(case.old_rest[0]))
+            and case.new_rest[0][1:] != case.old_rest[0][1:])
 
 
 def log_info_fails(case):
@@ -721,7 +723,7 @@ ALLOWED = [
             'starts the session anew before', without_state(*BEGUN_ANEW)),
     Allowed(second_init_failed, 'a second __init__() that fails leaves no `peer`',
             'starts the session anew before'),
-    Allowed(set_before_the_session, 'what a hook sets while a channel is made stays',
+    Allowed(set_before_the_session, 'what is set while a channel is made stays',
             'have their defaults from the start'),
     Allowed(set_before_a_failure, 'what a channel has before it fails',
             'have their defaults from the start', without_state('fqdn', 'peer', 'addr')),
