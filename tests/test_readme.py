@@ -192,7 +192,7 @@ class Program:
     def interrupt(self):
         """Ctrl-C; returns the exit status, what it printed and what it complained of."""
         self.process.send_signal(signal.SIGINT)
-        return (self.process.wait(20), self.output.read().decode(),
+        return (self.process.wait(60), self.output.read().decode(),
                 self.process.stderr.read().decode())
 
 
