@@ -540,6 +540,7 @@ def test_the_command_lines_that_test_know_what_to_do():
     assert install == "test-env/bin/pip install '.[test]'"
     listed = subprocess.run([sys.executable, '-m', *shlex.split(run.rpartition('/')[2]),
                              '--collect-only', '-q'], cwd=HERE, check=True,
+                            env=dict(os.environ, PYTEST_ADDOPTS=''),
                             stdout=subprocess.PIPE, encoding='utf-8').stdout
     assert 'test_smtpd.py::' in listed
 
