@@ -2356,15 +2356,15 @@ class TestServerStaysUp:
         end, client = socket.socketpair()
         with end, client:
             old = smtpd.SMTPChannel(server, end, PEER, map=sockets)
-            selector = old._watcher
+            selector = old._flow.watcher
             selector.discard(old)
             old.socket = FakeConnection(end.fileno())
             new = smtpd.SMTPChannel(server, end, PEER, map=sockets)
-            old._watcher = selector
+            old._flow.watcher = selector
             old.close()
             client.sendall(b'QUIT\r\n')
             asyncore.loop(timeout=5, map=sockets, count=1)
-            assert not new.connected and new._watcher is None
+            assert not new.connected and new._flow.watcher is None
         asyncore.close_all(sockets)
 
 
