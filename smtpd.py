@@ -443,9 +443,9 @@ class _Transport(asynchat.async_chat):
         """Cut the input at its terminators, and pass the pieces on."""
         flow = self._flow
         while flow.unread_input and flow.gate <= _IDLE and self.connected:
-            is_direct = flow.holds_replies or self._goes_past_hooks()
             try:
                 terminator = self.terminator if flow.holds_replies else self.get_terminator()
+                is_direct = flow.holds_replies or self._goes_past_hooks()
                 unread, start = flow.unread_input, flow.input_start
                 end = unread.find(_END_OF_LINE, start) if terminator is _END_OF_LINE else -1
                 if end >= 0:  # nearly all commands
@@ -1375,7 +1375,7 @@ class SMTPChannel(_Transport):
             elif arguments[0] in self.rcpttos:
                 self.rcpttos.remove(arguments[0])
         if reply[:1] == '5':
-            self._flow.errors_since_message -= 1  # how many there may be is the upstream's business
+            self._flow.errors_since_message -= 1  # how many may come is the upstream's business
         for line in _reply_lines(reply) if NEWLINE in reply else [reply]:
             self.push(line)
 

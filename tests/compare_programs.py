@@ -489,8 +489,9 @@ def control_character(case):
     if 'terminator' not in case.source:
         return False
     if case.program['room'] is not None and case.new_rest[0][0] == 'sent':
-        if case.new_rest[0][1].endswith('500 '):  # the socket is full
-            return True
+        end_of_reply = case.new_rest[0][1].rpartition('\n')[2]
+        if len(end_of_reply) >= 4 and '500 Error: bad syntax'.startswith(end_of_reply):
+            return True  # the socket is full
     in_arguments = ('\\r\\n' in case.seen('received_lines')[1]
                     and '501 Syntax: RCPT' in new and '555 RCPT' in old)
     return in_arguments or '500 Error: bad syntax' in new and '500 Error: bad syntax' not in old
