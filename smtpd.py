@@ -1015,6 +1015,8 @@ class SMTPChannel(_Transport):
         super().del_channel(map)
 
     def close(self):
+        if _is_server(self.smtp_server):
+            self.smtp_server._leave_to_loop(self, self._flow.watcher)
         super().close()
         if self._flow.relay is not None:
             self._flow.relay.end()
@@ -1819,23 +1821,40 @@ class _Selector(_Reader):
             self._epoll = None
 
 
-class _ClosingListener(_Reader):
-    """Closes a listening socket in the loop's own thread.
+class _ClosingSocket(_Reader):
+    """Closes the socket of a listener or a channel in the loop's own thread.
 
     That thread may be about to wait for the descriptor, and must not find it
     closed.  shutdown() wakes it, which close() alone would not.
     """
 
-    def __init__(self, listener, map):
-        asyncore.dispatcher.__init__(self, map=map)
-        self.set_socket(listener)
+    def __init__(self, owner, watcher):
+        asyncore.dispatcher.__init__(self, map=owner._map)
+        self._flow = _Flow()  # where a selector notes that it watches this
+        self._flow.begin()
+        theirs = owner.socket
+        self.socket = socket.socket(theirs.family, theirs.type, theirs.proto, theirs.detach())
+        self._fileno, owner._fileno = owner._fileno, None
+        if watcher is None:
+            self.add_channel()
+        else:
+            watcher.add(self)
         try:
-            listener.shutdown(_SHUT_BOTH)
-        except OSError:  # macOS
-            self.close()
+            self.socket.shutdown(_SHUT_BOTH)
+        except OSError:
+            if owner.accepting:  # macOS; what is not connected any more is readable, too
+                self.close()
 
     def handle_read_event(self):
         self.close()
+
+    def del_channel(self, map=None):
+        if self._flow.watcher is not None:
+            self._flow.watcher.discard(self)
+        super().del_channel(map)
+
+    def _look_for_idleness(self, now):
+        """Nothing to look for: the loop's next turn closes it."""
 
 
 # ---------------------------------------------------------------------------
@@ -2026,9 +2045,8 @@ class SMTPServer(_Reader):
 
     def close(self):
         """Stop listening; may be called from any thread.  Channels live on."""
-        if self._fileno is not None and self._may_shut_down() and self._is_watched_elsewhere():
-            self._fileno = None
-            _ClosingListener(socket.socket(fileno=self.socket.detach()), self._map)
+        if self._may_shut_down():
+            self._leave_to_loop(self)
         asyncore.dispatcher.close(self)
         if self._threads_for_handlers is not None:
             self._threads_for_handlers.close_when_idle()
@@ -2037,10 +2055,13 @@ class SMTPServer(_Reader):
         """Whether no other process shares the listener: shutdown() would end it for all."""
         return self.socket is self._own_listener and self._forks_before_listener == _forks
 
-    def _is_watched_elsewhere(self):
-        """Whether another thread runs the loop."""
-        return (self._loop_thread not in (None, threading.get_ident())
-                and any(thread.ident == self._loop_thread for thread in threading.enumerate()))
+    def _leave_to_loop(self, owner, watcher=None):
+        """If another thread runs the loop, let that close the socket of a dispatcher."""
+        if (self._loop_thread not in (None, threading.get_ident())
+                and any(thread.ident == self._loop_thread for thread in threading.enumerate())):
+            with _lock:
+                if owner._fileno is not None and isinstance(owner.socket, socket.socket):
+                    _ClosingSocket(owner, watcher)
 
     # ------------------------------------------------------------------
     # For the channels

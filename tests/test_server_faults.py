@@ -472,6 +472,50 @@ def test_close_just_when_a_message_is_given_to_a_thread(capsys):
     assert capsys.readouterr() == ('', '')
 
 
+class Interrupter:
+    """Something in the map that calls a function between what the loop asks and its wait."""
+
+    accepting = False
+
+    def __init__(self, sockets, function):
+        self.sockets, self.function = sockets, function
+        sockets[-1] = self  # the last one that is asked
+
+    def readable(self):
+        del self.sockets[-1]
+        thread = threading.Thread(target=self.function)
+        thread.start()
+        thread.join()
+        return False
+
+    def writable(self):
+        return False
+
+
+@in_map_and_selector
+def test_channels_closed_by_another_thread_just_when_the_loop_will_wait_for_them(selector):
+    """As where a handler in a thread pushes, and the client has gone."""
+    class Server(variant(KnownPort, channels_in_selector=selector)):
+        channels = ()
+
+        def handle_accepted(self, conn, addr):
+            self.channels += (self.channel_class(self, conn, addr, map=self._map),)
+
+    server = Server(map={})
+    thread = threading.Thread(target=asyncore.loop, args=(30, False, server._map))
+    thread.start()
+    with greet(server, b'EHLO x') as first, greet(server, b'EHLO x') as second:
+        Interrupter(server._map, server.channels[0].close)
+        assert second.say(b'NOOP') == b'250 OK\r\n'  # and the loop comes round
+        assert first.rest() == b''
+        server.close()
+        Interrupter(server._map, server.channels[1].close)
+        second.send(b'NOOP\r\n')
+        thread.join(20)
+    assert not thread.is_alive() and server._map == {}
+    assert [channel.socket.fileno() for channel in server.channels] == [-1, -1]
+
+
 # ---------------------------------------------------------------------------------------------
 # 6. Listeners that are not ours
 
