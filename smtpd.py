@@ -40,6 +40,7 @@ import io
 import math
 import operator
 import os
+import queue
 import re
 import select
 import socket
@@ -1497,6 +1498,8 @@ def _getfqdn():
 # What wakes the loop, and what spares it
 # ---------------------------------------------------------------------------
 
+_IDLE_THREAD_SECONDS = 1  # most clients send their next command within it
+
 _forks = 0  # calls of fork() that this process comes from, and those that it made
 
 
@@ -1565,6 +1568,9 @@ class _Reader(asyncore.dispatcher):
 class _Threads(_Reader):
     """Runs calls in threads; their outcomes come back in the loop's thread.
 
+    A thread whose call has ended waits a while for the next, since starting one
+    takes longer than most calls do.
+
     A pair of sockets wakes the loop.  It is made when the first client comes,
     and stands in the socket map only while there are calls, so that a loop ends
     when its servers and channels are closed.
@@ -1577,9 +1583,9 @@ class _Threads(_Reader):
         asyncore.dispatcher.__init__(self, map=map)
         self._process = os.getpid()
         self._pair = ()  # each socket and its identity: others may close their descriptors
-        self._at_most = 0
-        self._running = 0
-        self._queued = collections.deque()  # (call, function for its outcome)
+        self._calls = queue.SimpleQueue()  # (call, function for its outcome); None ends a thread
+        self._undone = 0  # calls that wait for a thread, or run
+        self._threads = 0  # those that run a call, or wait for one and not for None
         self._ended = collections.deque()  # (function for the outcome, outcome)
         self._is_abandoned = False
 
@@ -1588,35 +1594,29 @@ class _Threads(_Reader):
         return self._process != os.getpid()
 
     def run(self, at_most, call, take_outcome):
-        """Run call() in a thread as soon as fewer than `at_most` run."""
-        self._at_most = at_most
-        self._queued.append((call, take_outcome))
-        self._start_queued()
-
-    def _start_queued(self):
-        try:
-            while self._queued and self._running < self._at_most:
-                call, take_outcome = self._queued.popleft()
-                try:
-                    self._start(call, take_outcome)
-                    continue
-                except Exception as error:
-                    failure = _NoThread('no thread to be had: %s' % error)
-                take_outcome(functools.partial(_throw, failure))
-        finally:
-            self._leave_if_idle()
-
-    def _start(self, call, take_outcome):
-        self._running += 1  # from now on close_when_idle() leaves the pair alone
+        """Run call() as soon as one of `at_most` threads has time for it."""
         try:
             with _lock:
                 self._make_pair()
                 self._fileno = self.socket.fileno()
                 self.add_channel()
-            threading.Thread(target=self._run, args=(call, take_outcome), daemon=True).start()
-        except BaseException:
-            self._running -= 1
-            raise
+                self._start_thread_if_needed(at_most)
+                self._undone += 1
+                self._calls.put((call, take_outcome))
+        except Exception as error:
+            self._leave_if_idle()
+            failure = _NoThread('no thread to be had: %s' % error)
+            take_outcome(functools.partial(_throw, failure))
+
+    def _start_thread_if_needed(self, at_most):
+        if self._undone < self._threads or self._threads >= at_most:
+            return
+        try:
+            threading.Thread(target=self._serve, daemon=True).start()
+            self._threads += 1
+        except Exception:
+            if not self._threads:  # there is none that would come to the call later
+                raise
 
     def prepare(self):
         """Make the pair while there are descriptors: later clients may take them all."""
@@ -1636,13 +1636,37 @@ class _Threads(_Reader):
         for each in pair:
             each.setblocking(False)
 
-    def _run(self, call, take_outcome):
+    def _serve(self):
+        while self._run_next():  # a function, since a thread that waits must keep no message
+            pass
+
+    def _run_next(self):
+        """Wait for a call and run it; return False if the thread is not needed any more."""
+        try:
+            given = self._calls.get(timeout=_IDLE_THREAD_SECONDS)
+        except queue.Empty:
+            return not self._dismiss_spare_thread()
+        if given is None:
+            return False
+        call, take_outcome = given
         try:
             outcome = functools.partial(_give, call())
         except BaseException as error:
             outcome = functools.partial(_throw, error)
-        self._ended.append((take_outcome, outcome))
-        self._wake_loop()
+        if self.is_inherited():  # the call has forked, and this is the child
+            return False
+        with _lock:
+            self._undone -= 1
+            self._ended.append((take_outcome, outcome))
+            self._wake_loop()
+            return not (self._is_abandoned and self._dismiss_spare_thread())
+
+    def _dismiss_spare_thread(self):
+        """Count one thread less if there are more than calls; return whether."""
+        with _lock:
+            is_spare = self._threads > self._undone
+            self._threads -= is_spare
+            return is_spare
 
     def _wake_loop(self):
         with _lock, contextlib.suppress(OSError):  # full: the loop is awake
@@ -1661,24 +1685,26 @@ class _Threads(_Reader):
         try:
             while self._ended:
                 take_outcome, outcome = self._ended.popleft()
-                self._running -= 1
                 take_outcome(outcome)
         finally:
             if self._ended:
                 self._wake_loop()
-            self._start_queued()
+            self._leave_if_idle()
 
     def close_when_idle(self):
         """Close when all calls have ended; may be called from any thread."""
-        self._is_abandoned = True
-        if self.is_inherited():
-            self.close()
-        else:
+        with _lock:
+            self._is_abandoned = True
+            if self.is_inherited():
+                self.close()
+                return
+            while self._dismiss_spare_thread():
+                self._calls.put(None)
             self._leave_if_idle()
 
     def _leave_if_idle(self):
         with _lock:
-            if not self._running and not self._queued:
+            if not self._undone and not self._ended:
                 self.del_channel()
                 if self._is_abandoned:
                     self._close_pair()

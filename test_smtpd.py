@@ -2614,10 +2614,10 @@ def test_an_outcome_that_fails_takes_no_other_with_it(capsys):
     before = set(threading.enumerate())
     for take_outcome in (fail, taken.append, taken.append):
         threads.run(3, lambda: None, take_outcome)
+    threads.close_when_idle()  # its threads, too, end with their calls
     for thread in set(threading.enumerate()) - before:
         thread.join()
     asyncore.loop(timeout=5, map=sockets)
-    threads.close()
     assert len(taken) == 2 and 'ZeroDivisionError' in capsys.readouterr().err
 
 

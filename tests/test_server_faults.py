@@ -2,14 +2,17 @@
 import asyncore
 import contextlib
 import errno
+import functools
 import gc
 import os
+import queue
 import select
 import socket
 import subprocess
 import sys
 import threading
 import traceback
+import weakref
 
 import pytest
 
@@ -336,6 +339,32 @@ asyncore.loop()
             assert [waiting.reply()[:3] for _ in range(3)] == [b'250', b'250', b'354']
             assert client.say(b'XFORK') == b'250 0\r\n'
             assert waiting.reply() == b'250 OK\r\n'
+
+
+@needs_fork
+def test_a_child_does_not_count_on_a_thread_that_waits_in_its_parent():
+    text = '''
+def smtp_XFORK(self, arg):
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        outcomes = []
+        server._run_in_thread(os.getpid, outcomes.append)
+        while not outcomes:
+            asyncore.loop(count=1)
+        os._exit(outcomes[0]() != os.getpid())
+    self.push('250 %d' % os.waitpid(child, 0)[1])
+
+smtpd._IDLE_THREAD_SECONDS = 600
+Channel.smtp_XFORK = smtp_XFORK
+Server.process_message_threads = 1
+server = Server(('127.0.0.1', 0), None)
+tell_port(server)
+asyncore.loop()
+'''
+    with script(text, PLAIN) as (process, address), greet(address, b'EHLO x') as client:
+        assert post(client).startswith(b'250 of')
+        assert client.say(b'XFORK') == b'250 0\r\n'
 
 
 @needs_fork
@@ -722,11 +751,9 @@ limit(50)
 class Counting(Server):
     process_message_threads = 1
     channels_in_selector = %r
-    handled = 0
 
     def process_message(self, *args, **kwargs):
-        self.handled += 1
-        return '250 %%d threads' %% (started - self.handled)
+        return '250 %%d threads' %% started
 
 started = 0
 real_start = threading.Thread.start
@@ -743,7 +770,7 @@ asyncore.loop(use_poll=%r)
         assert client.say(b'XHOARD') == b'250 OK\r\n'
         with RawClient(address) as waiting:
             for _ in range(20):
-                assert post(client) == b'250 0 threads\r\n'
+                assert post(client) == b'250 1 threads\r\n'
             assert not select.select([waiting.socket], [], [], 0)[0]
             assert client.say(b'XFREE') == b'250 OK\r\n'
             assert waiting.reply().startswith(b'220 ')
@@ -751,6 +778,114 @@ asyncore.loop(use_poll=%r)
         process.terminate()
         log = process.stderr.read().decode()
     assert log.count('no resources') == len(log.splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Threads that wait for another call
+
+class Pool:
+    """A server's threads without the server, and a loop for them that ends with the calls."""
+
+    def __init__(self, monkeypatch, idle_seconds=600):
+        monkeypatch.setattr(smtpd, '_IDLE_THREAD_SECONDS', idle_seconds)
+        self.sockets = {}
+        self.threads = smtpd._Threads(self.sockets)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.threads.close_when_idle()  # conftest.py sees that no thread is left
+
+    def results(self, *calls, at_most=1):
+        outcomes = []
+        for call in calls:
+            self.threads.run(at_most, call, outcomes.append)
+        asyncore.loop(timeout=20, map=self.sockets, count=len(calls))  # or fewer turns
+        assert len(outcomes) == len(calls)
+        return [outcome() for outcome in outcomes]
+
+
+def test_a_thread_runs_one_call_after_another(monkeypatch):
+    with Pool(monkeypatch) as pool:
+        used = pool.results(*20 * [threading.current_thread])
+        used += pool.results(threading.current_thread)
+        assert len(used) == 21 and len(set(used)) == 1
+        assert used[0].daemon and used[0] is not threading.current_thread()
+
+
+def test_a_thread_that_waits_is_nothing_to_the_loop_and_keeps_no_message(monkeypatch):
+    class Message:
+        pass
+
+    freed = threading.Event()
+    message = Message()
+    weakref.finalize(message, freed.set)
+    with Pool(monkeypatch) as pool:
+        pool.results(functools.partial(id, message))
+        assert pool.sockets == {}
+        del message
+        assert freed.wait(20)
+
+
+def test_threads_that_wait_end_with_their_server(monkeypatch):
+    with Pool(monkeypatch) as pool:
+        barrier = threading.Barrier(3)
+
+        def meet():
+            barrier.wait(20)
+            return threading.current_thread()
+
+        used = set(pool.results(meet, meet, meet, at_most=3))
+        assert len(used) == 3
+        pool.threads.close_when_idle()
+        for thread in used:
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def test_a_thread_whose_server_closes_meanwhile_ends_with_its_call(monkeypatch):
+    with Pool(monkeypatch) as pool:
+        def close():
+            pool.threads.close_when_idle()
+            return threading.current_thread()
+
+        thread, = pool.results(close)
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_a_thread_that_waits_in_vain_ends_and_the_next_call_has_another(monkeypatch):
+    with Pool(monkeypatch, idle_seconds=0) as pool:
+        for _ in range(3):
+            thread, = pool.results(threading.current_thread)
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def test_a_call_that_comes_just_when_a_thread_gives_up_is_run(monkeypatch):
+    class Late(queue.SimpleQueue):
+        """Each wait is in vain, though something has come by its end."""
+
+        def __init__(self):
+            self.has_come = threading.Semaphore(0)
+            self.waits_in_vain = True
+
+        def put(self, thing):
+            super().put(thing)
+            self.has_come.release()
+
+        def get(self, timeout):
+            self.waits_in_vain = not self.waits_in_vain
+            if self.waits_in_vain:
+                return super().get(timeout=20)
+            assert self.has_come.acquire(timeout=20)
+            raise queue.Empty
+
+    with Pool(monkeypatch) as pool:
+        pool.threads._calls = Late()
+        used = [pool.results(threading.current_thread)[0] for _ in range(3)]
+        assert len(set(used)) == 1
 
 
 # ---------------------------------------------------------------------------------------------
