@@ -133,8 +133,13 @@ postlog unix-dgram n - n - 1 postlogd
         self.control('stop')
 
     def kill(self):
-        """At once, with what is under way."""
-        self.control('abort')
+        """At once, with what is under way; its daemons may still be there when abort returns."""
+        with contextlib.suppress(OSError):
+            with open(os.path.join(self.home, 'queue', 'pid', 'master.pid')) as file:
+                group = int(file.read())
+            self.control('abort')
+            for _ in waits():
+                os.killpg(group, 0)  # ends the loop by ProcessLookupError
 
     def receive(self, count):
         """Wait for so many messages and take them out: (Return-Path, recipient, content).
