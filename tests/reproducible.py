@@ -1,10 +1,8 @@
-"""setup.cfg says it all, but for this: the same source makes the same source distribution."""
-
+"""A source distribution that is the same whoever makes it; setup.cfg names its class."""
 import gzip
 import os
 import tarfile
 
-from setuptools import setup
 from setuptools.command.sdist import sdist
 
 
@@ -28,6 +26,3 @@ class ReproducibleSdist(sdist):
             with tarfile.open(fileobj=compressed, mode='w') as archive:
                 archive.add(base_dir, filter=without_origin)
         return path
-
-
-setup(cmdclass={'sdist': ReproducibleSdist})
