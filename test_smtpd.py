@@ -33,7 +33,6 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-import smtpd
 from tests.support import (
     ANSWERED,
     ANSWERED_TO_DATA,
@@ -98,6 +97,7 @@ from tests.support import (
     serving,
     shut,
     small_buffers,
+    smtpd,
     start_message,
     three_ways,
     traced_memory,
@@ -106,6 +106,8 @@ from tests.support import (
     with_x_peer,
     without_init,
 )
+
+pytest_plugins = ['tests.support']  # its fixtures
 
 # ---------------------------------------------------------------------------
 # The module

@@ -31,7 +31,7 @@ import time
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KEPT_IN = os.path.join(TOP, '.mutants')
-COPIED = ['smtpd.py', 'smtpd-stubs', 'conftest.py', 'setup.cfg', 'test_smtpd.py', 'tests']
+COPIED = ['smtpd.py', 'smtpd-stubs', 'setup.cfg', 'test_smtpd.py', 'tests']
 NOT_SLOW = 'not slow and not real'
 # Coverage sees what a test runs in its own process alone; these start others.
 IN_PROCESSES = ('CommandLine', 'server_faults')
@@ -283,7 +283,7 @@ def digest_of_tests():
             if name.endswith('.py') and name != 'mutants.py':
                 with open(os.path.join(folder, name), 'rb') as file:
                     digest.update(file.read())
-    for name in ('smtpd.py', 'test_smtpd.py', 'conftest.py'):
+    for name in ('smtpd.py', 'test_smtpd.py'):
         with open(os.path.join(TOP, name), 'rb') as file:
             digest.update(file.read())
     return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+pytest_plugins = ['tests.support']  # its fixtures; and it chooses the module before any test
