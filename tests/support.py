@@ -1002,7 +1002,10 @@ def clean_environment():
 
 
 def need_module(name, package=None):
-    return importlib.util.find_spec(name) or missing('the package %s' % (package or name))
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:  # a directory that is only called so: build/
+        missing('the package %s' % (package or name))
+    return spec
 
 
 # ---------------------------------------------------------------------------------------------
