@@ -442,8 +442,8 @@ class _Transport(asynchat.async_chat):
 
     def _take_pieces(self):
         """Cut the input at its terminators, and pass the pieces on."""
-        flow = self._flow
-        while flow.unread_input and flow.gate <= _IDLE and self.connected:
+        flow, is_whole = self._flow, True
+        while is_whole and flow.unread_input and flow.gate <= _IDLE and self.connected:
             try:
                 terminator = self.terminator if flow.holds_replies else self.get_terminator()
                 is_direct = flow.holds_replies or self._goes_past_hooks()
@@ -479,8 +479,6 @@ class _Transport(asynchat.async_chat):
                 self._take_block(unread[start:end])
             else:
                 self._take_piece(unread[start:end])
-            if not is_whole:
-                return
 
     def _give_to_hooks(self, piece, is_whole):
         if piece:
