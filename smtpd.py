@@ -444,9 +444,10 @@ class _Transport(asynchat.async_chat):
         """Cut the input at its terminators, and pass the pieces on."""
         flow, is_whole = self._flow, True
         while is_whole and flow.unread_input and flow.gate <= _IDLE and self.connected:
+            is_held = flow.holds_replies
             try:
-                terminator = self.terminator if flow.holds_replies else self.get_terminator()
-                is_direct = flow.holds_replies or self._goes_past_hooks()
+                terminator = self.terminator if is_held else self.get_terminator()
+                is_direct = is_held or self._goes_past_hooks()
                 unread, start = flow.unread_input, flow.input_start
                 end = unread.find(_END_OF_LINE, start) if terminator is _END_OF_LINE else -1
                 if end >= 0:  # nearly all commands
@@ -454,31 +455,30 @@ class _Transport(asynchat.async_chat):
                 else:
                     end, is_whole, rest = self._cut(unread, start, terminator)
                     is_direct = is_direct and terminator in (_END_OF_LINE, _END_OF_DATA)
-            except _ENDS_OF_THE_LOOP:
-                raise
-            except BaseException:  # no hook has seen this input: a retry would fail too
-                self._end_with_fault()
+            except BaseException as error:  # no hook has seen this input: a retry would fail too
+                self._end_with_fault(error)
                 return
             if rest == start:
                 return
             more_follows = rest < len(unread)
-            if not flow.holds_replies:
-                flow.holds_replies = (more_follows and is_direct and is_whole
-                                      and self._may_hold_replies())
-            elif not (is_direct and is_whole) or len(self.producer_fifo) >= _MOST_HELD:
-                self._send_held_replies()
-                if flow.gate > _IDLE:
-                    return
+            is_direct_block = is_direct and is_whole
+            if is_held:
+                if not is_direct_block or len(self.producer_fifo) >= _MOST_HELD:
+                    self._send_held_replies()
+                    if flow.gate > _IDLE:
+                        return
+            elif more_follows and is_direct_block:
+                flow.holds_replies = self._may_hold_replies()
             # Consumed before a hook gets it: one that raises must not get it again.
             flow.unread_input, flow.input_start = (unread, rest) if more_follows else (b'', 0)
             flow.has_replied = False
-            flow.is_mid_block = not (is_direct and is_whole)
-            if not is_direct:
-                self._give_to_hooks(unread[start:end], is_whole)
-            elif is_whole:
+            flow.is_mid_block = not is_direct_block
+            if is_direct_block:
                 self._take_block(unread[start:end])
-            else:
+            elif is_direct:
                 self._take_piece(unread[start:end])
+            else:
+                self._give_to_hooks(unread[start:end], is_whole)
 
     def _give_to_hooks(self, piece, is_whole):
         if piece:
@@ -575,8 +575,7 @@ class _Transport(asynchat.async_chat):
             len(piece) for piece in waiting if isinstance(piece, bytes))
 
     def writable(self):
-        gate = self._flow.gate
-        return gate == _IDLE or gate == _PAUSED or bool(super().writable())
+        return _OPEN < self._flow.gate < _BUSY or bool(super().writable())
 
     def handle_write_event(self):
         if not self.connected:  # nothing can be sent, and writable() would be true for ever
@@ -629,7 +628,9 @@ class _Transport(asynchat.async_chat):
         if error is None or not vars(error).pop(_ANSWERED, False):
             self.handle_close()
 
-    def _end_with_fault(self):
+    def _end_with_fault(self, error):
+        if isinstance(error, _ENDS_OF_THE_LOOP):
+            raise error
         try:
             self.handle_error()
         finally:
