@@ -791,7 +791,7 @@ class Pool:
         return self
 
     def __exit__(self, *exc):
-        self.threads.close_when_idle()  # conftest.py sees that no thread is left
+        self.threads.close_when_idle()  # the fixture sees that no thread is left
 
     def results(self, *calls, at_most=1):
         outcomes = []
