@@ -581,7 +581,7 @@ def counted_as_in_rfc_1870(case):
     return 'num_bytes' in case.state_differs_in() and case.seen('smtp_state')[0] != '0'
 
 
-def message_is_let_go(case):
+def message_is_dropped(case):
     return ('received_data' in case.state_differs_in()
             and case.seen('received_data')[1] in ("''", "b''"))
 
@@ -591,7 +591,7 @@ def options_left_behind(case):
 
 
 def second_init(case):
-    """A second __init__() begins the session anew before it calls any hook."""
+    """A second __init__() begins the session over before it calls any hook."""
     is_made = any(event[0] == 'client' for event in case.old[:case.at])
     return (('__init__' in case.source or not is_made) and bool(case.state_differs_in())
             and case.state_differs_in() <= {'seen_greeting', 'extended_smtp'})
@@ -656,7 +656,7 @@ def input_of_its_own(case):
             and re.search(r'raise|Error', case.source) is not None)
 
 
-def behind_a_producer(case):
+def after_a_producer(case):
     """A session fails while replies wait for a producer that stands before them."""
     old, new = case.old_rest[0], case.new_rest[0]
     return ('push_with_producer' in case.source and old[0] == new[0] == 'sent'
@@ -705,8 +705,8 @@ NOT_COMPARED = Allowed(old_never_ends, 'not compared: the old module never comes
 ALLOWED = [
     Allowed(counted_as_in_rfc_1870, 'num_bytes in data: RFC 1870 says what counts',
             'CRLF counts as two, doubled dots as one', without_state('num_bytes')),
-    Allowed(message_is_let_go, 'the last message is let go early',
-            "let go at the session's next command", without_state('received_data')),
+    Allowed(message_is_dropped, 'the last message is dropped early',
+            "dropped at the session's next command", without_state('received_data')),
     Allowed(options_left_behind, 'what was refused leaves no trace',
             'leave no trace', without_state('mail_options', 'rcpt_options')),
     Allowed(piece_in_another_form, 'what is not whole yet is kept in another form',
@@ -719,11 +719,11 @@ ALLOWED = [
     Allowed(buffer_is_emptied, 'close() lets go of what the client sent',
             'no more of the input is executed', without_state('ac_in_buffer')),
     Allowed(second_init, 'a second __init__() begins anew at once',
-            'starts the session anew before', without_state('seen_greeting', 'extended_smtp')),
+            'starts the session over before', without_state('seen_greeting', 'extended_smtp')),
     Allowed(init_begins_first, '__init__() begins anew at once',
-            'starts the session anew before', without_state(*BEGUN_ANEW)),
+            'starts the session over before', without_state(*BEGUN_ANEW)),
     Allowed(second_init_failed, 'a second __init__() that fails leaves no `peer`',
-            'starts the session anew before'),
+            'starts the session over before'),
     Allowed(set_before_the_session, 'what is set while a channel is made stays',
             'have their defaults from the start'),
     Allowed(set_before_a_failure, 'what a channel has before it fails',
@@ -767,8 +767,8 @@ ALLOWED = [
             'raises before it has replied'),
     Allowed(input_of_its_own, 'a command that fails may be in the input again',
             'and the session goes on'),
-    Allowed(behind_a_producer, 'what waits behind a producer is not sent',
-            'What waits behind a producer'),
+    Allowed(after_a_producer, 'what waits after a producer is not sent',
+            'What waits after a producer'),
     Allowed(replied_past_push, 'a reply past push() is not known', 'past ``push()``'),
     Allowed(malformed_path, 'an address without a bracket', 'a missing bracket'),
     Allowed(cannot_verify, 'VRFY of what is no address', 'VRFY of what is no address'),
@@ -778,7 +778,7 @@ ALLOWED = [
             'neither is overridden when a line'),
     Allowed(input_set_while_collecting, 'what a hook puts into ac_in_buffer is input',
             'A piece is used up before'),
-    Allowed(base_goes_on, 'a method of SMTPChannel goes on to the mixin behind',
+    Allowed(base_goes_on, 'a method of SMTPChannel goes on to the mixin after it',
             'goes on to the classes after'),
     Allowed(ends_first, 'a session that ends does so before the log has the fault',
             'What waits to be sent is sent before'),

@@ -711,7 +711,7 @@ def test_difference_received_data_is_let_go(old_module):
     ours.take(b'NOOP\r\n')
     assert old.channel.received_data == message
     assert not ours.channel.received_data
-    assert '``received_data`` is let go' in differences_in_the_manual()
+    assert '``received_data`` is dropped' in differences_in_the_manual()
 
 
 @has_old_module

@@ -649,8 +649,8 @@ class TestRecipeAuth:
 
     @pytest.mark.parametrize('dialogue', [
         [(b'AUTH PLAIN', b'503 Error: send EHLO first')],
-        [(b'EHLO c', None), (b'AUTH', b'504 Error: only PLAIN is known here'),
-         (b'AUTH LOGIN', b'504 Error: only PLAIN is known here'),
+        [(b'EHLO c', None), (b'AUTH', b'504 Error: only PLAIN is supported'),
+         (b'AUTH LOGIN', b'504 Error: only PLAIN is supported'),
          (b'AUTH PLAIN AGFsaWNlAHdyb25n', b'535 Authentication credentials invalid'),
          (b'AUTH PLAIN AGJvYgA=', b'535 Authentication credentials invalid'),
          (b'AUTH PLAIN ?', b'501 Error: bad response'),
