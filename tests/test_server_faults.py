@@ -107,6 +107,12 @@ Server.channel_class = Channel
 
 def tell_port(server):
     print(server.socket.getsockname()[1], flush=True)
+
+def serve():
+    global server
+    server = Server(('127.0.0.1', 0), None)
+    tell_port(server)
+    asyncore.loop()
 '''
 PLAIN = [sys.executable]  # from 3.12 on, fork() beside a thread warns
 
@@ -137,9 +143,7 @@ def test_a_fault_without_descriptors_ends_nothing():
     """traceback imports modules when it is first used."""
     text = '''
 limit(50)
-server = Server(('127.0.0.1', 0), None)
-tell_port(server)
-asyncore.loop()
+serve()
 '''
     with script(text) as (process, address), greet(address, b'EHLO x') as client:
         assert client.say(b'XHOARD') == b'250 OK\r\n'
@@ -292,9 +296,7 @@ class Forking(Channel):
 Server.channel_class = Forking
 Server.channels_in_selector = %r
 Server.process_message_threads = 1
-server = Server(('127.0.0.1', 0), None)
-tell_port(server)
-asyncore.loop()
+serve()
 ''' % selector
     with script(text, PLAIN) as (process, address):
         with greet(address, b'EHLO x') as client, greet(address, b'EHLO x') as other:
@@ -358,9 +360,7 @@ def smtp_XFORK(self, arg):
 smtpd._IDLE_THREAD_SECONDS = 600
 Channel.smtp_XFORK = smtp_XFORK
 Server.process_message_threads = 1
-server = Server(('127.0.0.1', 0), None)
-tell_port(server)
-asyncore.loop()
+serve()
 '''
     with script(text, PLAIN) as (process, address), greet(address, b'EHLO x') as client:
         assert post(client).startswith(b'250 of')
@@ -668,9 +668,7 @@ def test_without_epoll_channels_stand_in_the_map():
     """Nobody has tried kqueue."""
     text = '''
 Server.channels_in_selector = True
-server = Server(('127.0.0.1', 0), None)
-tell_port(server)
-asyncore.loop()
+serve()
 '''
     without_epoll = '''
 import select
@@ -724,9 +722,7 @@ def test_without_descriptors_a_message_is_answered_though_its_server_is_closed()
     text = '''
 limit(50)
 Server.process_message_threads = 1
-server = Server(('127.0.0.1', 0), None)
-tell_port(server)
-asyncore.loop()
+serve()
 '''
     with script(text) as (process, address), greet(address, b'EHLO x') as client:
         assert client.say(b'XCLOSE') == b'250 OK\r\n'
@@ -917,9 +913,7 @@ def smtp_XCOUNT(self, arg):
     self.push('250 %d' % len(os.listdir('/proc/self/fd')))
 
 Channel.smtp_XCOUNT = smtp_XCOUNT
-server = Server(('127.0.0.1', 0), None)
-tell_port(server)
-asyncore.loop()
+serve()
 '''
     with script(text) as (process, address), greet(address, b'EHLO x') as client:
         assert client.say(b'XCLOSE') == b'250 OK\r\n'
