@@ -1,4 +1,4 @@
-"""An SMTP server: the smtpd module that Python 3.12 removed, written anew.
+"""An SMTP server: the smtpd module that Python 3.12 removed, rewritten from scratch.
 
 For example, a server that tells who sends mail to whom::
 
@@ -2069,7 +2069,7 @@ class SMTPServer(_Reader):
         connection.close()
 
     def close(self):
-        """Stop listening; may be called from any thread.  Channels live on."""
+        """Stop listening; may be called from any thread.  Channels stay open."""
         if self._may_shut_down():
             self._leave_to_loop(self)
         asyncore.dispatcher.close(self)
@@ -2227,12 +2227,12 @@ class _ThreadsUnlessOverridden:
 class PureProxy(SMTPServer):
     """Relays each step of a session to `remoteaddr`, whose replies are the client's.
 
-    Arguments as SMTPServer's, but `enable_SMTPUTF8` raises ValueError.  Whoever can
+    Arguments as SMTPServer's, but `enable_SMTPUTF8` raises ValueError.  Anyone who can
     connect can send mail anywhere: on a public address this is an open relay.
 
     MAIL, RCPT, DATA and the message go to the upstream when the client sends them,
     in one upstream session for each client's session.  The client gets 451 if the
-    upstream cannot be reached, breaks off, or says what is no reply to the step.
+    upstream cannot be reached, breaks off, or sends something that is no reply.
 
     A program that overrides process_message() or _deliver() gets each message as a
     whole instead.  process_message() adds the X-Peer header and calls
@@ -2251,8 +2251,8 @@ class PureProxy(SMTPServer):
     upstream_data_timeout_seconds     for the reply to DATA (120)
     upstream_block_timeout_seconds    to send each 64 KB of a message (180)
     upstream_final_timeout_seconds    for the reply to a message (600)
-    hop_limit                         headers X-Peer and Received that make a message
-                                      run in circles (50), then 554
+    hop_limit                         X-Peer and Received headers that show a message
+                                      to be in a loop (50), then 554
     """
 
     process_message_threads = _ThreadsUnlessOverridden(32)
@@ -2325,7 +2325,7 @@ class MailmanProxy(PureProxy):
 
     Mailman's LMTP server is asked about each recipient; `remoteaddr` is asked about
     what Mailman does not know.  While Mailman cannot be reached each recipient gets
-    451, since nobody knows which are lists.  If a message has reached some of its
+    451, since there is no telling which are lists.  If a message has reached some of its
     recipients and not others, the client gets 451, and its next try goes to the
     others only.
 
@@ -2452,7 +2452,7 @@ class _Relay:
 
 
 def _has_gone(channel):
-    """Whether the client has closed the connection, and no command of it is left."""
+    """Whether the client has closed the connection and left no command unread."""
     if channel.ac_in_buffer:
         return False
     try:
@@ -3000,12 +3000,14 @@ listens on all interfaces (IPv4).
 class Options:
     """What the command line says, from parseargs().
 
-    localhost, localport    the address to listen on
-    remotehost, remoteport  the upstream server of a proxy
-    classname               of the server: a name of this module or package.module.Class
-    size_limit              octets that a message may have, 0 for no limit; None: not given
-    setuid                  become nobody
-    enable_SMTPUTF8         offer SMTPUTF8
+    localhost        the host to listen on
+    localport        the port to listen on
+    remotehost       the host of a proxy's upstream server
+    remoteport       its port
+    classname        of the server: a name of this module or package.module.Class
+    size_limit       octets that a message may have, 0 for no limit; None: not given
+    setuid           become the user nobody
+    enable_SMTPUTF8  offer SMTPUTF8
     """
 
     setuid = True
