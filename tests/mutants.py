@@ -3,8 +3,9 @@
     python tests/mutants.py --seconds 600
 
 A mutant is the module with one operator, constant, condition or statement changed.
-Each runs in a copy of the tree, with the tests that reach the changed line; those that
-are quick come first, and the first that fails kills it. Results are kept under
+Each runs in a copy of the tree, with the tests that reach the changed line, in the
+processes that they start too; those that are quick come first, and the first that
+fails, or takes many times as long as it should, kills it. Results are kept under
 .mutants/, so that a run goes on where the one before it ended; after a change of the
 tests, only those that lived are tried again.
 
@@ -20,6 +21,7 @@ import functools
 import hashlib
 import json
 import os
+import queue
 import random
 import re
 import shutil
@@ -31,14 +33,35 @@ import time
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KEPT_IN = os.path.join(TOP, '.mutants')
-COPIED = ['smtpd.py', 'smtpd-stubs', 'setup.cfg', 'test_smtpd.py', 'tests']
+COPIED = ['smtpd.py', 'smtpd-stubs', 'setup.cfg', 'test_smtpd.py', 'tests', 'docs']
+TESTS = ['test_smtpd.py', 'tests/test_channel.py', 'tests/test_server_faults.py',
+         'tests/test_proxies.py', 'tests/test_oracle.py', 'tests/test_programs.py']
 NOT_SLOW = 'not slow and not real'
-# Coverage sees what a test runs in its own process alone; these start others.
+# These run after all others, since coverage does not see all that they run: some end their
+# processes with SIGKILL, or become nobody, who may write nothing.
 IN_PROCESSES = ('CommandLine', 'server_faults')
-FEW = 20  # where no more tests than these reach a line, those that start processes run too
+
+# Each process that a test starts tells coverage which test it was.
+COVERAGE = """
+[run]
+parallel = true
+patch = _exit
+sigterm = true
+context = ${MUTANTS_TEST-}
+include = %(directory)s/smtpd.py
+data_file = %(directory)s/.coverage
+"""
 
 # Mutants that no user can tell from the module: (function, line, what its part becomes): why.
 EQUIVALENT = {
+    # Names of the module; paths, parameters, replies, handlers
+    ('_parse_command', 'if not text or not text.isprintable() and '
+                       '_CONTROL_CHARACTER.search(text):',
+     '(_CONTROL_CHARACTER.search(text))'): 'isprintable() is quick, and true of no such text',
+    ('_accepted_keywords',
+     "handler = getattr(handler, '__func__', handler)  # its attributes are found faster",
+     'pass'): 'it is quick, and no more',
+    # The transport
     ('_Transport', 'idle_timeout_seconds = None', 'pass'): 'SMTPChannel has its own',
     ('_Transport._begin_anew', 'self._input_start = 0', 'pass'):
         "asynchat's __init__() sets ac_in_buffer, and that this",
@@ -51,6 +74,34 @@ EQUIVALENT = {
     ('_Transport._look_for_idleness',
      'if limit is None or now - self._last_sign_of_life < limit or self._gate == _BUSY:',
      '(now - self._last_sign_of_life <= limit)'): 'no clock shows the very moment',
+    # The channel
+    ('_without_cr', "if octets.count(b'\\r', 0, 1024) < 32:",
+     "(octets.count(b'\\r', 0, 1024) <= 32)"): 'both ways give the same, one faster',
+    # What wakes the loop
+    ('_before_fork', '_forks += 1', '2'): 'it is only compared for being the same',
+    ('_Reader.writable', 'return False', 'return'): 'None is as false',
+    ('_Selector.readable',
+     "return False", 'return'): 'None is as false',
+    ('_Selector.close', 'self._close_epoll()', 'pass'): 'the last channel has closed it',
+    ('_Selector._close_epoll', 'self._epoll.close()', 'pass'):
+        'CPython closes it when nothing refers to it; PyPy would be late',
+    # The servers
+    ('_may_speak', 'return thing._flow.gate <= _IDLE', '(thing._flow.gate < _IDLE)'):
+        'it is about to hear 421, and that 10 ms later',
+    # The proxies
+    ('_deliveries_of', "return vars(proxy).setdefault('_deliveries', _Deliveries())",
+     "'_deliverie'"): 'nobody else knows the name',
+    ('_Relay.mail', "if not any(each.startswith('BODY=') for each in options):", "'BODY'"):
+        'smtp_MAIL() lets no other parameter through that begins so',
+    ('_has_gone', 'return not channel.socket.recv(1, _PEEK)', '2'): 'a peek at more is a peek',
+    ('_digest',
+     "digest = hashlib.sha256(mailfrom.encode('utf-8', 'surrogateescape') + b'\\n')",
+     "b'\\nx'"): 'it stands between the two, whatever it is',
+    ('_MailmanSession.__init__', 'self.mail(None)', 'pass'):
+        'tells the reader what there is; each transaction begins with mail()',
+    ('_MailmanSession.is_quick', 'return False', 'return'): 'None is as false',
+    ('_Connection._read_reply', 'if len(self._input) > _MOST_OF_A_REPLY:',
+     '(len(self._input) >= _MOST_OF_A_REPLY)'): 'the limit is any number that is large',
 }
 
 
@@ -66,7 +117,7 @@ OPERATORS = {
 
 
 class Mutant(collections.namedtuple(
-        'Mutant', 'function start stop before after line source text ordinal')):
+        'Mutant', 'function start stop before after line lines source text ordinal')):
     """One change: source[start:stop], which is `before`, becomes `after`."""
 
     @property
@@ -161,6 +212,13 @@ def make_mutants(module):
     def source_of(function):
         return ast.unparse(function)
 
+    def lines_of(node):  # of its statement, or of the head of it
+        while not isinstance(node, ast.stmt):
+            node = parents[node]
+        body = getattr(node, 'body', None)
+        return range(node.lineno, max(node.lineno, body[0].lineno - 1 if body
+                                      else node.end_lineno) + 1)
+
     def function_of(node):
         names = []
         source, inner = '', True
@@ -185,7 +243,7 @@ def make_mutants(module):
                 after = '(%s)' % after
             function, source = function_of(node)
             found[start, stop, after] = Mutant(
-                function, start, stop, before, after, node.lineno, source,
+                function, start, stop, before, after, node.lineno, lines_of(node), source,
                 module[starts[node.lineno - 1]:starts[node.lineno]].strip(), 0)
     seen = collections.Counter()
     mutants = []
@@ -206,13 +264,12 @@ def is_module(text):
 
 
 def spread(mutants, module, count, seed):
-    """So many of them, from all functions by turns."""
-    chance = random.Random(seed)
+    """So many of them, from all functions by turns; a change of one leaves the others alone."""
     by_function = collections.defaultdict(list)
     for mutant in mutants:
         by_function[mutant.function].append(mutant)
-    for each in by_function.values():
-        chance.shuffle(each)
+    for name, each in by_function.items():
+        random.Random('%s %s' % (seed, name)).shuffle(each)
     chosen = []
     while len(chosen) < count and any(by_function.values()):
         for each in by_function.values():
@@ -226,34 +283,68 @@ def spread(mutants, module, count, seed):
 # ---------------------------------------------------------------------------------------------
 # What pytest loads: tells coverage which test runs, or picks tests and limits their time
 
+def baseline_coverage():
+    import coverage
+    return os.environ.get('MUTANTS_BASELINE') and coverage.Coverage.current()
+
+
+def pytest_configure():
+    if baseline_coverage():
+        os.environ['COVERAGE_PROCESS_START'] = os.environ['MUTANTS_RCFILE']
+        subprocess.Popen.kill = end_gently
+
+
+def end_gently(process):
+    """SIGKILL would leave coverage no time to save what it has seen."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+    process.send_signal(signal.SIGKILL)
+
+
+@functools.lru_cache(maxsize=None)
+def chosen_tests():
+    """The seconds that each may take, in the order in which they run."""
+    with open(os.environ['MUTANTS_TESTS'], encoding='utf-8') as file:
+        return json.load(file)
+
+
 def pytest_collection_modifyitems(config, items):
-    names = os.environ.get('MUTANTS_TESTS')
-    if names:
-        with open(names, encoding='utf-8') as file:
-            order = {name: number for number, name in enumerate(json.load(file))}
+    if os.environ.get('MUTANTS_TESTS'):
+        order = {name: number for number, name in enumerate(chosen_tests())}
         items[:] = sorted((item for item in items if item.nodeid in order),
                           key=lambda item: order[item.nodeid])
 
 
 def pytest_runtest_logstart(nodeid):
-    if os.environ.get('MUTANTS_BASELINE'):
-        import coverage
-        coverage.Coverage.current().switch_context(nodeid)
+    if baseline_coverage():
+        baseline_coverage().switch_context(nodeid)
+        os.environ['MUTANTS_TEST'] = nodeid
+    else:
+        signal.signal(signal.SIGALRM, lambda *_: killed_by(nodeid, 'which takes too long'))
+        signal.alarm(chosen_tests()[nodeid])
 
 
 def pytest_runtest_logfinish(nodeid):
-    if os.environ.get('MUTANTS_BASELINE'):
-        import coverage
-        coverage.Coverage.current().switch_context('')
+    if baseline_coverage():
+        baseline_coverage().switch_context('')
+        os.environ['MUTANTS_TEST'] = ''
+    else:
+        signal.alarm(0)
 
 
 def pytest_runtest_logreport(report):
-    if os.environ.get('MUTANTS_BASELINE'):
+    if baseline_coverage():
         with open(os.environ['MUTANTS_BASELINE'], 'a', encoding='utf-8') as file:
             print(json.dumps([report.nodeid, report.duration]), file=file)
     elif report.failed:
-        print('KILLED BY', report.nodeid, flush=True)
-        os._exit(1)  # a thread of the mutant's may not end
+        killed_by(report.nodeid)
+
+
+def killed_by(*told):
+    with open(os.environ['MUTANTS_TESTS'] + '.killer', 'w', encoding='utf-8') as file:
+        print(*told, file=file)
+    os._exit(1)  # a thread of the mutant's may not end
 
 
 # ---------------------------------------------------------------------------------------------
@@ -269,10 +360,9 @@ def copy_tree(directory):
     for name in COPIED:
         source = os.path.join(TOP, name)
         if os.path.isdir(source):
-            shutil.copytree(source, os.path.join(directory, name),
-                            ignore=shutil.ignore_patterns('__pycache__'))
+            shutil.copytree(source, os.path.join(directory, name), dirs_exist_ok=True)
         elif os.path.exists(source):
-            shutil.copy(source, directory)
+            shutil.copy2(source, directory)  # with its time: bytecode is kept
 
 
 def digest_of_tests():
@@ -309,14 +399,15 @@ class Baseline:
         with tempfile.TemporaryDirectory() as directory:
             copy_tree(directory)
             report = os.path.join(directory, 'durations')
-            data = os.path.join(directory, 'coverage')
+            settings = os.path.join(directory, 'coveragerc')
+            with open(settings, 'w', encoding='utf-8') as file:
+                file.write(COVERAGE % {'directory': directory})
+            run = [sys.executable, '-m', 'coverage', 'run', '--rcfile', settings, '-m', 'pytest',
+                   '-q', '-p', 'mutants', '-m', NOT_SLOW, *tests]
             done = subprocess.run(
-                [sys.executable, '-m', 'coverage', 'run', '--data-file', data, '--rcfile',
-                 os.devnull, '--include', 'smtpd.py', '-m', 'pytest', '-q', '-p', 'mutants', '-m',
-                 NOT_SLOW, *tests],
-                cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                run, cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT, text=True,
-                env=clean_environment(MUTANTS_BASELINE=report))
+                env=clean_environment(MUTANTS_BASELINE=report, MUTANTS_RCFILE=settings))
             if done.returncode:
                 sys.exit('the unbroken module fails:\n' + done.stdout)
             seconds = collections.Counter()
@@ -324,55 +415,58 @@ class Baseline:
                 for line in file:
                     name, duration = json.loads(line)
                     seconds[name] += duration
-            covered = coverage.CoverageData(data)
-            covered.read()
+            whole = coverage.Coverage(config_file=settings)
+            whole.combine()
+            covered = whole.get_data()
             [module] = covered.measured_files()
-            reached = {line: [name for name in names if name]
+            reached = {line: sorted(seconds if '' in names else names)  # '': at the import
                        for line, names in covered.contexts_by_lineno(module).items()}
         with open(path, 'w', encoding='utf-8') as file:
             json.dump({'seconds': seconds, 'reached': reached}, file)
 
     def tests_of(self, mutant):
-        """Those that reach it, the quick ones first; all, if none or if it runs at the import."""
-        names = self.reached.get(mutant.line, set())
-        if not names or not mutant.source:
-            names = set(self.seconds)
-        elif len(names) < FEW:
-            names = names | self.in_processes
-        return sorted(names, key=lambda name: (self.seconds[name], name))
+        """Those that reach it, the quick ones first; all, if it runs at the import.
+
+        With the seconds that each may take.
+        """
+        names = set().union(*(self.reached.get(line, ()) for line in mutant.lines))
+        order = sorted(names | self.in_processes, key=lambda name: (
+            name not in names, self.seconds[name], name))
+        return {name: 15 + int(5 * self.seconds[name]) for name in order}
 
 
-def try_mutant(mutant, module, baseline, tests):
-    """('killed', the test) or ('killed', 'time') or ('lives', None)."""
-    names = baseline.tests_of(mutant)
-    limit = 60 + 3 * sum(baseline.seconds[name] for name in names)
-    with tempfile.TemporaryDirectory() as directory:
-        copy_tree(directory)
-        with open(os.path.join(directory, 'smtpd.py'), 'w', encoding='utf-8') as file:
-            file.write(mutant.applied_to(module))
-        chosen = os.path.join(directory, 'chosen.json')
-        with open(chosen, 'w', encoding='utf-8') as file:
-            json.dump(names, file)
-        with open(os.path.join(directory, 'output'), 'w+', encoding='utf-8',
-                  errors='replace') as output:
-            process = subprocess.Popen(
-                [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'mutants', '-m', NOT_SLOW,
-                 '--tb=no', *tests],
-                cwd=directory, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                start_new_session=True, env=clean_environment(MUTANTS_TESTS=chosen))
-            try:
-                status = process.wait(limit)
-            except subprocess.TimeoutExpired:
-                return 'killed', 'time'
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            output.seek(0)
-            killers = [line.split()[-1] for line in output if line.startswith('KILLED BY')]
+def try_mutant(mutant, module, tests, directory):
+    """('killed', the test) or ('lives', None)."""
+    with open(os.path.join(directory, 'smtpd.py'), 'w', encoding='utf-8') as file:
+        file.write(mutant.applied_to(module))
+    shutil.rmtree(os.path.join(directory, '__pycache__'), ignore_errors=True)
+    chosen = os.path.join(directory, 'chosen.json')
+    with open(chosen, 'w', encoding='utf-8') as file:
+        json.dump(tests, file)
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'mutants', '--tb=no',
+         *sorted({name.partition('::')[0] for name in tests})],
+        cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+        env=clean_environment(MUTANTS_TESTS=chosen))
+    try:
+        status = process.wait(60 + sum(tests.values()))
+    except subprocess.TimeoutExpired:
+        return 'killed', 'time'
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     if status == 0:
         return 'lives', None
-    return 'killed', killers[0] if killers else 'import'
+    assert status != 5, 'pytest found none of the tests'
+    killer = chosen + '.killer'
+    if not os.path.exists(killer):
+        return 'killed', 'import'
+    with open(killer, encoding='utf-8') as file:
+        told = file.read().strip()
+    os.remove(killer)
+    return 'killed', told
 
 
 def read_results(path):
@@ -387,7 +481,7 @@ def read_results(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('tests', nargs='*', default=['test_smtpd.py'], help='files for pytest')
+    parser.add_argument('tests', nargs='*', default=TESTS, help='files for pytest')
     parser.add_argument('--count', type=int, default=400, help='mutants, from all functions')
     parser.add_argument('--seed', type=int, default=1, help='chooses them')
     parser.add_argument('--function', default='', help='a regular expression for their names')
@@ -410,20 +504,30 @@ def main():
         baseline = Baseline(options.tests)
         end = time.monotonic() + options.seconds
 
-        def run(mutant):
-            if time.monotonic() < end:
-                outcome, killer = try_mutant(mutant, module, baseline, options.tests)
+        with contextlib.ExitStack() as stack:
+            directories = queue.SimpleQueue()
+            for _ in range(options.processes):
+                directory = stack.enter_context(tempfile.TemporaryDirectory())
+                copy_tree(directory)
+                directories.put(directory)
+
+            def run(mutant):
+                if time.monotonic() >= end:
+                    return None
+                directory = directories.get()
+                outcome, killer = try_mutant(mutant, module, baseline.tests_of(mutant), directory)
+                directories.put(directory)
                 return {'key': mutant.key, 'mutant': str(mutant), 'outcome': outcome,
                         'by': killer, 'tests': digest}
 
-        with concurrent.futures.ThreadPoolExecutor(options.processes) as pool, \
-                open(path, 'a', encoding='utf-8') as file:
+            pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(options.processes))
+            file = stack.enter_context(open(path, 'a', encoding='utf-8'))
             for result in pool.map(run, to_do):
                 if result is not None:
                     results[result['key']] = result
                     print(json.dumps(result), file=file, flush=True)
                     print(result['outcome'], result['mutant'], flush=True)
-    return tell(mutants, results)
+    return tell(mutants, results, module)
 
 
 def is_known(mutant, results, digest):
@@ -436,18 +540,30 @@ def mutant_name(mutant):
     return mutant.function, mutant.text, ' '.join(mutant.after.split())
 
 
-def tell(mutants, results):
-    counts = collections.Counter()
+def section_of(mutant, module):
+    titles = re.findall(r'^# -{75}\n# (.*)\n# -{75}\n', module[:mutant.start], re.MULTILINE)
+    return titles[-1] if titles else 'Names of the module'
+
+
+def tell(mutants, results, module):
+    by_section = collections.defaultdict(collections.Counter)
     for mutant in mutants:
         if mutant_name(mutant) in EQUIVALENT:
             outcome = 'equivalent'
         else:
             outcome = results.get(mutant.key, {'outcome': 'not tried'})['outcome']
-        counts[outcome] += 1
+        by_section[section_of(mutant, module)][outcome] += 1
         if outcome == 'lives':
             print('LIVES', mutant)
-    print(', '.join('%d %s' % (count, outcome) for outcome, count in sorted(counts.items())))
+    for section, counts in by_section.items():
+        print('%s: %s' % (section, told(counts)))
+    counts = sum(by_section.values(), collections.Counter())
+    print('all: ' + told(counts))
     return bool(counts['lives'])
+
+
+def told(counts):
+    return ', '.join('%d %s' % (count, outcome) for outcome, count in sorted(counts.items()))
 
 
 if __name__ == '__main__':
