@@ -22,11 +22,17 @@ from tests.support import (
     PEER,
     STRICT,
     FakeConnection,
+    Listener,
     RawClient,
     RecordingServer,
+    WaitingServer,
+    channels_of,
     greet,
+    has_input,
     running,
     serving,
+    small_buffers,
+    turning,
     variant,
 )
 
@@ -148,7 +154,7 @@ serve()
     with script(text) as (process, address), greet(address, b'EHLO x') as client:
         assert client.say(b'XHOARD') == b'250 OK\r\n'
         assert client.say(b'XFAIL') == b'451 Internal confusion\r\n'
-        assert client.say(b'NOOP') == b'250 OK\r\n'
+        assert client.say(b'XFREE') == b'250 OK\r\n'
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='no user nobody here')
@@ -211,15 +217,26 @@ def test_a_log_info_of_a_mixin_gets_the_log(capsys):
     assert capsys.readouterr() == ('error: MESSAGE\n', '')  # asyncore's own prints
 
 
-def test_a_log_info_that_fails_ends_nothing(capsys):
-    def fail(self, *args):
-        raise ZeroDivisionError('on purpose')
+class Untold(Exception):
+    def __str__(self):
+        raise ValueError
 
-    channel = {'smtp_XFAIL': fail, 'log_info': fail}
+
+@pytest.mark.parametrize('error, told', [
+    (ZeroDivisionError('on purpose'), 'ZeroDivisionError: on purpose'), (Untold(), 'Untold')])
+def test_a_log_info_that_fails_ends_nothing(error, told, capsys):
+    def log_info(self, *args):
+        raise error
+
+    def fail(self, arg):
+        raise KeyError('of the command')
+
+    channel = {'smtp_XFAIL': fail, 'log_info': log_info}
     with serving(variant(channel=channel)) as server, greet(server, b'EHLO x') as client:
         assert client.say(b'XFAIL') == b'451 Internal confusion\r\n'
         assert client.say(b'NOOP') == b'250 OK\r\n'
-    assert 'ZeroDivisionError: on purpose' in capsys.readouterr().err
+    log = capsys.readouterr().err
+    assert "KeyError: 'of the command'" in log and log.splitlines()[-1] == told
 
 
 # ---------------------------------------------------------------------------------------------
@@ -242,7 +259,7 @@ for _ in range(2):
 tell_port(server)
 sys.stdin.read()
 for worker in workers:
-    os.kill(worker, signal.SIGKILL)
+    os.kill(worker, signal.SIGTERM)
 ''' % selector
     with script(text, PLAIN) as (process, address), contextlib.ExitStack() as stack:
         clients = [stack.enter_context(greet(address, b'EHLO x')) for _ in range(10)]
@@ -293,6 +310,17 @@ class Forking(Channel):
         else:
             self.push('250 OK')
 
+    def smtp_XEXEC(self, arg):
+        """What a program that this one runs would inherit."""
+        numbers = range(3, 50)
+        self.push('250 %%s' %% [each for each in numbers if is_inherited(each)])
+
+def is_inherited(descriptor):
+    try:
+        return os.get_inheritable(descriptor)
+    except OSError:
+        return False
+
 Server.channel_class = Forking
 Server.channels_in_selector = %r
 Server.process_message_threads = 1
@@ -304,6 +332,7 @@ serve()
             assert client.say(b'XFORK') == b'250 OK\r\n'
             child = post(client)
             assert child != parent and post(client) == post(other) == child
+            assert client.say(b'XEXEC') == b'250 []\r\n'
             assert client.say(b'XCLOSE') == b'250 OK\r\n'
             assert client.say(b'QUIT') == other.say(b'QUIT') == b'221 Bye\r\n'
         with greet(address, b'EHLO x') as client:
@@ -311,11 +340,47 @@ serve()
 
 
 @needs_fork
-def test_a_child_does_not_wait_for_the_threads_of_its_parent():
+@needs_limits
+def test_a_child_without_descriptors_serves_as_soon_as_it_has_some():
+    """It needs one to take its parent's channels into a selector of its own."""
+    text = '''
+limit(50)
+class Forking(Channel):
+    def smtp_XFORK(self, arg):
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+            self.close()
+            return
+        taken = hoard()
+        for _ in range(3):
+            asyncore.loop(0, count=1)
+        for each in taken:
+            os.close(each)
+        self.push('250 OK')
+
+Server.channel_class = Forking
+Server.channels_in_selector = True
+server = Server(('127.0.0.1', 0), None)
+tell_port(server)
+asyncore.loop()
+'''
+    with script(text, PLAIN) as (process, address), greet(address, b'EHLO x') as client:
+        parent = post(client)
+        assert client.say(b'XFORK') == b'250 OK\r\n'
+        assert post(client) != parent
+        assert client.say(b'XCLOSE') == b'250 OK\r\n'
+        assert client.say(b'QUIT') == b'221 Bye\r\n'
+
+
+@needs_fork
+@in_map_and_selector
+def test_a_child_does_not_wait_for_the_threads_of_its_parent(selector):
     """It has not got them: their sockets leave its map."""
     text = '''
 class Waiting(Server):
     process_message_threads = 1
+    channels_in_selector = %r
     go = threading.Event()
     def process_message(self, *args, **kwargs):
         self.go.wait()
@@ -325,16 +390,16 @@ class Forking(Channel):
         child = os.fork()
         if not child:
             asyncore.loop(0, count=1)
-            os._exit(sum(isinstance(each, smtpd._Reader) and each is not server
+            os._exit(sum(isinstance(each, smtpd._Threads)
                          for each in asyncore.socket_map.values()))
-        self.push('250 %d' % os.waitpid(child, 0)[1])
+        self.push('250 %%d' %% os.waitpid(child, 0)[1])
         server.go.set()
 
 Waiting.channel_class = Forking
 server = Waiting(('127.0.0.1', 0), None)
 tell_port(server)
 asyncore.loop()
-'''
+''' % selector
     with script(text, PLAIN) as (process, address):
         with greet(address, b'EHLO x') as waiting, greet(address, b'EHLO x') as client:
             waiting.send(NEXT_MESSAGE)
@@ -456,6 +521,34 @@ def looping(server_class, timeout=0.05):
             socket.create_connection(server.port, timeout=1).close()
         thread.join(20)
         assert not thread.is_alive()
+
+
+def test_close_from_another_thread_leaves_a_listener_alone_that_is_not_ours():
+    """Others may share it, as systemd does: shutdown() would end it for all."""
+    class Inherited(RecordingServer):
+        def __init__(self, map):
+            asyncore.dispatcher.__init__(self, map=map)
+            self.set_socket(shared.dup())
+            self.port = self.socket.getsockname()
+            self.accepting = True
+
+    with socket.create_server(('127.0.0.1', 0)) as shared:
+        with looping(Inherited) as (server, thread):
+            server.close()
+        with RawClient(shared.getsockname()):
+            shared.settimeout(20)
+            shared.accept()[0].close()
+
+
+def test_close_after_the_loop_of_another_thread_has_ended():
+    server = KnownPort(map={})
+    thread = threading.Thread(target=asyncore.loop, args=(0, True, server._map, 1))
+    thread.start()
+    thread.join(20)
+    server.close()
+    assert server._map == {}
+    with pytest.raises(ConnectionRefusedError):
+        RawClient(server.port)
 
 
 class KnownPort(RecordingServer):
@@ -588,21 +681,22 @@ def test_an_accept_that_always_has_a_connection_is_asked_once_an_event():
 # 7, 12, 13. What the system's ways to wait cannot do
 
 @needs_limits
-def test_numbers_that_select_cannot_take_end_nothing():
-    """Neither the client's nor the selector's."""
+@pytest.mark.parametrize('taken', [1023, 1100])
+def test_numbers_that_select_cannot_take_end_nothing(taken):
+    """Neither the client's nor the selector's; the first of them is 1024."""
     text = '''
 limit(2000)
 Server.channels_in_selector = True
 server = Server(('127.0.0.1', 0), None)
 tell_port(server)
-taken = hoard(1100)
+taken = hoard(%d)
 while len(asyncore.socket_map) == 1:
     asyncore.loop(.05, count=1)
     if server.refused and taken:
         for each in taken:
             os.close(each)
         taken = []
-'''
+''' % taken
     refusing = '''
 Server.refused = 0
 real_refuse = smtpd._refuse
@@ -617,6 +711,55 @@ smtpd._refuse = refuse
             assert client.rest() == b'421 Service not available\r\n'
         with greet(address, b'EHLO x') as client:
             assert client.say(b'NOOP') == b'250 OK\r\n'
+
+
+def test_a_number_that_a_program_frees_without_a_word_is_served_again():
+    text = '''
+def smtp_XDROP(self, arg):
+    self.socket.close()
+
+Channel.smtp_XDROP = smtp_XDROP
+Server.channels_in_selector = True
+server = Server(('127.0.0.1', 0), None)
+tell_port(server)
+asyncore.loop()
+'''
+    with script(text) as (process, address), greet(address, b'EHLO x') as dropped:
+        dropped.send(b'XDROP\r\n')
+        assert dropped.rest() == b''
+        with greet(address, b'EHLO x') as client:
+            assert post(client).startswith(b'250 of')
+
+
+@pytest.mark.parametrize('selector', [False, True], indirect=True)
+def test_a_channel_is_asked_only_for_what_it_is_ready_for(selector):
+    """A handle_read() or handle_write() of the program's may count on it."""
+    def handle_read(self):
+        asked.append('read')
+        smtpd.SMTPChannel.handle_read(self)
+
+    def handle_write(self):
+        asked.append('write')
+        smtpd.SMTPChannel.handle_write(self)
+
+    asked = []
+    channel = {'handle_read': handle_read, 'handle_write': handle_write,
+               'unsent_reply_limit': None,
+               'smtp_XLONG': lambda self, arg: self.push('250 ' + 1_000_000 * 'x')}
+    with turning(variant(channel=channel)) as (server, turn), small_buffers(server) as client:
+        client.send(b'XLONG\r\n')
+        assert turn(until=lambda: asked)
+        [channel] = channels_of(server)
+        assert turn(until=lambda: not select.select([], [channel.socket], [], 0)[1])
+        del asked[:]
+        client.send(b'NOOP\r\n')
+        assert turn(until=lambda: asked) and asked == ['read']
+        del asked[:]
+        left = len(BANNER) + 1_000_006 + len(b'250 OK\r\n')
+        while left:
+            assert turn(until=lambda: has_input(client))
+            left -= len(client.socket.recv(1 << 20))
+        assert set(asked) == {'write'}
 
 
 @needs_limits
@@ -664,14 +807,15 @@ def test_more_sockets_than_windows_takes_are_refused(monkeypatch):
         assert stack.enter_context(RawClient(server)).reply() == BANNER
 
 
-def test_without_epoll_channels_stand_in_the_map():
-    """Nobody has tried kqueue."""
+def test_without_epoll_and_fork_channels_stand_in_the_map():
+    """As on Windows; and nobody has tried kqueue."""
     text = '''
 Server.channels_in_selector = True
 serve()
 '''
     without_epoll = '''
-import select
+import os, select
+vars(os).pop('register_at_fork', None)
 for name in [name for name in vars(select) if 'epoll' in name.lower()]:
     delattr(select, name)
 
@@ -734,6 +878,81 @@ serve()
         assert process.wait(20) == 0
 
 
+@contextlib.contextmanager
+def without_resources(server):
+    """accept() fails, though a connection waits, and keeps the loop from waiting."""
+    real = server.socket
+    with RawClient(server):
+        server.socket = Listener(real, errno.EMFILE)
+        try:
+            yield server.socket
+        finally:
+            server.socket = real
+
+
+def test_a_lack_of_descriptors_does_not_keep_the_loop_busy(monkeypatch, capsys):
+    waits = []
+    real_select = select.select
+    with turning() as (server, turn), without_resources(server) as listener:
+        monkeypatch.setattr(smtpd, '_PAUSE_SECONDS', 0.003)
+        monkeypatch.setattr(select, 'select', lambda *args: waits.append(args[3]) or
+                            real_select(*args))
+        turn(at_most=5)
+        assert listener.attempts == waits.count(0.003) == 5
+
+
+@pytest.mark.parametrize('selector', [False, True], indirect=True)
+def test_the_pause_for_want_of_descriptors_ends_when_a_session_has_something_to_say(
+        selector, monkeypatch, capsys):
+    monkeypatch.setattr(smtpd, '_PAUSE_SECONDS', 600)
+    with serving(WaitingServer) as server, greet(server, b'EHLO x') as client:
+        server.go.set()
+        assert post(client) == b'250 OK\r\n'
+        server.go.clear()
+        with greet(server) as other, without_resources(server):
+            client.send(NEXT_MESSAGE)
+            assert [client.reply()[:3] for _ in range(3)] == [b'250', b'250', b'354']
+            server.go.set()
+            assert client.reply() == b'250 OK\r\n'
+            assert other.say(b'NOOP') == b'250 OK\r\n'
+
+
+@needs_limits
+def test_without_a_descriptor_for_the_selector_the_map_serves():
+    text = '''
+limit(50)
+Server.channels_in_selector = True
+server = Server(('127.0.0.1', 0), None)
+tell_port(server)
+os.close(hoard().pop())
+asyncore.loop()
+'''
+    with script(text) as (process, address), greet(address, b'EHLO x') as client:
+        assert post(client).startswith(b'250 of')
+
+
+@needs_limits
+@pytest.mark.skipif(not hasattr(select, 'poll'), reason='no poll() here')
+def test_without_descriptors_a_loop_in_poll_serves_those_that_select_could_not_take():
+    text = '''
+limit(1100)
+server = Server(('127.0.0.1', 0), None)
+tell_port(server)
+hoard(1030)
+asyncore.loop(use_poll=True)
+'''
+    with script(text) as (process, address), greet(address, b'EHLO x') as client:
+        assert client.say(b'XHOARD') == b'250 OK\r\n'
+        with RawClient(address) as waiting:
+            for _ in range(3):
+                assert post(client).startswith(b'250 of')
+            assert client.say(b'XFREE') == b'250 OK\r\n'
+            assert waiting.reply().startswith(b'220 ')
+        process.terminate()
+        log = process.stderr.read().decode()
+    assert log.startswith('error: no resources') and len(log.splitlines()) == 1
+
+
 @needs_limits
 @pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])
 @in_map_and_selector
@@ -769,7 +988,7 @@ asyncore.loop(use_poll=%r)
         assert client.say(b'QUIT') == b'221 Bye\r\n'
         process.terminate()
         log = process.stderr.read().decode()
-    assert log.count('no resources') == len(log.splitlines()) == 1
+    assert log.startswith('error: no resources') and len(log.splitlines()) == 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -902,6 +1121,16 @@ def test_a_server_that_is_closed_frees_its_descriptors_without_the_garbage_colle
     finally:
         gc.enable()
     assert counts == 5 * counts[:1]
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='needs Linux /proc')
+@pytest.mark.parametrize('attributes, count', [
+    ({}, 1), ({'channels_in_selector': True}, 2), ({'process_message_threads': 1}, 3)], ids=str)
+def test_a_client_takes_no_more_descriptors_than_are_used(attributes, count):
+    with serving(variant(**attributes)) as server:
+        before = len(os.listdir('/proc/self/fd'))
+        with greet(server):
+            assert len(os.listdir('/proc/self/fd')) - before == 1 + count
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='needs Linux /proc')
