@@ -26,6 +26,7 @@ from tests.support import (
     SLOW,
     RawClient,
     Upstream,
+    channels_of,
     greet,
     idle_proxy,
     post,
@@ -86,6 +87,14 @@ def test_x_peer_stands_before_the_first_empty_line(upstream, decode_data, messag
     assert received_from(upstream) == expected
 
 
+@pytest.mark.parametrize('peer, told', [('/run/smtp.sock', b'/run/smtp.sock'), ('', b''),
+                                        (('fe80::1', 25, 0, 2), b'fe80::1'), ('\xe9', b'\\xe9')])
+def test_x_peer_of_other_address_families(upstream, peer, told):
+    with idle_proxy(remoteaddr=upstream.address) as proxy:
+        proxy.process_message(peer, 'a@x', ['b@x'], b'A: b\n\nc')
+    assert received_from(upstream) == b'A: b\r\nX-Peer: %s\r\n\r\nc\r\n' % told
+
+
 @BOTH_MODES
 def test_empty_message_is_relayed(upstream, decode_data):
     with proxy_to(upstream, decode_data=decode_data) as proxy, greet(proxy, HELLO) as client:
@@ -93,6 +102,19 @@ def test_empty_message_is_relayed(upstream, decode_data):
             client.say(line)
         assert client.say(b'.') == b'250 OK\r\n'
     assert upstream.bodies[0].rstrip(b'\r\n') == b'X-Peer: 127.0.0.1'
+
+
+def test_small_packets_to_the_upstream_are_not_held_back(upstream, monkeypatch):
+    """By Nagle's rule: a command would wait 40 ms for the upstream's ACK."""
+    connections = []
+    connect = socket.create_connection
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, 'create_connection', lambda *args: (
+                connections.append(connect(*args)) or connections[-1]))
+            assert relay_message(client) == b'250 OK\r\n'
+        assert [each.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+                for each in connections] == [True]
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason='no IPv6 here')
@@ -220,14 +242,15 @@ LOST = [CLOSE, ENDLESS, SLOW, HANG, 'What?', '150 Wait', '2500 OK', '200-One\r\n
     # An upstream that is lost, or out of step.
     ('CONNECT', [*LOST, '421 Busy', '554 No', '354 Go on'], [LATER, NEEDS_MAIL, NEEDS_RCPT]),
     ('EHLO', LOST, [LATER, NEEDS_MAIL, NEEDS_RCPT]),
-    ('MAIL', [*LOST, '354 Go on'], [LATER, NEEDS_MAIL, NEEDS_RCPT]),
-    ('RCPT', [*LOST, '354 Go on'], [OK, LATER, NEEDS_RCPT]),
+    ('MAIL', [*LOST, '354 Go on', '300 x'], [LATER, NEEDS_MAIL, NEEDS_RCPT]),
+    ('RCPT', [*LOST, '354 Go on', '300 x'], [OK, LATER, NEEDS_RCPT]),
     ('DATA', [*LOST, '250 OK', '350 More'], [OK, OK, LATER]),
     ('BODY', [CLOSE, '250 OK'], [OK, OK, GO_ON, LATER]),
-    ('.', [*LOST, '354 Go on'], [OK, OK, GO_ON, LATER]),
+    ('.', [*LOST, '354 Go on', '300 x'], [OK, OK, GO_ON, LATER]),
     # Success is told by the first digit.
     ('EHLO', ['502 5.5.1 What?'], [OK, OK, GO_ON, OK]),
-    ('RCPT', ['251 2.1.5 Moved', '299 x', '250'], [OK, '2.*', GO_ON, OK]),
+    ('RCPT', ['251 2.1.5 Moved', '299 x', '250', '200 x'], [OK, '2.*', GO_ON, OK]),
+    ('.', ['200 x', '299 x'], [OK, OK, GO_ON, '2.. x']),
     ('.', ['250 2.0.0 Queued as 4711'], [OK, OK, GO_ON, '250 2.0.0 Queued as 4711']),
     # As many lines as it has; what ASCII has no sign for becomes a question mark.
     ('.', ['550-5.7.1 Go\r\n550-\r\n550 5.7.1 away'],
@@ -456,7 +479,7 @@ def test_client_that_goes_away_ends_the_session_upstream(upstream, sent, leave):
                 client.say(b'QUIT')
         upstream.threads[1].join(20)
         assert not upstream.threads[1].is_alive()
-    assert upstream.messages == []
+    assert upstream.messages == upstream.torn == []
     assert bool(upstream.verbs(b'QUIT')) == (sent < 3)
 
 
@@ -497,6 +520,23 @@ def test_more_sessions_than_threads_all_make_progress(upstream):
     assert len(upstream.messages) == 40
 
 
+@pytest.mark.parametrize('step', ['MAIL', 'RCPT', 'DATA', '.'])
+@pytest.mark.parametrize('fault, reply', [
+    ('421 4.3.2 Bye', '451 4.3.2 Bye'), ('550 No', '550 No'), (CLOSE, LATER)])
+def test_replies_of_a_quick_upstream_are_the_same(upstream, step, fault, reply, monkeypatch):
+    monkeypatch.setattr(smtpd, '_A_MOMENT', 20)
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
+        assert codes(steps(client)) == '250 250 354 250'
+        upstream.faults = {step: [fault]}
+        heard = steps(client)
+        if step == 'MAIL' and fault != '550 No':  # that is tried again, on a new connection
+            assert codes(heard) == '250 250 354 250'
+        else:
+            assert reply in heard
+        assert client.say(b'RSET') == b'250 OK\r\n'
+        assert codes(steps(client)) == '250 250 354 250'
+
+
 @pytest.mark.parametrize('step', ['CONNECT', 'MAIL', 'RCPT', 'DATA', '.'])
 @pytest.mark.parametrize('in_selector', [False, True])
 def test_hung_upstream_holds_up_its_own_session_only(upstream, step, in_selector):
@@ -530,6 +570,27 @@ def test_session_closed_by_the_program_lets_a_hung_upstream_go(upstream, step):
     assert not upstream.threads[1].is_alive()
 
 
+def test_session_closed_by_the_program_before_its_turn_keeps_no_thread(upstream):
+    class Closing(smtpd.SMTPChannel):
+        def smtp_XALONE(self, arg):
+            for each in channels_of(self.smtp_server):
+                if each is not self:
+                    each.close()
+            self.push('250 OK')
+
+    proxy_class = type('Narrow', (smtpd.PureProxy,), {
+        'process_message_threads': 1, 'channel_class': Closing})
+    with proxy_to(upstream, proxy_class) as proxy, contextlib.ExitStack() as clients:
+        first, second, third = [clients.enter_context(greet(proxy, HELLO)) for _ in range(3)]
+        upstream.faults = {'MAIL': HANG}
+        first.send(b'MAIL FROM:<a@x>\r\n')
+        assert upstream.hangs.wait(20)
+        second.send(b'MAIL FROM:<a@x>\r\n')
+        assert third.say(b'NOOP') == third.say(b'XALONE') == b'250 OK\r\n'
+        upstream.faults = {}
+        assert codes(steps(third)) == '250 250 354 250'
+
+
 def test_session_closed_while_the_proxy_connects_does_not_wait_for_the_upstream(
         upstream, monkeypatch):
     upstream.faults = {'CONNECT': HANG}
@@ -546,9 +607,33 @@ def test_session_closed_while_the_proxy_connects_does_not_wait_for_the_upstream(
         assert session.mail('a@x') == (451, b'Upstream not available')
 
 
-def test_proxy_relays_where_there_is_no_poll(upstream, monkeypatch):
+def test_no_word_of_the_upstream_before_the_end_of_a_message_is_the_reply_to_it(
+        upstream, monkeypatch, capfd):
+    def send(connection, octets, seconds):
+        if octets.endswith(b'\r\n.\r\n'):
+            connection._input += b'250 In advance\r\n'  # it came just now, before a RST
+            raise ConnectionResetError
+        real_send(connection, octets, seconds)
+
+    real_send = smtpd._Connection._send
+    with proxy_to(upstream, impatient()) as proxy, greet(proxy, HELLO) as client:
+        for word, reply in ('250 In advance', LATER), ('552 5.3.4 Too big', '552 5.3.4 Too big'):
+            upstream.faults = {'DATA': '354 Go on\r\n' + word}
+            assert steps(client) == [OK, OK, GO_ON, reply]
+        assert 'may have been delivered' not in capfd.readouterr().err
+        upstream.faults = {}
+        with monkeypatch.context() as patch:
+            patch.setattr(smtpd._Connection, '_send', send)
+            assert steps(client) == [OK, OK, GO_ON, LATER]
+        assert upstream.messages == []
+        assert codes(steps(client)) == '250 250 354 250'
+
+
+@pytest.mark.parametrize('has_poll', [True, False])
+def test_proxy_relays_where_there_is_no_poll(upstream, has_poll, monkeypatch):
     """As on Windows."""
-    monkeypatch.delattr(select, 'poll')
+    if not has_poll:
+        monkeypatch.delattr(select, 'poll')
     with proxy_to(upstream, impatient()) as proxy:
         assert post(proxy, LARGE) == b'250 OK\r\n'
         upstream.faults = {'RCPT': HANG}
@@ -629,6 +714,21 @@ def test_command_that_makes_two_recipients_of_one(upstream):
     with proxy_to(upstream, proxy_class) as proxy, greet(proxy, HELLO) as client:
         assert codes(steps(client, recipients=[b'<a@x>', b'<no@x>'])) == '250 250 550 354 250'
     assert upstream.messages[0][1] == ['a@x', 'archive@x']
+
+
+def test_recipient_that_the_program_takes_away_before_the_upstream_refuses_it(
+        upstream, monkeypatch):
+    class Renaming(smtpd.SMTPChannel):
+        def smtp_RCPT(self, arg):
+            super().smtp_RCPT(arg)
+            self.rcpttos = [each.replace('no@', 'yes@') for each in self.rcpttos]
+
+    monkeypatch.setattr(smtpd, '_A_MOMENT', -1)  # no upstream replies before that
+    upstream.refused = {'no@x': '550 5.1.1 No such user'}
+    proxy_class = type('Proxy', (smtpd.PureProxy,), {'channel_class': Renaming})
+    with proxy_to(upstream, proxy_class) as proxy, greet(proxy, HELLO) as client:
+        assert codes(steps(client, recipients=[b'<no@x>'])) == '250 550 354 250'
+    assert upstream.messages[0][1] == ['yes@x']
 
 
 def test_recipients_that_the_program_adds_itself_get_the_message_too(upstream):
@@ -773,6 +873,14 @@ def test_deliver_returns_the_dict_of_refused_recipients(upstream, data):
             == {'bad@example.com': (550, b'5.1.1 No such user')}
     assert upstream.messages == [
         ('sender@example.com', ['good@example.com'], b'A: b\r\n\r\ntext\r\n')] * 2
+
+
+def test_deliver_asks_for_8bitmime_where_the_message_needs_it(upstream):
+    with idle_proxy(remoteaddr=upstream.address) as proxy:
+        for data in b'A: b', b'A: \xe9', 'A: \xe9':
+            proxy._deliver('a@x', ['b@x'], data)
+    assert [line[15:] for line in upstream.verbs(b'MAIL')] == [
+        b'\r\n', b' BODY=8BITMIME\r\n', b' BODY=8BITMIME\r\n']
 
 
 def test_deliver_names_every_recipient_when_the_data_are_refused(upstream):
@@ -948,7 +1056,7 @@ def test_recipients_of_a_sender_whom_mailman_refuses_are_the_upstreams(upstream,
 
 
 def test_list_that_is_busy_is_not_taken_for_an_address_mailman_does_not_know(upstream, mailman):
-    mailman.refused = {'b@lists.example': '450 4.2.1 Busy'}
+    mailman.refused = {'b@lists.example': '450 4.2.1 Busy', 'd@example.com': '500 No list'}
     with mailman_proxy_to(upstream, mailman) as proxy, greet(proxy, HELLO) as client:
         assert steps(client, recipients=OTHERS + LISTS) == [OK] * 4 + ['450 4.2.1 Busy', GO_ON, OK]
     assert [each[1] for each in mailman.messages] == [['a@lists.example']]
@@ -1000,10 +1108,24 @@ def test_post_that_mailman_does_not_take_is_451_and_the_next_try_goes_there_only
         ['a@lists.example'], ['b@lists.example']]
 
 
+@pytest.mark.parametrize('hangs', ['upstream', 'mailman'])
+def test_session_closed_by_the_program_lets_a_hung_server_go(upstream, mailman, hangs):
+    hung = {'upstream': upstream, 'mailman': mailman}[hangs]
+    hung.faults = {'RCPT': HANG}
+    with mailman_proxy_to(upstream, mailman, timeout=0.1) as proxy, \
+            greet(proxy, HELLO) as client:
+        client.send(b'MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\n')
+        assert hung.hangs.wait(20)
+        # serving() closes all channels
+    hung.threads[1].join(20)
+    assert not hung.threads[1].is_alive()
+
+
 def test_list_that_took_the_post_does_not_get_it_again_when_another_did_not(upstream, mailman):
-    mailman.faults = {'.': [None, '451 4.3.0 Not now']}
+    mailman.faults = {'.': [None, '451 4.3.0 Not now', '400 Nor now']}
     with mailman_proxy_to(upstream, mailman) as proxy:
         assert post(proxy, recipients=LISTS) == b'451 4.3.0 Not now\r\n'
+        assert post(proxy, recipients=LISTS) == b'400 Nor now\r\n'
         assert post(proxy, recipients=LISTS) == b'250 OK\r\n'
     assert [each[1] for each in mailman.messages] == [['a@lists.example'], ['b@lists.example']]
 
@@ -1020,9 +1142,12 @@ def test_mailman_that_starts_anew_while_the_client_sends_its_message(upstream, m
 
 
 def test_mailman_proxy_refuses_a_circle_too(upstream, mailman):
-    with mailman_proxy_to(upstream, mailman) as proxy:
-        assert post(proxy, b'X-Peer: a\r\n' * 50 + PROXIED, recipients=LISTS + OTHERS) \
+    with mailman_proxy_to(upstream, mailman) as proxy, greet(proxy, HELLO) as client:
+        assert relay_message(client, b'X-Peer: a\r\n' * 50 + PROXIED, recipients=LISTS + OTHERS) \
             == b'554 Error: too many hops\r\n'
+        for server in upstream, mailman:  # neither waits for the message
+            server.threads[1].join(20)
+            assert not server.threads[1].is_alive()
     assert upstream.messages == mailman.messages == []
 
 
