@@ -178,8 +178,12 @@ class TestModule:
         ('SMTPServer', 'channels_in_selector', False),
         ('SMTPServer', 'listen_backlog', 1024),
         ('SMTPServer', 'accepts_per_event', 100),
-        ('SMTPChannel', 'COMMAND', 0),
-        ('SMTPChannel', 'DATA', 1),
+        ('PureProxy', 'upstream_timeout_seconds', 60), ('PureProxy', 'hop_limit', 50),
+        ('PureProxy', 'upstream_command_timeout_seconds', 300),
+        ('PureProxy', 'upstream_data_timeout_seconds', 120),
+        ('PureProxy', 'upstream_block_timeout_seconds', 180),
+        ('PureProxy', 'upstream_final_timeout_seconds', 600),
+        ('SMTPChannel', 'COMMAND', 0), ('SMTPChannel', 'DATA', 1),
         ('SMTPChannel', 'command_size_limit', 512),
         ('SMTPChannel', 'idle_timeout_seconds', 300),
         ('SMTPChannel', 'recipient_limit', 1000),
@@ -202,7 +206,7 @@ class TestModule:
         with pytest.raises(ValueError):
             smtpd.SMTPServer(('127.0.0.1', 0), None, map={},
                              enable_SMTPUTF8=True, decode_data=True)
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match='cannot be set to True at the same time$'):
             make_channel(enable_SMTPUTF8=True, decode_data=True)
 
     @pytest.mark.parametrize('name', '''
@@ -1678,7 +1682,7 @@ class TestExistingPrograms:
         ('addr', 'addr')])
     def test_the_old_private_names_warn_and_go_through(self, old, new):
         channel, value = make_channel(), object()
-        text = '__%s attribute .*%r' % (old, new)
+        text = '__%s attribute .*%r instead$' % (old, new)
         with pytest.warns(DeprecationWarning, match='Setting ' + text) as setting:
             setattr(channel, '_SMTPChannel__' + old, value)
         assert getattr(channel, new) is value
@@ -2186,7 +2190,9 @@ class TestServerStaysUp:
 
         monkeypatch.setattr(socket, 'getfqdn', getfqdn)
         with serving() as server, RawClient(server) as client:
-            assert re.fullmatch(rb'220 [!-~]+ Python SMTP proxy version 0.3\r\n', client.reply())
+            banner = client.reply()
+            assert re.fullmatch(rb'220 [!-~]+ Python SMTP proxy version 0.3\r\n', banner)
+            assert isinstance(name, str) or banner.split()[1] == b'localhost'
             assert re.fullmatch(rb'250 [!-~]+\r\n', client.say(b'HELO x'))
 
     def test_getfqdn_is_asked_once_a_server(self, monkeypatch):
@@ -3053,10 +3059,12 @@ class TestDebuggingServer:
             feed(channel, TO_DATA)
             assert feed(channel, b'x\r\n.\r\nNOOP\r\n') == 2 * b'250 OK\r\n'
 
-    def test_no_stdout_at_all(self, monkeypatch):
-        monkeypatch.setattr(sys, 'stdout', None)
+    @pytest.mark.parametrize('stdout', [None, io.StringIO()], ids=['none', 'no encoding'])
+    def test_no_stdout_at_all(self, stdout, monkeypatch):
+        monkeypatch.setattr(sys, 'stdout', stdout)
         with debugging_server() as server:
-            server.process_message(PEER, 'a@b', ['c@d'], b'\nx')
+            server.process_message(PEER, 'a@b', ['c@d'], '\n\xe9')
+        assert stdout is None or '\n\xe9\n' in stdout.getvalue()
 
     def test_a_print_of_ones_own(self, capsys):
         class Server(smtpd.DebuggingServer):
@@ -3312,6 +3320,7 @@ class TestCommandLine:
             dialogue = read_until(process.stderr, b"Data: b'QUIT'")
             for line in (b"Data: b'EHLO x'", b'===> MAIL FROM:<a@b> SIZE=20', b"recips: ['c@d']"):
                 assert line + b'\n' in dialogue
+            assert b"Incoming connection from ('127.0.0.1', " in dialogue
             assert process.poll() is None
 
     def test_a_class_in_the_current_folder(self, tmp_path):
