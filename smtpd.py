@@ -1574,8 +1574,9 @@ class _Threads(_Reader):
     and stands in the socket map only while there are calls, so that a loop ends
     when its servers and channels are closed.
 
-    An outcome is a function that returns or raises what the call did.  If no
-    thread can be started it raises _NoThread, and comes before run() returns.
+    An outcome is a function that returns or raises what the call did.  If there
+    is no thread, and none can be started, it raises _NoThread, and comes before
+    run() returns.
     """
 
     def __init__(self, map):

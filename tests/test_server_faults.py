@@ -7,6 +7,7 @@ import gc
 import os
 import queue
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -44,6 +45,7 @@ in_map_and_selector = pytest.mark.parametrize(
     'selector', [False, True], ids=['in the map', 'in the selector'])
 needs_fork = pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork() here')
 needs_limits = pytest.mark.skipif(os.name != 'posix', reason='no resource limits here')
+needs_signals = pytest.mark.skipif(os.name != 'posix', reason='no SIGINT to a process here')
 
 
 def post(client, text=b'x'):
@@ -433,6 +435,32 @@ serve()
 
 
 @needs_fork
+def test_a_child_that_a_call_makes_runs_none_of_those_that_wait_in_its_parent():
+    text = '''
+sockets = {}
+threads = smtpd._Threads(sockets)
+outcomes = []
+has_more = threading.Event()
+read_end, write_end = os.pipe()
+
+def fork():
+    has_more.wait(20)
+    child = os.fork()
+    return child and os.waitpid(child, 0)[1]  # in the child 0: it ends with this call
+
+threads.run(1, fork, outcomes.append)
+threads.run(1, lambda: os.write(write_end, b'.'), outcomes.append)
+has_more.set()
+while len(outcomes) < 2:
+    asyncore.loop(count=1, map=sockets)
+os.close(write_end)
+print([outcome() for outcome in outcomes], os.read(read_end, 10))
+'''
+    with running([*PLAIN, '-c', PRELUDE + text]) as process:
+        assert process.communicate()[0] == b"[0, 1] b'.'\n"
+
+
+@needs_fork
 def test_a_worker_that_closes_leaves_the_listener_to_the_others():
     text = '''
 server = Server(('127.0.0.1', 0), None)
@@ -610,9 +638,9 @@ class Interrupter:
         return False
 
 
-@in_map_and_selector
-def test_channels_closed_by_another_thread_just_when_the_loop_will_wait_for_them(selector):
-    """As where a handler in a thread pushes, and the client has gone."""
+@contextlib.contextmanager
+def two_sessions(selector):
+    """A server, its loop's thread in select(), two channels, their clients."""
     class Server(variant(KnownPort, channels_in_selector=selector)):
         channels = ()
 
@@ -623,15 +651,115 @@ def test_channels_closed_by_another_thread_just_when_the_loop_will_wait_for_them
     thread = threading.Thread(target=asyncore.loop, args=(30, False, server._map))
     thread.start()
     with greet(server, b'EHLO x') as first, greet(server, b'EHLO x') as second:
-        Interrupter(server._map, server.channels[0].close)
-        assert second.say(b'NOOP') == b'250 OK\r\n'  # and the loop comes round
-        assert first.rest() == b''
-        server.close()
-        Interrupter(server._map, server.channels[1].close)
-        second.send(b'NOOP\r\n')
+        yield server, server.channels, first, second
         thread.join(20)
     assert not thread.is_alive() and server._map == {}
     assert [channel.socket.fileno() for channel in server.channels] == [-1, -1]
+
+
+@in_map_and_selector
+def test_channels_closed_by_another_thread_just_when_the_loop_will_wait_for_them(selector):
+    with two_sessions(selector) as (server, channels, first, second):
+        Interrupter(server._map, lambda: [channels[0].close() for _ in range(2)])
+        assert second.say(b'NOOP') == b'250 OK\r\n'  # and the loop comes round
+        assert first.rest() == b''
+        server.close()
+        Interrupter(server._map, channels[1].close)
+        second.send(b'NOOP\r\n')
+
+
+@in_map_and_selector
+def test_a_channel_closed_by_another_thread_that_cannot_be_shut_down(selector, monkeypatch):
+    """As where a handler in a thread pushes, and the client has reset the connection."""
+    def shutdown(sock, how):
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+
+    with two_sessions(selector) as (server, channels, first, second):
+        with monkeypatch.context() as patch:
+            patch.setattr(socket.socket, 'shutdown', shutdown)
+            Interrupter(server._map, channels[0].close)
+            assert second.say(b'NOOP') == b'250 OK\r\n'
+            if selector:
+                server._selector_of_channels._next_look_for_idle = 0  # at the next turn
+            assert second.say(b'NOOP') == b'250 OK\r\n'
+            first.send(b'x')
+            with contextlib.suppress(ConnectionError):
+                assert first.rest() == b''
+        server.close()
+        assert second.say(b'QUIT') == b'221 Bye\r\n'
+
+
+def test_a_channel_on_a_stub_closed_by_another_thread():
+    with serving() as server, greet(server, b'EHLO x') as client:
+        connection = FakeConnection()
+        channel = smtpd.SMTPChannel(server, connection, PEER, map={})
+        channel.close()
+        assert connection.closed
+        assert client.say(b'NOOP') == b'250 OK\r\n'
+
+
+@in_map_and_selector
+def test_two_threads_push_to_one_session_whose_client_does_not_read(selector):
+    has_pushed = threading.Event()
+
+    class Channel(smtpd.SMTPChannel):
+        def smtp_XPUSH(self, arg):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            threads = [threading.Thread(target=self.push_many, args=(name,)) for name in 'ab']
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            has_pushed.set()
+
+        def push_many(self, name):
+            for number in range(2000):
+                self.push('250-%s %d %s' % (name, number, 'x' * 300))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with serving(variant(channels_in_selector=selector, channel_class=Channel)) as server:
+            with greet(server, b'EHLO x') as client:
+                client.send(b'XPUSH\r\nQUIT\r\n')
+                assert has_pushed.wait(20)
+                lines = client.rest().decode().splitlines(keepends=True)
+    finally:
+        sys.setswitchinterval(interval)
+    assert lines.pop() == '221 Bye\r\n' and len(lines) == 4000
+    for name in 'ab':
+        assert [line for line in lines if line[4] == name] == [
+            '250-%s %d %s\r\n' % (name, number, 'x' * 300) for number in range(2000)]
+
+
+@pytest.mark.parametrize('nothing', [None, 0])
+def test_a_send_that_returns_nothing_has_sent_nothing(nothing, capsys):
+    """As a stub's may; asynchat tries again later."""
+    class Stub(FakeConnection):
+        is_full = True
+
+        def recv(self, size, flags=0):
+            if flags:
+                raise ValueError('no flags here')
+            return super().recv(size)
+
+        def send(self, data, flags=0):
+            return nothing if self.is_full else super().send(data, flags)
+
+    server = RecordingServer(map={})
+    connection = Stub()
+    channel = smtpd.SMTPChannel(server, connection, PEER, map={})
+    connection.incoming += [b'HELO x\r\n', b'NOOP\r\n']
+    for _ in range(2):
+        asyncore.read(channel)
+        asyncore.write(channel)
+    connection.is_full = False
+    while channel.producer_fifo:
+        asyncore.write(channel)
+    assert connection.sent == BANNER + b'250 %s\r\n250 OK\r\n' % FQDN.encode()
+    assert capsys.readouterr() == ('', '')
+    channel.close()
+    server.close()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1020,9 +1148,49 @@ class Pool:
 def test_a_thread_runs_one_call_after_another(monkeypatch):
     with Pool(monkeypatch) as pool:
         used = pool.results(*20 * [threading.current_thread])
-        used += pool.results(threading.current_thread)
-        assert len(used) == 21 and len(set(used)) == 1
+        for _ in range(3):
+            used += pool.results(threading.current_thread, at_most=3)
+        assert len(used) == 23 and len(set(used)) == 1
         assert used[0].daemon and used[0] is not threading.current_thread()
+
+
+@pytest.mark.parametrize('at_most', [1, 3])
+def test_calls_are_run_in_order_by_no_more_threads_than_there_may_be(at_most, monkeypatch):
+    with Pool(monkeypatch) as pool:
+        lock, begun, running, most = threading.Lock(), [], set(), []
+        some_time = threading.Event()
+
+        def note(number):
+            with lock:
+                begun.append(number)
+                running.add(threading.current_thread())
+                most.append(len(running))
+            some_time.wait(0.001)
+            with lock:
+                running.discard(threading.current_thread())
+            return threading.current_thread()
+
+        calls = [functools.partial(note, number) for number in range(50)]
+        used = pool.results(*calls, at_most=at_most)
+        assert begun == sorted(begun) and len(set(used)) == max(most) == at_most
+
+
+def test_a_call_waits_for_a_busy_thread_if_no_other_can_be_started(monkeypatch):
+    class NoThread(threading.Thread):
+        def start(self):
+            raise RuntimeError("can't start new thread")
+
+    with Pool(monkeypatch) as pool:
+        goes_on = threading.Event()
+        outcomes = []
+        pool.threads.run(2, functools.partial(goes_on.wait, 20), outcomes.append)
+        monkeypatch.setattr(threading, 'Thread', NoThread)
+        pool.threads.run(2, lambda: 'second', outcomes.append)
+        assert not outcomes
+        goes_on.set()
+        while len(outcomes) < 2:
+            asyncore.loop(timeout=20, map=pool.sockets, count=1)
+        assert [outcome() for outcome in outcomes] == [True, 'second']
 
 
 def test_a_thread_that_waits_is_nothing_to_the_loop_and_keeps_no_message(monkeypatch):
@@ -1072,6 +1240,24 @@ def test_a_thread_that_waits_in_vain_ends_and_the_next_call_has_another(monkeypa
             thread, = pool.results(threading.current_thread)
             thread.join(20)
             assert not thread.is_alive()
+
+
+@needs_signals
+def test_ctrl_c_ends_a_program_at_once_whose_threads_wait():
+    text = '''
+smtpd._IDLE_THREAD_SECONDS = 600
+Server.process_message_threads = 1
+server = Server(('127.0.0.1', 0), None)
+tell_port(server)
+try:
+    asyncore.loop()
+except KeyboardInterrupt:
+    pass
+'''
+    with script(text) as (process, address), greet(address, b'EHLO x') as client:
+        assert post(client).startswith(b'250 of')
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
 
 
 def test_a_call_that_comes_just_when_a_thread_gives_up_is_run(monkeypatch):
