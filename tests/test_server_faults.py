@@ -1155,7 +1155,7 @@ def test_a_thread_runs_one_call_after_another(monkeypatch):
 
 
 @pytest.mark.parametrize('at_most', [1, 3])
-def test_calls_are_run_in_order_by_no_more_threads_than_there_may_be(at_most, monkeypatch):
+def test_calls_are_run_by_no_more_threads_than_there_may_be(at_most, monkeypatch):
     with Pool(monkeypatch) as pool:
         lock, begun, running, most = threading.Lock(), [], set(), []
         some_time = threading.Event()
@@ -1172,7 +1172,8 @@ def test_calls_are_run_in_order_by_no_more_threads_than_there_may_be(at_most, mo
 
         calls = [functools.partial(note, number) for number in range(50)]
         used = pool.results(*calls, at_most=at_most)
-        assert begun == sorted(begun) and len(set(used)) == max(most) == at_most
+        assert sorted(begun) == list(range(50))
+        assert len(set(used)) <= at_most and max(most) <= at_most
 
 
 def test_a_call_waits_for_a_busy_thread_if_no_other_can_be_started(monkeypatch):
