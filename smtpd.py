@@ -445,9 +445,9 @@ class _Transport(asynchat.async_chat):
         flow, is_whole = self._flow, True
         while is_whole and flow.unread_input and flow.gate <= _IDLE and self.connected:
             is_held = flow.holds_replies
+            is_direct = is_held or self._goes_past_hooks()
             try:
-                terminator = self.terminator if is_held else self.get_terminator()
-                is_direct = is_held or self._goes_past_hooks()
+                terminator = self.terminator if is_direct else self.get_terminator()
                 unread, start = flow.unread_input, flow.input_start
                 end = unread.find(_END_OF_LINE, start) if terminator is _END_OF_LINE else -1
                 if end >= 0:  # nearly all commands
@@ -959,6 +959,7 @@ class SMTPChannel(_Transport):
             return (not self.received_lines
                     and self.found_terminator.__func__ is _FOUND_TERMINATOR
                     and self.collect_incoming_data.__func__ is _COLLECT_INCOMING_DATA
+                    and self.get_terminator.__func__ is _GET_TERMINATOR
                     and isinstance(DEBUGSTREAM, Devnull))
         except AttributeError:  # a plain function, set on the instance
             return False
@@ -1445,6 +1446,7 @@ class SMTPChannel(_Transport):
 # As they are before a program overrides or patches them.
 _FOUND_TERMINATOR = SMTPChannel.found_terminator
 _COLLECT_INCOMING_DATA = SMTPChannel.collect_incoming_data
+_GET_TERMINATOR = SMTPChannel.get_terminator
 
 _COMMANDS = frozenset(method for name, method in vars(SMTPChannel).items()
                       if name.startswith('smtp_') and callable(method))

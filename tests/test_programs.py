@@ -94,6 +94,11 @@ KNOWN_PROGRAMS = {
         a_program(['NOOP\r\n', 'NOOP\r\n'], get_terminator='if once("it"):\n'
                   '    self.discard_buffers()\nreturn self.terminator'),
         ('250 OK|', False)),
+    'a get_terminator() that looks at what has come': (
+        a_program([*MESSAGE[:4], 'one', 'two', '\r\n.\r\n'],
+                  get_terminator='if self.received_lines:\n'
+                  "    self.push('354 %d' % len(self.received_lines))\nreturn self.terminator"),
+        (EHLO + '250 OK|250 OK|354 End data with <CR><LF>.<CR><LF>|354 1|354 2|250 OK|', False)),
     'push() and send() by turns': (
         a_program(['EHLO x\r\n'], push="super().push(msg)\nself.send(b'(sent)')"),
         ('(sent)250-mx.example|(sent)250-SIZE 33554432|(sent)250-8BITMIME|(sent)250 HELP|(sent)',
