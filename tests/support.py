@@ -1015,6 +1015,19 @@ def need_module(name, package=None):
     return spec
 
 
+IN_A_REPOSITORY_ONLY = {'.ci', '.git', '.gitignore'}
+MADE_HERE = {'.hypothesis', '.mutants', '.tox', 'build', 'dist', 'html', '__pycache__',
+             'pysmtpd.egg-info'}
+
+
+def copy_of_the_source(directory):
+    """Builds litter it.  As the source distribution has it, but for what is made from it."""
+    shutil.copytree(HERE, str(directory), ignore=lambda _, names: {
+        name for name in names
+        if name in MADE_HERE | IN_A_REPOSITORY_ONLY or name.startswith('test-env')})
+    return directory
+
+
 # ---------------------------------------------------------------------------------------------
 # Fixtures
 

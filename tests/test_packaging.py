@@ -9,13 +9,15 @@ import zipfile
 
 import pytest
 
-from tests.support import HERE, clean_environment, need_module
+from tests.support import (
+    HERE,
+    MADE_HERE,
+    clean_environment,
+    copy_of_the_source,
+    need_module,
+)
 
 pytestmark = pytest.mark.slow  # the same on all Pythons
-
-IN_A_REPOSITORY_ONLY = {'.ci', '.git', '.gitignore'}
-MADE_HERE = {'.hypothesis', '.mutants', '.tox', 'build', 'dist', 'html', '__pycache__',
-             'pysmtpd.egg-info'}
 
 
 def run(*command, directory=HERE, **environment):
@@ -36,13 +38,6 @@ def build(source, directory):
     return sdist, wheel
 
 
-def copy_of_the_source(directory):
-    shutil.copytree(HERE, str(directory), ignore=lambda _, names: {
-        name for name in names
-        if name in MADE_HERE | IN_A_REPOSITORY_ONLY or name.startswith('test-env')})
-    return directory
-
-
 @pytest.fixture(scope='module')
 def built(tmp_path_factory):
     directory = tmp_path_factory.mktemp('built')
@@ -60,11 +55,16 @@ def unpacked(built, tmp_path_factory):
 def files_below(directory):
     return {os.path.relpath(os.path.join(parent, name), str(directory))
             for parent, directories, names in os.walk(str(directory))
-            for name in names if name != 'PKG-INFO' and not MADE_HERE & set(parent.split(os.sep))}
+            for name in names if not MADE_HERE & set(parent.split(os.sep))}
 
 
-def test_the_sdist_has_all_that_the_repository_has(unpacked, tmp_path):
-    assert files_below(unpacked) == files_below(copy_of_the_source(tmp_path / 'source'))
+def test_the_sdist_has_tests_and_manual_and_nothing_that_was_made(unpacked):
+    found = files_below(unpacked)
+    assert found >= {'CHANGES.rst', 'LICENSE', 'README.rst', 'smtpd.py', 'test_smtpd.py', 'tox.ini'}
+    for directory in 'benchmarks', 'docs', 'smtpd-stubs', 'tests':
+        assert {name for name in found if name.startswith(directory + os.sep)} == {
+            os.path.join(directory, name) for name in files_below(os.path.join(HERE, directory))}
+    assert not any(name.startswith('.') or name.endswith('.pyc') for name in found)
 
 
 def test_the_manifest_names_all_that_git_tracks():

@@ -23,7 +23,14 @@ import zlib
 import pytest
 
 import smtpd
-from tests.support import HERE, RawClient, find_tool, need_module, serving
+from tests.support import (
+    HERE,
+    RawClient,
+    copy_of_the_source,
+    find_tool,
+    need_module,
+    serving,
+)
 
 README = os.path.join(HERE, 'README.rst')
 DOCUMENTS = [README, *sorted(
@@ -455,13 +462,8 @@ def test_one_line_tells_which_module_it_is(run_python):
 
 @pytest.fixture
 def wheel(tmp_path):
-    """The directory of a wheel built from a copy of the source, which the build would litter."""
-    if not os.path.exists(os.path.join(HERE, 'smtpd.py')):
-        pytest.skip('the source was moved away')
-    source = tmp_path / 'source'
-    shutil.copytree(os.path.join(HERE, 'smtpd-stubs'), source / 'smtpd-stubs')
-    for name in 'smtpd.py', 'setup.cfg', 'pyproject.toml', 'README.rst', 'LICENSE':
-        shutil.copy(os.path.join(HERE, name), source)
+    """The directory of a wheel built from a copy of the source."""
+    source = copy_of_the_source(tmp_path / 'source')
     subprocess.run([sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check', 'wheel',
                     '--no-deps', '--wheel-dir', str(tmp_path / 'wheel'), str(source)],
                    check=True, timeout=300)
