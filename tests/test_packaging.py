@@ -60,7 +60,8 @@ def files_below(directory):
 
 def test_the_sdist_has_tests_and_manual_and_nothing_that_was_made(unpacked):
     found = files_below(unpacked)
-    assert found >= {'CHANGES.rst', 'LICENSE', 'README.rst', 'smtpd.py', 'test_smtpd.py', 'tox.ini'}
+    assert found >= {
+        'CHANGES.rst', 'LICENSE', 'README.rst', 'smtpd.py', 'test_smtpd.py', 'tox.ini'}
     for directory in 'benchmarks', 'docs', 'smtpd-stubs', 'tests':
         assert {name for name in found if name.startswith(directory + os.sep)} == {
             os.path.join(directory, name) for name in files_below(os.path.join(HERE, directory))}
