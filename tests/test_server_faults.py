@@ -70,8 +70,10 @@ def script(text, options=STRICT):
 
 
 PRELUDE = '''
+import encodings.ascii  # PyPy takes it from a file when it is first needed
 import asyncore, errno, gc, os, signal, socket, sys, threading, time
 import smtpd
+sys.stderr.reconfigure(line_buffering=True)  # PyPy's is not, on a pipe
 signal.alarm(60)
 
 class Server(smtpd.SMTPServer):
@@ -1205,6 +1207,7 @@ def test_a_thread_that_waits_is_nothing_to_the_loop_and_keeps_no_message(monkeyp
         pool.results(functools.partial(id, message))
         assert pool.sockets == {}
         del message
+        gc.collect()  # PyPy counts no references
         assert freed.wait(20)
 
 
@@ -1266,6 +1269,7 @@ def test_a_call_that_comes_just_when_a_thread_gives_up_is_run(monkeypatch):
         """Each wait is in vain, though something has come by its end."""
 
         def __init__(self):
+            super().__init__()
             self.has_come = threading.Semaphore(0)
             self.waits_in_vain = True
 
