@@ -281,7 +281,7 @@ EHLO_TABLE = {
 SMALL_TABLE = {
     'NOOP does nothing': ('C: NOOP', 'S: 250 OK'),
     'NOOP takes no argument': ('C: NOOP hi', 'S: 501 Syntax: NOOP'),
-    'a blank behind NOOP is no argument': ('C: NOOP ', 'S: 250 OK'),
+    'a blank after NOOP is no argument': ('C: NOOP ', 'S: 250 OK'),
     'RSET is taken at any time': ('C: RSET', 'S: 250 OK'),
     'RSET takes no argument': ('C: RSET hi', 'S: 501 Syntax: RSET'),
     'RSET forgets the transaction': EHLO + MAIL + RCPT + (
@@ -328,7 +328,7 @@ MAIL_TABLE = {
     'MAIL with a blank for a path': EHLO + ('C: MAIL FROM: ', MAIL_SYNTAX + PARAMETERS),
     'MAIL TO': EHLO + ('C: MAIL TO:<a@b>', MAIL_SYNTAX + PARAMETERS),
     'MAIL with a keyword in lower case': EHLO + ('C: mail from:<a@b>', 'S: 250 OK'),
-    'MAIL with blanks behind the colon': EHLO + ('C: MAIL FROM:  <a@b>', 'S: 250 OK'),
+    'MAIL with blanks after the colon': EHLO + ('C: MAIL FROM:  <a@b>', 'S: 250 OK'),
     'MAIL of the null path': EHLO + ('C: MAIL FROM:<>', 'S: 250 OK'),
     'MAIL of the null path with a size': EHLO + ('C: MAIL FROM:<> SIZE=9', 'S: 250 OK'),
     'MAIL takes no parameter after HELO':
@@ -601,9 +601,9 @@ PATHS_TAKEN = {  # as sent: as handed on
     '<a@' + '.'.join(100 * ['abc']) + '>': 'a@' + '.'.join(100 * ['abc']),
 }
 PATHS_REFUSED = {
-    'a comment before': '<(c)a@b>', 'a comment inside': '<a(c)@b>', 'a comment behind': '<a@b(c)>',
+    'a comment before': '<(c)a@b>', 'a comment inside': '<a(c)@b>', 'a comment after': '<a@b(c)>',
     'a comment for a domain': '<a@(x)b>', 'blanks inside the brackets': '< a@b >',
-    'a blank before the at': '<a @b>', 'a blank behind the at': '<a@ b>',
+    'a blank before the at': '<a @b>', 'a blank after the at': '<a@ b>',
     'a blank before the end': '<a@b >', 'a blank in the local part': '<a b@c>',
     'a tab in the local part': '<a\tb@c>', 'no end': '<a@b', 'no beginning': 'a@b>',
     'an encoded word': '<=?utf-8?q?x?=@example.com>',
@@ -611,23 +611,23 @@ PATHS_REFUSED = {
     'an encoded word of base64': '<=?utf-8?b?eA==?=@example.com>',
     'an encoded word and more': '<=?utf-8?q?x?=a@b>',
     'an encoded word for a domain': '<a@=?utf-8?q?x?=>',
-    'text glued behind': '<a@b>c', 'a parameter glued behind': '<a@b>SIZE=1',
+    'text glued after': '<a@b>c', 'a parameter glued after': '<a@b>SIZE=1',
     'a second address': '<a@b>,<c@d>', 'a second address without brackets': 'a@b,c@d',
-    'a second address glued behind': '<a@b><c@d>', 'a display name': 'Foo <a@b>',
+    'a second address glued after': '<a@b><c@d>', 'a display name': 'Foo <a@b>',
     'a quoted display name': '"Foo" <a@b>', 'an address for a display name': 'a@b <c@d>',
-    'a dot behind the domain': '<a@x.>',
+    'a dot after the domain': '<a@x.>',
     'a dot before the domain': '<a@.x>', 'two dots in the domain': '<a@x..y>',
     'no domain': '<a@>', 'no local part': '<@b>', 'an at alone': '<@>', 'two ats': '<a@b@c>',
     'two ats together': '<a@@b>', 'brackets in brackets': '<<a@b>>', 'nothing in two': '<<>>',
     'a bracket': '<', 'the other bracket': '>', 'a bracket too many': '<a@b>>',
     'a quote': '"', 'a quote in brackets': '<">', 'a quote that does not end': '<"a@b>',
-    'a quote that ends late': '<a@b"', 'text behind a quoted string': '<"a"b@c>',
+    'a quote that ends late': '<a@b"', 'text after a quoted string': '<"a"b@c>',
     'text before a quoted string': '<a"b"@c>', 'a quoted domain': '<a@"b">',
     'a backslash': '<a\\b@c>', 'a backslash at the end': '<a@b\\>',
     'a quoted string that ends in a backslash': '<"a\\"@c>', 'a colon': '<a:b@c>',
     'a semicolon': '<a;b@c>', 'a comma': '<a,b@c>', 'a square bracket': '<a[b@c>',
     'a bracket inside': '<a<b@c>', 'an end inside': '<a>b@c>',
-    'a literal that does not end': '<a@[127.0.0.1>', 'a literal with text behind': '<a@[x]y>',
+    'a literal that does not end': '<a@[127.0.0.1>', 'a literal with text after': '<a@[x]y>',
     'a literal with a blank': '<a@[x y]>', 'a literal in a literal': '<a@[[x]]>',
     'a route and nothing': '<@x:>', 'a route with two ats': '<@@x:a@b>',
     'a route without an at': '<x:a@b>', 'a route without brackets': '@x:a@b',
@@ -765,7 +765,7 @@ BODIES = {  # sentence: as sent before the last dot, as handed on
     'a dot that was not doubled': (b'a\r\n.b\r\n', b'a\nb'),
     'a dot inside a line': (b'a.b.\r\n', b'a.b.'),
     'a bare LF': (b'a\nb\r\n', b'a\nb'),
-    'a dot behind a bare LF': (b'a\n.b\r\n', b'a\n.b'),
+    'a dot after a bare LF': (b'a\n.b\r\n', b'a\n.b'),
     'a bare CR': (b'a\rb\r\n', b'a\rb'),
     'a CR before CRLF': (b'a\r\r\nb\r\n', b'a\r\nb'),
     'control characters': (b'\x00\x01\x1b\x7f\r\n', b'\x00\x01\x1b\x7f'),
@@ -818,7 +818,7 @@ class TestData:
         feed(channel, TO_DATA)
         body = no_end[1:] if no_end[:1] == b'\n' else no_end[2:]
         if body == b'.\r\n':
-            body = b'\n.\r\n'  # behind the CRLF of DATA it would be an end
+            body = b'\n.\r\n'  # after the CRLF of DATA it would be an end
         assert feed(channel, body + b'text\r\n.\r\n') == b'250 OK\r\n'
         assert channel.smtp_server.messages[0][3] == message_of(body + b'text')
 
@@ -954,7 +954,7 @@ RETURNS = {  # sentence: what the handler returns, what the client gets
     'None is a plain OK': (None, b'250 OK\r\n'),
     'empty text is a plain OK': ('', b'250 OK\r\n'),
     'text is sent': ('451 Try again later', b'451 Try again later\r\n'),
-    'a line end behind it is left out': ('250 fine\r\n', b'250 fine\r\n'),
+    'a line end after it is left out': ('250 fine\r\n', b'250 fine\r\n'),
     'bytes are sent as they are': (b'250 caf\xe9', b'250 caf\xe9\r\n'),
     'bytes with a line end get no second one': (b'250 fine\r\n', b'250 fine\r\n'),
     'line breaks make a reply of many lines':
@@ -2066,7 +2066,7 @@ class TestEndOfSession:
             if not is_closed:
                 client.send(b'NOOP\r\n')
                 assert turn(until=lambda: has_input(client)) and client.reply() == b'250 OK\r\n'
-                clock.seconds += seconds  # counted anew after each sign of life
+                clock.seconds += seconds  # counted again after each sign of life
                 assert not turn(until=lambda: has_input(client), at_most=10)
 
     @in_map_and_selector

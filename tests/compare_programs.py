@@ -449,7 +449,7 @@ def fails_later(case):
 
 
 def base_goes_on(case):
-    """smtpd.SMTPChannel.close(self) goes on to a mixin behind that has close(), too."""
+    """smtpd.SMTPChannel.close(self) goes on to a later mixin that has close(), too."""
     mixin = case.program['after']
     return mixin is not None and any('smtpd.SMTPChannel.%s(' % name in case.source
                                      for name in mixin['methods'])
@@ -674,7 +674,7 @@ def replied_past_push(case):
 
 
 def malformed_path(case):
-    """A program's own input stands directly behind an address, or in it."""
+    """A program's own input stands directly after an address, or in it."""
     is_own = 'ac_in_buffer' in case.source or "collect_incoming_data(b'NOOP')" in case.source
     return (is_own and re.search("@x>?RSET|@x>?NOOP|'NOOP'", str(case.old_rest[:4])) is not None
             and re.search('501 Syntax: (MAIL|RCPT)', str(case.new_rest[:4])) is not None)

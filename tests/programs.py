@@ -941,7 +941,7 @@ HANDLER_BODIES = [
     'world.channel.close_when_done()', "world.channel.push('250 early')",
     "world.channel.push('250 early')\nraise ValueError('x')", "return '421 bye'",
     'world.channel.handle_close()', "rcpttos.append('changed@x')\nreturn '250 changed'",
-    "world.channel.smtp_QUIT(0)\nreturn '550 behind QUIT'", 'raise asyncio.CancelledError']
+    "world.channel.smtp_QUIT(0)\nreturn '550 after QUIT'", 'raise asyncio.CancelledError']
 
 ATTRIBUTES = [
     ('command_size_limit', '10'), ('command_size_limit', 'None'), ('command_size_limit', '2000'),

@@ -333,7 +333,7 @@ class MoodyChannel(smtpd.SMTPChannel):
 
 
 class Log:
-    """Standard error, of which only what nobody told the server to do is kept."""
+    """Standard error, without the lines that the server was told to write."""
 
     def __init__(self):
         self.faults = []

@@ -140,7 +140,7 @@ class Case(typing.NamedTuple):
 
     @property
     def path(self):
-        """What stands behind "MAIL FROM:", "RCPT TO:" or "VRFY"; None for other commands."""
+        """What stands after "MAIL FROM:", "RCPT TO:" or "VRFY"; None for other commands."""
         keyword = {'MAIL': 'FROM:', 'RCPT': 'TO:', 'VRFY': ''}.get(self.verb.upper())
         argument = self.text.partition(' ')[2].strip()
         if keyword is None or argument[:len(keyword)].upper() != keyword:
@@ -248,7 +248,7 @@ def address_changed(case):
 
 
 def refused_for_its_path_first(case):
-    """Text behind a bare local part: both refuse it, for different reasons in a transaction."""
+    """Text after a bare local part: both refuse it, for different reasons in a transaction."""
     return (case.old.sent == b'503 Error: nested MAIL command\r\n' and case.we_refuse_the_path()
             and case.address_of_old and '@' not in case.address_of_old
             and first_difference(case.old_module, [GREETING, case.step]) is None)
@@ -744,9 +744,9 @@ def test_each_command_is_answered_as_by_the_old_module(old_module, earlier, opti
 @pytest.mark.parametrize('command', ['MAIL FROM:', 'RCPT TO:', 'VRFY '])
 def test_each_path_is_taken_as_by_the_old_module(old_module, command):
     for path in ODD_PATHS:
-        for blank, behind in [('', ''), (' ', ''), ('', ' SIZE=1'), ('', ' X=Y')]:
+        for blank, after in [('', ''), (' ', ''), ('', ' SIZE=1'), ('', ' X=Y')]:
             steps = OLD_TRANSACTION[:1 + (command == 'RCPT TO:')]
-            compare(old_module, steps + [a_command(command + blank + path + behind)])
+            compare(old_module, steps + [a_command(command + blank + path + after)])
 
 
 @has_old_module

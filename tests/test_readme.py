@@ -94,7 +94,7 @@ def save_block(directory, name, **ports):
 
 
 # In each Python that a test starts: socket.getfqdn() is quick, and who starts to serve tells
-# its port on stderr, so that nobody has to wait for it by the clock.
+# its port on stderr, so that no test waits for it by the clock.
 SITECUSTOMIZE = '''
 import os
 import socket
@@ -159,7 +159,7 @@ class Program:
         self.output = open(self.process.stdout.fileno(), 'rb', closefd=False)
         self.errors = b''
         self.port = None
-        # Whoever waits in vain for a line shall get the end of the file.
+        # A test that waits in vain for a line gets the end of the file instead.
         self.last_resort = threading.Timer(100, self.process.kill)
         self.last_resort.start()
 
@@ -750,7 +750,7 @@ class TestRecipeStartTLS:
                 client.rest()  # an alert perhaps, and the end
         post_message(program.address)
 
-    def test_a_silent_handshake_holds_up_nobody(self, program):
+    def test_a_silent_handshake_delays_no_other_client(self, program):
         with RawClient(program.address) as client:
             client.reply()
             assert client.say(b'STARTTLS') == b'220 Ready to start TLS\r\n'
