@@ -67,23 +67,29 @@ def test_a_channel_that_is_closed_between_reading_and_writing_is_closed_once():
     assert channel.conn.closed and len(closed) == 1
 
 
-def test_the_state_after_data_is_set_once_though_the_reply_fails(capsys):
+@pytest.mark.parametrize('threads', [0, 1], ids='{} threads'.format)
+@pytest.mark.parametrize('text, reply', [(b'long', '552'), (b'x', '250 of')], ids=['552', '250'])
+def test_the_state_after_data_is_set_once_though_the_reply_fails(threads, text, reply, capsys):
     def set_post_data_state(self):
         states.append(self.smtp_state)
         smtpd.SMTPChannel._set_post_data_state(self)
 
     def push(self, msg):
-        if msg.startswith('552'):
+        if msg.startswith(reply):
             raise ZeroDivisionError
         smtpd.SMTPChannel.push(self, msg)
 
     states = []
-    channel = channel_with(push=push, _set_post_data_state=set_post_data_state)
-    channel.data_size_limit = 3
-    feed(channel, TO_DATA)
-    del states[:]
-    assert feed(channel, b'long\r\n.\r\nNOOP\r\n') == b'451 Internal confusion\r\n250 OK\r\n'
-    assert states == [channel.DATA]
+    server_class = variant(
+        process_message=lambda *args, **kwargs: '250 of ours', process_message_threads=threads,
+        channel={'push': push, '_set_post_data_state': set_post_data_state})
+    with serving(server_class, data_size_limit=5) as server, greet(server) as client:
+        client.send(TO_DATA)
+        read_replies(client, 4)
+        del states[:]
+        assert client.say(text + b'\r\n.') == b'451 Internal confusion\r\n'
+        assert client.say(b'NOOP') == b'250 OK\r\n'
+        assert states == [smtpd.SMTPChannel.DATA]
 
 
 @pytest.mark.parametrize('selector', [False, True], indirect=True)
