@@ -33,6 +33,7 @@ from tests.support import (
     running,
     serving,
     small_buffers,
+    steps,
     turning,
     variant,
 )
@@ -161,10 +162,8 @@ serve()
         assert client.say(b'XFREE') == b'250 OK\r\n'
 
 
-@pytest.mark.skipif(os.name != 'posix', reason='no user nobody here')
-def test_a_fault_is_logged_whole_though_nobody_may_read_what_that_takes():
-    """As python -m smtpd has it, started by root below a folder of root's own."""
-    text = '''
+# python -m smtpd, started by root below a folder of root's own: nobody may import nothing.
+AS_NOBODY = '''
 class Locked:
     @staticmethod
     def find_spec(name, path=None, target=None):
@@ -176,18 +175,34 @@ real_listen = smtpd.SMTPServer.listen
 def listen(self, num):
     real_listen(self, num)
     tell_port(self)
-Server.listen = listen
+smtpd.SMTPServer.listen = listen
 smtpd.Server = Server
-sys.argv[1:] = ['-c', 'Server', '127.0.0.1:0']
+sys.argv[1:] = ['-c', %r, %r, '127.0.0.1:9']
 smtpd._main()
 '''
-    with script(text) as (process, address):
+needs_users = pytest.mark.skipif(os.name != 'posix', reason='no user nobody here')
+
+
+@needs_users
+def test_a_fault_is_logged_whole_though_nobody_may_read_what_that_takes():
+    with script(AS_NOBODY % ('Server', '127.0.0.1:0')) as (process, address):
         with greet(address, b'EHLO x') as client:
             assert client.say(b'XFAIL') == b'451 Internal confusion\r\n'
             assert client.say(b'NOOP') == b'250 OK\r\n'
         process.terminate()
         log = process.stderr.read().decode()
     assert 'Traceback' in log and 'ZeroDivisionError: on purpose' in log
+
+
+@needs_users
+def test_a_proxy_knows_who_got_a_message_though_nobody_may_read_what_that_takes(upstream):
+    upstream.faults = {'.': [None, '451 4.3.0 Not now']}
+    address_of_lists = 'smtpd.MailmanProxy.mailman_lmtp_address = %r' % (upstream.address,)
+    with script(address_of_lists + AS_NOBODY % ('MailmanProxy', ':0')) as (process, address), \
+            greet(address, b'EHLO x') as client:
+        assert steps(client, recipients=[b'<a@x>', b'<b@x>'])[-1] == '451 4.3.0 Not now'
+        assert steps(client, recipients=[b'<a@x>', b'<b@x>'])[-1] == '250 OK'
+    assert [recipients for _, recipients, _ in upstream.messages] == [['a@x'], ['b@x']]
 
 
 def test_a_log_info_that_is_patched_into_asyncore_gets_the_log(monkeypatch, capsys):
@@ -450,6 +465,13 @@ def fork():
     child = os.fork()
     return child and os.waitpid(child, 0)[1]  # in the child 0: it ends with this call
 
+real_serve = threads._serve
+def serve():
+    real_serve()
+    if threads.is_inherited() and 'coverage' in sys.modules:
+        os._exit(0)  # as without, but coverage saves what it has seen
+
+threads._serve = serve
 threads.run(1, fork, outcomes.append)
 threads.run(1, lambda: os.write(write_end, b'.'), outcomes.append)
 has_more.set()
@@ -492,7 +514,8 @@ asyncore.loop()
 
 @pytest.mark.skipif(os.name != 'posix', reason='sockets have no descriptors here')
 @pytest.mark.parametrize('messages', [0, 1], ids='after {} messages'.format)
-def test_close_leaves_files_alone_that_got_the_numbers_of_our_sockets(messages):
+@pytest.mark.parametrize('files', [0, 20], ids='{} files'.format)
+def test_close_leaves_files_alone_that_got_the_numbers_of_our_sockets(messages, files):
     """python-daemon closes all descriptors that it does not know."""
     text = '''
 Server.process_message_threads = 1
@@ -502,12 +525,12 @@ while %(messages)d and not (Channel.ended and len(asyncore.socket_map) == 1):
     asyncore.loop(count=1)
 os.closerange(3, server.socket.fileno())
 os.closerange(server.socket.fileno() + 1, 50)
-files = [os.open(os.devnull, os.O_RDONLY) for _ in range(20)]
+files = [os.open(os.devnull, os.O_RDONLY) for _ in range(%(files)d)]
 server.close()
 for file in files:
     os.fstat(file)
 os.write(1, b'all there')
-''' % {'messages': messages}
+''' % {'messages': messages, 'files': files}
     with script('Channel.ended = False\n' + SMALL_END + text) as (process, address):
         if messages:
             with greet(address, b'EHLO x') as client:
@@ -850,9 +873,7 @@ def smtp_XDROP(self, arg):
 
 Channel.smtp_XDROP = smtp_XDROP
 Server.channels_in_selector = True
-server = Server(('127.0.0.1', 0), None)
-tell_port(server)
-asyncore.loop()
+serve()
 '''
     with script(text) as (process, address), greet(address, b'EHLO x') as dropped:
         dropped.send(b'XDROP\r\n')
@@ -1012,12 +1033,12 @@ serve()
 def without_resources(server):
     """accept() fails, though a connection waits, and keeps the loop from waiting."""
     real = server.socket
-    with RawClient(server):
-        server.socket = Listener(real, errno.EMFILE)
-        try:
+    server.socket = Listener(real, errno.EMFILE)
+    try:
+        with RawClient(server):
             yield server.socket
-        finally:
-            server.socket = real
+    finally:
+        server.socket = real
 
 
 def test_a_lack_of_descriptors_does_not_keep_the_loop_busy(monkeypatch, capsys):
@@ -1054,11 +1075,13 @@ limit(50)
 Server.channels_in_selector = True
 server = Server(('127.0.0.1', 0), None)
 tell_port(server)
-os.close(hoard().pop())
+Channel.hoarded += hoard()
+os.close(Channel.hoarded.pop())
 asyncore.loop()
 '''
     with script(text) as (process, address), greet(address, b'EHLO x') as client:
         assert post(client).startswith(b'250 of')
+        assert client.say(b'XFREE') == b'250 OK\r\n'
 
 
 @needs_limits
@@ -1154,6 +1177,18 @@ def test_a_thread_runs_one_call_after_another(monkeypatch):
             used += pool.results(threading.current_thread, at_most=3)
         assert len(used) == 23 and len(set(used)) == 1
         assert used[0].daemon and used[0] is not threading.current_thread()
+
+
+def test_more_calls_may_end_while_the_loop_is_busy_than_the_pair_of_sockets_can_tell(monkeypatch):
+    """A thread must not wait for it: it has the lock."""
+    ended, outcomes = threading.Semaphore(0), []
+    with Pool(monkeypatch) as pool:
+        for _ in range(2000):
+            pool.threads.run(1, ended.release, outcomes.append)
+        for _ in range(2000):
+            assert ended.acquire(timeout=20)
+        asyncore.loop(timeout=20, map=pool.sockets, count=2000)
+    assert len(outcomes) == 2000
 
 
 @pytest.mark.parametrize('at_most', [1, 3])
@@ -1322,6 +1357,24 @@ def test_a_client_takes_no_more_descriptors_than_are_used(attributes, count):
         before = len(os.listdir('/proc/self/fd'))
         with greet(server):
             assert len(os.listdir('/proc/self/fd')) - before == 1 + count
+
+
+def test_a_server_that_is_closed_while_it_accepts_makes_nothing_for_its_threads(monkeypatch):
+    real_accept = asyncore.dispatcher.accept
+
+    def accept(self):
+        pair = real_accept(self)
+        self.close()
+        return pair
+
+    with turning(variant(process_message_threads=1)) as (server, turn), \
+            RawClient(server) as client:
+        monkeypatch.setattr(asyncore.dispatcher, 'accept', accept)
+        before = len(os.listdir('/proc/self/fd')) if os.path.exists('/proc/self/fd') else 0
+        client.send(b'QUIT\r\n')
+        turn(until=lambda: not server._map)
+        assert client.rest() == BANNER + b'221 Bye\r\n'
+        assert not before or len(os.listdir('/proc/self/fd')) == before - 1  # the listener's
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='needs Linux /proc')
