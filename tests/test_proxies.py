@@ -5,7 +5,6 @@ import itertools
 import re
 import select
 import socket
-import struct
 import threading
 
 import pytest
@@ -32,6 +31,7 @@ from tests.support import (
     post,
     proxy_to,
     relay_message,
+    reset,
     serving,
     start_message,
     steps,
@@ -473,8 +473,7 @@ def test_client_that_goes_away_ends_the_session_upstream(upstream, sent, leave):
             if sent == 4:
                 client.send(b'Subject: half a mess')
             if leave == 'resets':
-                client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                                         struct.pack('ii', 1, 0))
+                reset(client)
             elif leave == 'quits' and sent < 3:
                 client.say(b'QUIT')
         upstream.threads[1].join(20)
@@ -483,7 +482,8 @@ def test_client_that_goes_away_ends_the_session_upstream(upstream, sent, leave):
     assert bool(upstream.verbs(b'QUIT')) == (sent < 3)
 
 
-def test_message_whose_client_has_gone_before_its_turn_is_not_delivered(upstream):
+@pytest.mark.parametrize('leave', [RawClient.close, reset], ids=['closes', 'resets'])
+def test_message_whose_client_has_gone_before_its_turn_is_not_delivered(upstream, leave):
     proxy_class = type('Narrow', (smtpd.PureProxy,), {'process_message_threads': 1})
     with proxy_to(upstream, proxy_class) as proxy, \
             greet(proxy, HELLO) as first, greet(proxy, HELLO) as patient:
@@ -498,7 +498,7 @@ def test_message_whose_client_has_gone_before_its_turn_is_not_delivered(upstream
         patient.send(b'Subject: patient\r\n\r\n.\r\n')
         with greet(proxy, HELLO) as other:  # by its second reply the loop has seen both messages
             assert other.say(b'NOOP') == b'250 OK\r\n'
-        impatient_one.close()
+        leave(impatient_one)
         upstream.release()
         assert patient.reply() == b'250 OK\r\n'
         assert first.reply() == b'250 OK\r\n'
