@@ -10,15 +10,24 @@ import smtpd
 from tests.support import (
     ANSWERED_TO_DATA,
     ONE_MESSAGE,
+    PEER,
     TO_DATA,
+    HookedChannel,
+    SelfMadeChannel,
+    StubServer,
     WaitingServer,
+    both_modes,
     channel_with,
     channels_of,
     feed,
     greet,
+    in_mode,
     is_served,
+    make_channel,
     read_replies,
     serving,
+    three_ways,
+    traced_memory,
     variant,
 )
 
@@ -38,6 +47,63 @@ def test_no_more_commands_are_executed_than_replies_may_wait(limit, executed):
     assert waiting(channel) == executed * b'250 OK\r\n'
 
 
+def test_the_limit_of_octets_counts_as_soon_as_a_reply_waits():
+    channel = channel_with(unsent_reply_limit=1001)
+    channel.conn.sends_at_most = 1
+    for count, executed in (1, 1), (1000, 144):  # an octet of each leaves: 143 times 7 wait
+        channel.conn.incoming.append(b'NOOP\r\n' * count)
+        asyncore.read(channel)
+        assert waiting(channel) == executed * b'250 OK\r\n'
+
+
+def test_no_more_replies_wait_however_short_they_are():
+    channel = channel_with(push=lambda self, msg: smtpd.SMTPChannel.push(self, msg))
+    channel.conn.send = unittest.mock.Mock(side_effect=BlockingIOError(errno.EAGAIN, 'full'))
+    channel.conn.incoming.append(b'NOOP\r\n' * 1000)
+    asyncore.read(channel)
+    assert waiting(channel) == 501 * b'250 OK\r\n'
+
+
+@pytest.mark.parametrize('sent, answered', [
+    (b'NOOP\r\n' * 1000, b'250 OK\r\n' * 1000),
+    (b'XFAIL\r\nNOOP\r\n', b'451 Internal confusion\r\n250 OK\r\n')], ids=['many', 'a fault'])
+def test_a_client_that_speaks_just_when_its_time_is_over_is_served(sent, answered, clock, capsys):
+    channel = channel_with(smtp_XFAIL=lambda self, arg: 1 / 0)
+    clock.seconds += 301
+    assert channel.readable() and channel.writable()
+    assert feed(channel, sent) == answered
+    assert not channel.conn.closed
+
+
+@pytest.mark.parametrize('base', [smtpd.SMTPChannel, HookedChannel])
+def test_a_command_that_raises_is_451_between_others_that_wait(base, capsys):
+    channel = make_channel(channel_class=variant(base, smtp_XFAIL=lambda self, arg: 1 / 0))
+    assert feed(channel, b'NOOP\r\nXFAIL\r\nNOOP\r\nXFAIL\r\nNOOP\r\n') == (
+        b'250 OK\r\n451 Internal confusion\r\n' * 2 + b'250 OK\r\n')
+    assert capsys.readouterr().err.count('ZeroDivisionError') == 2
+
+
+@three_ways
+@pytest.mark.parametrize('text', [b'', b'x', b'.', b'\r\n', b'\r'], ids=repr)
+def test_messages_that_come_together_stay_two(text, way):
+    channel = make_channel()
+    feed(channel, TO_DATA)
+    if text:
+        channel.conn.incoming.append(text)
+        asyncore.read(channel)
+    way(channel, [b'\r\n.\r\n', TO_DATA[8:], b'forged\r\n.\r\n'])
+    assert len(channel.smtp_server.messages) == 2
+
+
+def test_a_client_that_has_said_quit_and_ended_gets_the_replies_that_wait():
+    channel = make_channel()
+    channel.conn.sends_at_most = 1
+    channel.conn.incoming.append(b'NOOP\r\nQUIT\r\n')
+    asyncore.read(channel)
+    feed(channel, b'')
+    assert channel.conn.sent == b'250 OK\r\n221 Bye\r\n' and channel.conn.closed
+
+
 def test_no_command_is_executed_when_the_replies_before_it_cannot_be_sent():
     done = []
     channel = channel_with(smtp_XNOTE=lambda self, arg: done.append(arg))
@@ -51,6 +117,99 @@ def test_a_terminator_that_is_none_ends_the_session(terminator, capsys):
     channel = channel_with(smtp_XEND=lambda self, arg: setattr(self, 'terminator', terminator))
     assert feed(channel, b'XEND\r\n', b'NOOP\r\n', b'NOOP\r\n') == b''
     assert channel.conn.closed and 'Traceback' in capsys.readouterr().err
+
+
+def test_a_terminator_that_is_none_ends_the_session_whatever_handle_error_does():
+    """No hook has seen the input: it would come again and again."""
+    faults = []
+    channel = channel_with(
+        smtp_XEND=lambda self, arg: setattr(self, 'terminator', -1),
+        handle_error=lambda self: faults.append(self))
+    feed(channel, b'XEND\r\n', b'NOOP\r\n')
+    assert channel.conn.closed and faults == [channel]
+
+
+@pytest.mark.parametrize('error', [asyncore.ExitNow, KeyboardInterrupt, SystemExit])
+def test_what_ends_the_loop_may_come_from_get_terminator(error):
+    def get_terminator(self):
+        raise error
+
+    with pytest.raises(error):
+        feed(channel_with(get_terminator=get_terminator), b'NOOP\r\n')
+
+
+def test_a_reply_of_many_lines_is_one_error():
+    def smtp_XMANY(self, arg):
+        for line in '550-one', '550-two', '550 three':
+            self.push(line)
+
+    channel = channel_with(error_limit=3, smtp_XMANY=smtp_XMANY)
+    for end in b'550 three\r\n', b'550 three\r\n', b'421 Error: too many errors\r\n':
+        assert feed(channel, b'XMANY\r\n').endswith(end)
+
+
+def test_what_a_command_leaves_in_received_lines_is_the_beginning_of_the_next_line():
+    """As it was: a command may take a piece back."""
+    channel = channel_with(smtp_XPUT=lambda self, arg: self.received_lines.append(b'NO'))
+    assert feed(channel, b'XPUT\r\nOP\r\n') == b'250 OK\r\n'
+
+
+@pytest.mark.parametrize('base', [smtpd.SMTPChannel, HookedChannel])
+@pytest.mark.parametrize('limit', [None, 0])
+def test_without_a_limit_a_message_of_any_size_arrives(base, limit):
+    channel = make_channel(channel_class=base, data_size_limit=limit)
+    feed(channel, TO_DATA)
+    assert feed(channel, b'x' * 100_000, b'\r\n.\r\n') == b'250 OK\r\n'
+    assert [len(each[3]) for each in channel.smtp_server.messages] == [100_000]
+
+
+def test_a_message_that_has_become_too_large_is_let_go():
+    channel = make_channel(data_size_limit=1_000_000)
+    feed(channel, TO_DATA)
+    with traced_memory() as now_and_peak:
+        for _ in range(25):
+            feed(channel, b'x' * 50_000)
+        assert now_and_peak()[0] < 200_000
+    assert feed(channel, b'\r\n.\r\n') == b'552 Error: Too much mail data\r\n'
+
+
+def test_bytes_that_a_handler_returns_stay_as_they_are_with_smtputf8():
+    channel = make_channel(StubServer(b'250 caf\xe9'), enable_SMTPUTF8=True)
+    feed(channel, TO_DATA.replace(b'<a@b>', b'<a@b> SMTPUTF8'))
+    assert feed(channel, b'x\r\n.\r\n') == b'250 caf\xe9\r\n'
+
+
+def test_getaddr_of_a_command_without_an_argument():
+    assert make_channel()._getaddr(None) == ('', '')
+
+
+def test_a_greeting_ends_the_transaction_before_it():
+    """A program that offers STARTTLS forgets the first greeting."""
+    channel = channel_with(smtp_XTLS=lambda self, arg: setattr(self, 'seen_greeting', ''))
+    assert feed(channel, b'HELO x\r\nMAIL FROM:<a@b>\r\nXTLS\r\nHELO x\r\n').count(b'250') == 3
+    assert feed(channel, b'MAIL FROM:<c@d>\r\n') == b'250 OK\r\n' and channel.mailfrom == 'c@d'
+
+
+def test_vrfy_of_more_than_a_path():
+    assert feed(make_channel(), b'VRFY Jane Doe\r\nVRFY <a@b> x\r\n').count(b'252 ') == 2
+
+
+def test_rset_forgets_the_message():
+    channel = make_channel()
+    feed(channel, TO_DATA + b'x\r\n.\r\n')
+    assert channel.received_data == b'x'
+    feed(channel, b'RSET\r\n')
+    assert channel.received_data == '' and channel.received_lines == []
+
+
+@both_modes
+@pytest.mark.parametrize('base', [smtpd.SMTPChannel, SelfMadeChannel])
+def test_a_second_init_begins_a_session_anew_in_its_own_mode(base, decode_data):
+    channel = make_channel(channel_class=base, decode_data=not decode_data)
+    feed(channel, TO_DATA + b'half of a message')
+    channel.__init__(channel.smtp_server, channel.conn, PEER, map={}, decode_data=decode_data)
+    assert b'503' not in feed(channel, TO_DATA + b'..x', b'\r\ny\r\n.\r\n')
+    assert [each[3] for each in channel.smtp_server.messages] == [in_mode(b'.x\ny', decode_data)]
 
 
 @pytest.mark.skipif(not hasattr(select, 'poll'), reason='no poll() here')
