@@ -659,7 +659,7 @@ def running(command, **kwargs):
         finally:
             process.terminate()  # coverage saves then what it has seen
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=10)
+                process.communicate(timeout=20)
             process.kill()
             process.communicate()
 
