@@ -605,7 +605,7 @@ class _Transport(asynchat.async_chat):
         self._set_gate(_CLOSING)
 
     def close(self):
-        """Close now; what waits is neither executed nor sent."""
+        """Close now: pending input and output are dropped."""
         super().close()
         self.ac_in_buffer = b''
         self._flow.holds_replies = False
@@ -1392,7 +1392,7 @@ class SMTPChannel(_Transport):
         self.push('250 OK')
 
     def smtp_NOOP(self, arg):
-        """Do nothing (RFC 5321, 4.1.1.9); an argument is refused, as it always was here."""
+        """Do nothing (RFC 5321, 4.1.1.9); an argument is refused, as in the standard library."""
         if arg:
             self.push('501 Syntax: NOOP')
         else:
@@ -1410,7 +1410,7 @@ class SMTPChannel(_Transport):
             self.push(code + ' Supported commands: EHLO HELO MAIL RCPT DATA RSET NOOP QUIT VRFY')
 
     def smtp_VRFY(self, arg):
-        """Answer 252: whether an address exists is not told (RFC 5321, 4.1.1.6 and 7.3)."""
+        """Answer 252, which does not reveal whether an address exists (RFC 5321, 4.1.1.6 and 7.3)."""
         if arg and (self._getaddr(arg)[0] or self._getaddr(arg.split()[0])[0]):
             self.push('252 Cannot VRFY user, but will accept message and attempt delivery')
         else:
