@@ -63,17 +63,11 @@ EQUIVALENT = {
      'pass'): 'it is quick, and no more',
     # The transport
     ('_Transport', 'idle_timeout_seconds = None', 'pass'): 'SMTPChannel has its own',
-    ('_Transport._begin_anew', 'self._input_start = 0', 'pass'):
-        "asynchat's __init__() sets ac_in_buffer, and that this",
-    ('_Transport._begin_anew', 'self._is_mid_block = False', 'True'):
-        'the first terminator is a line end, and each piece sets it',
     ('_Transport._client_has_ended', 'return False', 'return'): 'None is as false',
-    ('_Transport._process_input',
-     'while self._unread_input and self._gate <= _IDLE and self.connected:',
-     '(self._gate <= _IDLE and self.connected)'): '_cut() finds no more in nothing',
     ('_Transport._look_for_idleness',
-     'if limit is None or now - self._last_sign_of_life < limit or self._gate == _BUSY:',
-     '(now - self._last_sign_of_life <= limit)'): 'no clock shows the very moment',
+     'if limit is None or now - self._flow.last_sign_of_life < limit or '
+     'self._flow.gate == _BUSY:',
+     '(now - self._flow.last_sign_of_life <= limit)'): 'no clock shows the very moment',
     ('_Transport._client_has_ended', "return self.socket.recv(1, _PEEK) == b''", '2'):
         'a peek at more is a peek',
     ('_Transport._cut', 'if terminator < 0:', '(terminator <= 0)'): '0 went another way before',
