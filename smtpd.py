@@ -1410,7 +1410,7 @@ class SMTPChannel(_Transport):
             self.push(code + ' Supported commands: EHLO HELO MAIL RCPT DATA RSET NOOP QUIT VRFY')
 
     def smtp_VRFY(self, arg):
-        """Answer 252, which does not reveal whether an address exists (RFC 5321, 4.1.1.6 and 7.3)."""
+        """Answer 252, which does not say whether an address exists (RFC 5321, 4.1.1.6, 7.3)."""
         if arg and (self._getaddr(arg)[0] or self._getaddr(arg.split()[0])[0]):
             self.push('252 Cannot VRFY user, but will accept message and attempt delivery')
         else:
@@ -1832,10 +1832,8 @@ class _Selector(_Reader):
             watched = self._events.get(descriptor, 0)
             if watched & select.EPOLLIN and events & ~select.EPOLLOUT:
                 asyncore.read(channel)
-            # The channel may be gone: then there is none, or another.
-            if (watched & select.EPOLLOUT and events & ~select.EPOLLIN
-                    and self._channels.get(descriptor) is channel):
-                asyncore.write(channel)
+            if watched & select.EPOLLOUT and events & ~select.EPOLLIN:
+                asyncore.write(channel)  # which does nothing if it was closed meanwhile
                 self.watch(channel)
 
     def close(self):
