@@ -395,7 +395,7 @@ class _Transport(asynchat.async_chat):
                 self._look_for_idleness(now)
         # When closing with nothing left to send: to see the end of the input.
         is_read = flow.gate <= _IDLE or flow.gate == _CLOSING and not self.producer_fifo
-        return is_read and bool(super().readable())
+        return is_read and super().readable()
 
     def handle_read(self):
         if not _reads_as_asynchat(type(self)):
@@ -413,10 +413,9 @@ class _Transport(asynchat.async_chat):
             self.handle_error()
             return
         flow = self._flow
-        if flow.unread_input:
-            self.ac_in_buffer = self.ac_in_buffer + data
-        else:
-            flow.unread_input += data
+        if flow.input_start:
+            self.ac_in_buffer = self.ac_in_buffer  # what was consumed goes
+        flow.unread_input += data
         self._process_input()
 
     def _client_has_ended(self):
@@ -442,35 +441,34 @@ class _Transport(asynchat.async_chat):
 
     def _take_pieces(self):
         """Cut the input at its terminators, and pass the pieces on."""
-        flow, is_whole = self._flow, True
-        while is_whole and flow.unread_input and flow.gate <= _IDLE and self.connected:
-            is_held = flow.holds_replies
-            is_direct = is_held or self._goes_past_hooks()
+        flow = self._flow
+        while flow.unread_input and flow.gate <= _IDLE and self.connected:
+            is_direct = flow.holds_replies or self._goes_past_hooks()
             try:
                 terminator = self.terminator if is_direct else self.get_terminator()
                 unread, start = flow.unread_input, flow.input_start
-                end = unread.find(_END_OF_LINE, start) if terminator is _END_OF_LINE else -1
-                if end >= 0:  # nearly all commands
-                    is_whole, rest = True, end + 2
+                if terminator is _END_OF_LINE and (end := unread.find(terminator, start)) >= 0:
+                    rest, is_whole, is_direct_block = end + 2, True, is_direct  # most commands
                 else:
                     end, is_whole, rest = self._cut(unread, start, terminator)
                     is_direct = is_direct and terminator in (_END_OF_LINE, _END_OF_DATA)
+                    is_direct_block = is_direct and is_whole
             except BaseException as error:  # no hook has seen this input: a retry would fail too
-                self._end_with_fault(error)
-                return
+                return self._end_with_fault(error)
             if rest == start:
                 return
             more_follows = rest < len(unread)
-            is_direct_block = is_direct and is_whole
-            if is_held:
-                if not is_direct_block or len(self.producer_fifo) >= _MOST_HELD:
-                    self._send_held_replies()
-                    if flow.gate > _IDLE:
-                        return
-            elif more_follows and is_direct_block:
-                flow.holds_replies = self._may_hold_replies()
+            if not flow.holds_replies:
+                flow.holds_replies = more_follows and is_direct_block and self._may_hold_replies()
+            elif not is_direct_block or len(self.producer_fifo) >= _MOST_HELD:
+                self._send_held_replies()
+                if flow.gate > _IDLE:
+                    return
             # Consumed before a hook gets it: one that raises must not get it again.
-            flow.unread_input, flow.input_start = (unread, rest) if more_follows else (b'', 0)
+            if more_follows:
+                flow.input_start = rest
+            else:
+                flow.unread_input = b''
             flow.has_replied = False
             flow.is_mid_block = not is_direct_block
             if is_direct_block:
@@ -479,6 +477,8 @@ class _Transport(asynchat.async_chat):
                 self._take_piece(unread[start:end])
             else:
                 self._give_to_hooks(unread[start:end], is_whole)
+            if not is_whole:
+                return
 
     def _give_to_hooks(self, piece, is_whole):
         if piece:
@@ -575,7 +575,7 @@ class _Transport(asynchat.async_chat):
             len(piece) for piece in waiting if isinstance(piece, bytes))
 
     def writable(self):
-        return _OPEN < self._flow.gate < _BUSY or bool(super().writable())
+        return _OPEN < self._flow.gate < _BUSY or super().writable()
 
     def handle_write_event(self):
         if not self.connected:  # nothing can be sent, and writable() would be true for ever
@@ -727,7 +727,7 @@ def _unstuff(octets):
 
 
 def _without_cr(octets):
-    if octets.count(b'\r', 0, 1024) < 32:
+    if len(octets) < 4096 or octets.count(b'\r', 0, 1024) < 32:
         return octets.replace(b'\r', b'')  # from CR to CR: several times as fast ...
     return octets.translate(None, b'\r')  # ... but not where lines are short
 
