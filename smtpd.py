@@ -320,6 +320,7 @@ class _Flow:
         'holds_replies',  # they leave with those of the commands that follow
         'has_replied',  # something was sent since the last piece went to a hook
         'last_sign_of_life',  # of the client, on the monotonic clock
+        'next_look_for_idleness',  # the same; not at each turn of the loop, which is costly
         'watcher',  # the selector that watches this channel, instead of the socket map
         'errors_since_message',  # 5yz replies
         'relay',  # takes the steps of this session to a proxy's upstream
@@ -335,6 +336,7 @@ class _Flow:
         self.holds_replies = False
         self.has_replied = False
         self.last_sign_of_life = time.monotonic()
+        self.next_look_for_idleness = 0.0
         self.watcher = None
         self.errors_since_message = 0
         self.relay = None
@@ -388,14 +390,12 @@ class _Transport(asynchat.async_chat):
         self._flow.input_start = 0
 
     def readable(self):
-        limit, flow = self.idle_timeout_seconds, self._flow
-        if limit is not None and flow.watcher is None:
-            now = time.monotonic()
-            if now - flow.last_sign_of_life >= limit:
-                self._look_for_idleness(now)
+        flow = self._flow
+        if flow.watcher is None and time.monotonic() >= flow.next_look_for_idleness:
+            self._look_for_idleness(time.monotonic())
         # When closing with nothing left to send: to see the end of the input.
-        is_read = flow.gate <= _IDLE or flow.gate == _CLOSING and not self.producer_fifo
-        return is_read and super().readable()
+        return ((flow.gate <= _IDLE or flow.gate == _CLOSING and not self.producer_fifo)
+                and super().readable())
 
     def handle_read(self):
         if not _reads_as_asynchat(type(self)):
@@ -575,7 +575,8 @@ class _Transport(asynchat.async_chat):
             len(piece) for piece in waiting if isinstance(piece, bytes))
 
     def writable(self):
-        return _OPEN < self._flow.gate < _BUSY or super().writable()
+        gate = self._flow.gate
+        return gate and gate < _BUSY or super().writable()
 
     def handle_write_event(self):
         if not self.connected:  # nothing can be sent, and writable() would be true for ever
@@ -657,6 +658,7 @@ class _Transport(asynchat.async_chat):
 
     def _look_for_idleness(self, now):
         limit = self.idle_timeout_seconds
+        self._flow.next_look_for_idleness = now + min(limit or 1, 1)
         if limit is None or now - self._flow.last_sign_of_life < limit or self._flow.gate == _BUSY:
             return
         # The loop is collecting descriptors: nothing here may raise, or close one.
