@@ -1505,6 +1505,7 @@ def _getfqdn():
 _IDLE_THREAD_SECONDS = 1  # most clients send their next command within it
 
 _forks = 0  # calls of fork() that this process comes from, and those that it made
+_process = os.getpid()  # kept, since the selector looks at each turn of the loop
 
 
 def _before_fork():
@@ -1513,9 +1514,15 @@ def _before_fork():
     _lock.acquire()  # or a child might inherit it locked, without the thread that unlocks it
 
 
+def _after_fork_in_child():
+    global _process
+    _process = os.getpid()
+    _lock.release()
+
+
 if hasattr(os, 'register_at_fork'):  # not on Windows
     os.register_at_fork(before=_before_fork, after_in_parent=_lock.release,
-                        after_in_child=_lock.release)
+                        after_in_child=_after_fork_in_child)
 
 
 def _is_too_much_for_select(descriptor, sockets=()):
@@ -1586,7 +1593,7 @@ class _Threads(_Reader):
 
     def __init__(self, map):
         asyncore.dispatcher.__init__(self, map=map)
-        self._process = os.getpid()
+        self._process = _process
         self._pair = ()  # each socket and its identity: others may close their descriptors
         self._calls = queue.SimpleQueue()  # (call, function for its outcome); None ends a thread
         self._undone = 0  # calls that wait for a thread, or run
@@ -1596,7 +1603,7 @@ class _Threads(_Reader):
 
     def is_inherited(self):
         """Whether this is a child after fork(): the threads, and the pair, are its parent's."""
-        return self._process != os.getpid()
+        return self._process != _process
 
     def run(self, at_most, call, take_outcome):
         """Run call() as soon as one of `at_most` threads has time for it."""
@@ -1758,17 +1765,17 @@ class _Selector(_Reader):
                 epoll.close()
                 return False
             self._epoll = epoll
-            self._process = os.getpid()
+            self._process = _process
             self._fileno = epoll.fileno()
         self.add_channel()
         return True
 
     def _own_epoll(self):
         """The set; in a child after fork() a new one, since the parent still uses the old one."""
-        if self._process != os.getpid():
+        if self._process != _process:
             with select.epoll() as epoll:  # under the number by which the socket map knows it
                 os.dup2(epoll.fileno(), self._fileno, inheritable=False)
-            self._process = os.getpid()
+            self._process = _process
             for descriptor, events in self._events.items():
                 if events:
                     self._epoll.register(descriptor, events)
@@ -1792,7 +1799,7 @@ class _Selector(_Reader):
 
     def _forget(self, descriptor):
         self._channels.pop(descriptor, None)
-        if self._events.pop(descriptor, 0) and self._process == os.getpid():
+        if self._events.pop(descriptor, 0) and self._process == _process:
             with contextlib.suppress(OSError):  # it is closed
                 self._epoll.unregister(descriptor)
 
