@@ -371,8 +371,9 @@ class _Transport(asynchat.async_chat):
 
     def _tell_watcher(self):
         """Call this when the answer of readable() or writable() may have changed."""
-        if self._flow.watcher is not None:
-            self._flow.watcher.watch(self)
+        watcher = self._flow.watcher
+        if watcher is not None:
+            watcher.watch(self)
 
     # ------------------------------------------------------------------
     # Input
@@ -1009,13 +1010,15 @@ class SMTPChannel(_Transport):
     def add_channel(self, map=None):
         server = self.smtp_server
         if _is_server(server) and server._takes_into_selector(self, map):
-            server._selector_of_channels.add(self)
+            self._flow.watcher = server._selector_of_channels
+            self._flow.watcher.add(self)
         else:
             super().add_channel(map)
 
     def del_channel(self, map=None):
-        if self._flow.watcher is not None:
-            self._flow.watcher.discard(self)
+        watcher, self._flow.watcher = self._flow.watcher, None
+        if watcher is not None:
+            watcher.discard(self)
         super().del_channel(map)
 
     def close(self):
@@ -1505,7 +1508,7 @@ def _getfqdn():
 _IDLE_THREAD_SECONDS = 1  # most clients send their next command within it
 
 _forks = 0  # calls of fork() that this process comes from, and those that it made
-_process = os.getpid()  # kept, since the selector looks at each turn of the loop
+_this_process = os.getpid()  # kept, since the selector looks at each turn of the loop
 
 
 def _before_fork():
@@ -1515,8 +1518,8 @@ def _before_fork():
 
 
 def _after_fork_in_child():
-    global _process
-    _process = os.getpid()
+    global _this_process
+    _this_process = os.getpid()
     _lock.release()
 
 
@@ -1593,7 +1596,7 @@ class _Threads(_Reader):
 
     def __init__(self, map):
         asyncore.dispatcher.__init__(self, map=map)
-        self._process = _process
+        self._process = _this_process
         self._pair = ()  # each socket and its identity: others may close their descriptors
         self._calls = queue.SimpleQueue()  # (call, function for its outcome); None ends a thread
         self._undone = 0  # calls that wait for a thread, or run
@@ -1603,7 +1606,7 @@ class _Threads(_Reader):
 
     def is_inherited(self):
         """Whether this is a child after fork(): the threads, and the pair, are its parent's."""
-        return self._process != _process
+        return self._process != _this_process
 
     def run(self, at_most, call, take_outcome):
         """Run call() as soon as one of `at_most` threads has time for it."""
@@ -1765,17 +1768,17 @@ class _Selector(_Reader):
                 epoll.close()
                 return False
             self._epoll = epoll
-            self._process = _process
+            self._process = _this_process
             self._fileno = epoll.fileno()
         self.add_channel()
         return True
 
     def _own_epoll(self):
         """The set; in a child after fork() a new one, since the parent still uses the old one."""
-        if self._process != _process:
+        if self._process != _this_process:
             with select.epoll() as epoll:  # under the number by which the socket map knows it
                 os.dup2(epoll.fileno(), self._fileno, inheritable=False)
-            self._process = _process
+            self._process = _this_process
             for descriptor, events in self._events.items():
                 if events:
                     self._epoll.register(descriptor, events)
@@ -1786,12 +1789,10 @@ class _Selector(_Reader):
         with _lock:
             self._forget(channel._fileno)  # its socket was closed without a word to us
             self._channels[channel._fileno] = channel
-            channel._flow.watcher = self
             self.watch(channel)
 
     def discard(self, channel):
         with _lock:
-            channel._flow.watcher = None
             if self._channels.get(channel._fileno) is channel:
                 self._forget(channel._fileno)
             if not self._channels:
@@ -1799,14 +1800,14 @@ class _Selector(_Reader):
 
     def _forget(self, descriptor):
         self._channels.pop(descriptor, None)
-        if self._events.pop(descriptor, 0) and self._process == _process:
+        if self._events.pop(descriptor, 0) and self._process == _this_process:
             with contextlib.suppress(OSError):  # it is closed
                 self._epoll.unregister(descriptor)
 
     def watch(self, channel):
         """Watch the channel for what it wants now; called from any thread."""
         with _lock:
-            if channel._flow.watcher is self:
+            if self._channels.get(channel._fileno) is channel:
                 self._set_events(channel._fileno, (
                     (select.EPOLLIN if channel.readable() else 0)
                     | (select.EPOLLOUT if channel.writable() else 0)))
@@ -1866,8 +1867,7 @@ class _ClosingSocket(_Reader):
 
     def __init__(self, owner, watcher):
         asyncore.dispatcher.__init__(self, map=owner._map)
-        self._flow = _Flow()  # where a selector notes that it watches this
-        self._flow.begin()
+        self._watcher = watcher
         theirs = owner.socket
         self.socket = socket.socket(theirs.family, theirs.type, theirs.proto, theirs.detach())
         self._fileno, owner._fileno = owner._fileno, None
@@ -1885,8 +1885,8 @@ class _ClosingSocket(_Reader):
         self.close()
 
     def del_channel(self, map=None):
-        if self._flow.watcher is not None:
-            self._flow.watcher.discard(self)
+        if self._watcher is not None:
+            self._watcher.discard(self)
         super().del_channel(map)
 
     def _look_for_idleness(self, now):
