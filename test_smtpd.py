@@ -76,13 +76,11 @@ from tests.support import (
     count_lines,
     environment,
     feed,
-    free_port,
     greet,
     has_input,
     in_map_and_selector,
     in_mode,
     in_pieces,
-    is_ready,
     is_served,
     line_by_line,
     looping,
@@ -92,7 +90,7 @@ from tests.support import (
     read_replies,
     read_until,
     reset,
-    running,
+    running_server,
     server_lines,
     serving,
     shut,
@@ -3354,11 +3352,10 @@ class TestCommandLine:
     def test_root_becomes_nobody_with_all_groups(self):
         import pwd
         nobody = pwd.getpwnam('nobody')
-        port = free_port()
-        command = [*SMTPD, '-c', 'DebuggingServer', '127.0.0.1:%d' % port]
-        with running(command, extra_groups=[4, 24]) as process:
-            assert is_ready(process, ('127.0.0.1', port))
-            assert send_message(('127.0.0.1', port)).endswith(b'250 OK\r\n221 Bye\r\n')
+        with running_server(
+                lambda port: [*SMTPD, '-c', 'DebuggingServer', '127.0.0.1:%d' % port],
+                extra_groups=[4, 24]) as (process, address):
+            assert send_message(address).endswith(b'250 OK\r\n221 Bye\r\n')
             assert read_until(process.stdout, b'END MESSAGE')
             with open('/proc/%d/status' % process.pid) as status:
                 fields = dict(line.split(':', 1) for line in status)
@@ -3369,10 +3366,9 @@ class TestCommandLine:
     @pytest.mark.skipif(os.geteuid() != 0, reason='only root can become nobody')
     def test_a_proxy_that_became_nobody_has_all_that_it_needs(self, upstream):
         """Nobody may not be allowed to read the modules that it did not import before."""
-        command = ['127.0.0.1:%d' % free_port(), 'localhost:%d' % upstream.port]
-        with running([*SMTPD, *command]) as process:
-            address = '127.0.0.1', int(command[0].rpartition(':')[2])
-            assert is_ready(process, address)
+        with running_server(
+                lambda port: [*SMTPD, '127.0.0.1:%d' % port, 'localhost:%d' % upstream.port]
+                ) as (_, address):
             assert post(address) == b'250 OK\r\n'
             assert len(upstream.messages) == 1
 

@@ -667,10 +667,20 @@ def running(command, **kwargs):
 SMTPD = STRICT + ['-m', 'smtpd']
 
 
-def free_port(host='127.0.0.1'):
-    family = socket.AF_INET6 if ':' in host else socket.AF_INET
-    with socket.create_server((host, 0), family=family) as probe:
-        return probe.getsockname()[1]
+@contextlib.contextmanager
+def held_port(host='127.0.0.1'):
+    """The number of a port that nobody else is given meanwhile, for a server to listen on.
+
+    A socket is bound to it but does not listen, so connections are refused until the server
+    does; a server that sets SO_REUSEADDR may bind it too.  On BSD and macOS it may do so only
+    if the two addresses differ, so this one is that of any interface.
+    """
+    family, any_interface = (
+        (socket.AF_INET6, '::') if ':' in host else (socket.AF_INET, '0.0.0.0'))
+    with socket.socket(family) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind((any_interface, 0))
+        yield holder.getsockname()[1]
 
 
 def is_ready(process, address):
@@ -689,14 +699,9 @@ def is_ready(process, address):
 @contextlib.contextmanager
 def running_server(make_command, host='127.0.0.1', **kwargs):
     """The process of make_command(port), which listens there: yields it and its address."""
-    for _ in range(5):  # another process may have taken the port meanwhile
-        address = host, free_port(host)
-        with running(make_command(address[1]), **kwargs) as process:
-            if is_ready(process, address):
-                yield process, address
-                return
-            error = process.communicate()[1]
-    raise AssertionError(error)
+    with held_port(host) as port, running(make_command(port), **kwargs) as process:
+        assert is_ready(process, (host, port)), process.communicate()
+        yield process, (host, port)
 
 
 def command_line(*options, host='127.0.0.1', remote=None, through=(), **kwargs):

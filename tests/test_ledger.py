@@ -18,8 +18,14 @@ import threading
 import pytest
 
 import smtpd
-from tests.support import RawClient, clean_environment, is_ready, running, serving, waits
-from tests.test_real_servers import KINDS, Mailman, Postfix, running_postfix, with_x_peer
+from tests.support import RawClient, clean_environment, serving, waits
+from tests.test_real_servers import (
+    KINDS,
+    Postfix,
+    configured_mailman,
+    running_postfix,
+    with_x_peer,
+)
 
 MESSAGES = int(os.environ.get('PYSMTPD_TEST_LEDGER') or 300)
 CLIENTS = 8
@@ -346,21 +352,19 @@ for name in os.listdir(sys.argv[1]):
 '''
 
 
+@pytest.fixture
+def own_mailman(tmp_path):
+    with configured_mailman(tmp_path) as mailman:
+        yield mailman
+
+
 @pytest.mark.real
 @pytest.mark.slow
-def test_ledger_of_posts_to_a_mailman_that_restarts(upstream, tmp_path, capfd):
-    environment = os.environ.get('PYSMTPD_TEST_MAILMAN')
-    if not environment or not os.path.exists(os.path.join(environment, 'bin', 'mailman')):
-        pytest.skip('missing: Mailman 3')
-    mailman = Mailman(str(tmp_path), environment)
-    with serving() as port_of:  # a port that is free, and stays the same
-        port = port_of.port_number
-    mailman.configure(port)
+def test_ledger_of_posts_to_a_mailman_that_restarts(upstream, own_mailman, capfd):
+    mailman = own_mailman
     lists = ['%s@lists.example' % name for name in ('a', 'b', 'c')]
     for name in lists:
         mailman.create(name)
-    command = [os.path.join(mailman.programs, 'runner'), '-C', mailman.configuration,
-               '-r', 'lmtp:0:1']
     choice = random.Random(1)
     mails = [Mail(number, choice, [
         *choice.sample(lists, choice.choice([1, 1, 2, 3])),
@@ -373,9 +377,7 @@ def test_ledger_of_posts_to_a_mailman_that_restarts(upstream, tmp_path, capfd):
         clients = Clients(proxy, mails)
         going_on = True
         while going_on:
-            with running(command, env=clean_environment(), stdout=subprocess.DEVNULL,
-                         stderr=subprocess.DEVNULL) as process:
-                assert is_ready(process, mailman.address)
+            with mailman.running() as process:
                 going_on = clients.wait_for_progress(0)
                 while going_on and len(mails) - clients.left < (restarts + 1) * len(mails) / 21:
                     going_on = clients.wait_for_progress(1)

@@ -28,6 +28,7 @@ from tests.support import (
     RawClient,
     copy_of_the_source,
     find_tool,
+    held_port,
     need_module,
     serving,
 )
@@ -825,15 +826,11 @@ def test_mail_of_frameworks_arrives(name, module, package, subject, start, tmp_p
 @executes('recipe-aiosmtpd-old', 'recipe-aiosmtpd-new')
 @pytest.mark.parametrize('which', ['old', 'new'])
 def test_old_and_new_do_the_same(which, start, tmp_path):
-    reserved = socket.socket()
-    with reserved:
+    with held_port() as port:
         if which == 'new':
             need_module('aiosmtpd')
-            # Its Controller cannot do with port 0. Bound by two, listened on by one.
-            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            reserved.bind(('127.0.0.1', 0))
-            file_name = save_block(tmp_path, 'recipe-aiosmtpd-new',
-                                   port_1025=reserved.getsockname()[1])
+            # Its Controller cannot do with port 0.
+            file_name = save_block(tmp_path, 'recipe-aiosmtpd-new', port_1025=port)
             program = start(['python', '-W', 'ignore', file_name], TELL_PORT_OF_ASYNCIO='1')
         else:
             program = start(['python', save_block(tmp_path, 'recipe-aiosmtpd-old')])

@@ -27,14 +27,16 @@ from tests.support import (
     clean_environment,
     command_line,
     find_tool,
-    free_port,
     greet,
+    held_port,
     idle_proxy,
+    is_ready,
     mailman_proxy_to,
     missing,
     post,
     proxy_to,
     relay_message,
+    running,
     running_server,
     serving,
     steps,
@@ -118,16 +120,14 @@ postlog unix-dgram n - n - 1 postlogd
                               stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
 
     def start(self):
-        """False when the port was taken meanwhile."""
         started = self.control('start')
         assert started.returncode == 0, started
         for _ in waits():
             with contextlib.suppress(OSError):
                 with socket.create_connection(self.address) as probe:
                     if b'upstream.example' in probe.recv(100):
-                        return True
-            if self.control('status').returncode:
-                return False
+                        return
+            assert self.control('status').returncode == 0
 
     def stop(self):
         self.control('stop')
@@ -169,17 +169,15 @@ def running_postfix():
     program = find_tool('postfix', 'postfix')
     if os.geteuid():
         missing('the rights of root, which Postfix needs to start')
-    for _ in range(5):
-        home = tempfile.mkdtemp(prefix='pysmtpd-postfix-')
-        postfix = Postfix(home, free_port(), program)
+    home = tempfile.mkdtemp(prefix='pysmtpd-postfix-')
+    with held_port() as port:
+        postfix = Postfix(home, port, program)
         try:
-            if postfix.start():
-                yield postfix
-                return
+            postfix.start()
+            yield postfix
         finally:
             postfix.kill()
             shutil.rmtree(home, ignore_errors=True)
-    pytest.fail('Postfix did not start')
 
 
 @pytest.fixture(scope='session')
@@ -267,7 +265,7 @@ def test_postfix_that_is_stopped_is_451_and_the_retry_arrives():
         assert relay_message(client).startswith(b'250 ')
         postfix.kill()
         assert client.say(b'MAIL FROM:<a@example.com>') == b'451 Upstream not available\r\n'
-        assert postfix.start()
+        postfix.start()
         assert relay_message(client).startswith(b'250 ')
         assert postfix.receive(2) == [
             ('sender@example.com', 'rcpt@example.com', with_x_peer(PROXIED))] * 2
@@ -377,8 +375,6 @@ var_dir: {home}/var
 incoming: mailman.mta.null.NullMTA
 lmtp_host: 127.0.0.1
 lmtp_port: {port}
-[webservice]
-port: {web_port}
 [database]
 class: mailman.database.sqlite.SQLiteDatabase
 url: sqlite:///{home}/mailman.db
@@ -390,16 +386,24 @@ with open(sys.argv[1], 'rb') as file:
 sys.stdout.buffer.write(data['listid'].encode() + b'\\n' + message.as_bytes())
 '''
 
-    def __init__(self, home, environment):
+    def __init__(self, home, environment, port):
         self.home = home
         self.programs = os.path.join(environment, 'bin')
         self.configuration = os.path.join(home, 'mailman.cfg')
-
-    def configure(self, port):
         self.address = '127.0.0.1', port
         with open(self.configuration, 'w') as file:
-            file.write(self.CONFIGURATION.format(home=self.home, port=port,
-                                                 web_port=free_port()))
+            file.write(self.CONFIGURATION.format(home=home, port=port))
+
+    @contextlib.contextmanager
+    def running(self):
+        """The process of its LMTP server."""
+        command = [os.path.join(self.programs, 'runner'), '-C', self.configuration,
+                   '-r', 'lmtp:0:1']
+        with open(os.path.join(self.home, 'output'), 'ab') as output:
+            with running(command, env=clean_environment(), stdout=output,
+                         stderr=subprocess.STDOUT) as process:
+                assert is_ready(process, self.address)
+                yield process
 
     def create(self, name):
         subprocess.run([os.path.join(self.programs, 'mailman'), '-C', self.configuration,
@@ -420,23 +424,20 @@ sys.stdout.buffer.write(data['listid'].encode() + b'\\n' + message.as_bytes())
         return messages
 
 
-@pytest.fixture(scope='session')
-def mailman(tmp_path_factory):
+@contextlib.contextmanager
+def configured_mailman(home):
     environment = os.environ.get('PYSMTPD_TEST_MAILMAN')
     if not environment or not os.path.exists(os.path.join(environment, 'bin', 'mailman')):
         missing('Mailman 3 (PYSMTPD_TEST_MAILMAN names no virtual environment that has it)')
-    mailman = Mailman(str(tmp_path_factory.mktemp('mailman')), environment)
-    mailman.configure(free_port())
-    mailman.create('announce@lists.example')
+    with held_port() as port:
+        yield Mailman(str(home), environment, port)
 
-    def command(port):
-        mailman.configure(port)
-        return [os.path.join(mailman.programs, 'runner'), '-C', mailman.configuration,
-                '-r', 'lmtp:0:1']
 
-    with open(os.path.join(mailman.home, 'output'), 'wb') as output:
-        with running_server(command, env=clean_environment(), stdout=output,
-                            stderr=subprocess.STDOUT):
+@pytest.fixture(scope='session')
+def mailman(tmp_path_factory):
+    with configured_mailman(tmp_path_factory.mktemp('mailman')) as mailman:
+        mailman.create('announce@lists.example')
+        with mailman.running():
             yield mailman
 
 
