@@ -852,6 +852,18 @@ class TestRecipeAsyncio:
             'j@example.com -> you@example.com %d octets' % len(HANDLERS_DATA))
         assert program.interrupt() == (0, '', '')
 
+    @pytest.mark.skipif(not hasattr(signal, 'pthread_sigmask'), reason='no masks of signals')
+    def test_it_ends_at_a_ctrl_c_that_does_not_wake_the_event_loop(self, start, tmp_path):
+        """The server's thread gets the signal; one just before select() wakes nothing either."""
+        name = save_block(tmp_path, 'recipe-asyncio')
+        text = (tmp_path / name).read_text()
+        mask = 'import signal; signal.pthread_sigmask(signal.%s, [signal.SIGINT])\n'
+        begin = 'def serve() -> None:\n'
+        assert begin in text
+        (tmp_path / name).write_text(mask % 'SIG_BLOCK' + text.replace(
+            begin, begin + 8 * ' ' + mask % 'SIG_UNBLOCK'))
+        assert start(['python', name]).interrupt() == (0, '', '')
+
     def test_two_clients_do_not_wait_for_each_other(self, start, tmp_path):
         name = save_block(tmp_path, 'recipe-asyncio')
         text = (tmp_path / name).read_text()
