@@ -315,11 +315,7 @@ asyncore.loop()
         assert client.say(b'NOOP') == other.say(b'NOOP') == b'250 OK\r\n'
 
 
-@needs_fork
-@in_map_and_selector
-def test_a_child_serves_the_sessions_that_it_inherits(selector):
-    """And the parent keeps out of it: it waits."""
-    text = '''
+SERVING_CHILD = '''
 class Forking(Channel):
     def smtp_XFORK(self, arg):
         child = os.fork()
@@ -327,8 +323,20 @@ class Forking(Channel):
             os.waitpid(child, 0)
             self.close()
         else:
+            self.begin_child()
             self.push('250 OK')
 
+    def begin_child(self):
+        pass
+'''
+
+
+@needs_fork
+@in_map_and_selector
+def test_a_child_serves_the_sessions_that_it_inherits(selector):
+    """And the parent keeps out of it: it waits."""
+    text = '''
+class Inheriting(Forking):
     def smtp_XEXEC(self, arg):
         """What a program that this one runs would inherit."""
         numbers = range(3, 50)
@@ -340,12 +348,12 @@ def is_inherited(descriptor):
     except OSError:
         return False
 
-Server.channel_class = Forking
+Server.channel_class = Inheriting
 Server.channels_in_selector = %r
 Server.process_message_threads = 1
 serve()
 ''' % selector
-    with script(text, PLAIN) as (process, address):
+    with script(SERVING_CHILD + text, PLAIN) as (process, address):
         with greet(address, b'EHLO x') as client, greet(address, b'EHLO x') as other:
             parent = post(client)
             assert client.say(b'XFORK') == b'250 OK\r\n'
@@ -364,27 +372,19 @@ def test_a_child_without_descriptors_serves_as_soon_as_it_has_some():
     """It needs one to take its parent's channels into a selector of its own."""
     text = '''
 limit(50)
-class Forking(Channel):
-    def smtp_XFORK(self, arg):
-        child = os.fork()
-        if child:
-            os.waitpid(child, 0)
-            self.close()
-            return
+class Starved(Forking):
+    def begin_child(self):
         taken = hoard()
         for _ in range(3):
             asyncore.loop(0, count=1)
         for each in taken:
             os.close(each)
-        self.push('250 OK')
 
-Server.channel_class = Forking
+Server.channel_class = Starved
 Server.channels_in_selector = True
-server = Server(('127.0.0.1', 0), None)
-tell_port(server)
-asyncore.loop()
+serve()
 '''
-    with script(text, PLAIN) as (process, address), greet(address, b'EHLO x') as client:
+    with script(SERVING_CHILD + text, PLAIN) as (process, address), greet(address, b'EHLO x') as client:
         parent = post(client)
         assert client.say(b'XFORK') == b'250 OK\r\n'
         assert post(client) != parent
