@@ -181,10 +181,13 @@ class Program:
         self.last_resort.join()
         if self.process.poll() is None:
             self.process.kill()
+        self.process.wait()
+        self.errors += self.process.stderr.read()
+        print('%s ended with %s:\n%s' % (  # pytest shows it if the test fails
+            self.process.args, self.process.returncode, self.errors.decode()), file=sys.stderr)
         self.output.close()
         self.process.stdout.close()
         self.process.stderr.close()
-        self.process.wait()
 
     def line(self):
         line = self.output.readline().decode()
