@@ -771,11 +771,15 @@ class Upstream:
         self.address = host, 0
 
     def __enter__(self):
+        host = self.address[0]
+        self.port_holder = held_port(host)  # for as long as it is stopped, too
+        self.address = host, self.port_holder.__enter__()
         self.start()
         return self
 
     def __exit__(self, *exc):
         self.stop()
+        self.port_holder.__exit__(*exc)
 
     @property
     def port(self):
@@ -785,7 +789,6 @@ class Upstream:
         family = socket.AF_INET6 if ':' in self.address[0] else socket.AF_INET
         self.listener = socket.create_server(self.address, family=family, backlog=100)
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-        self.address = self.listener.getsockname()[:2]
         self.ends = threading.Event()
         self.sockets = []
         self.threads = [threading.Thread(target=self.accept, daemon=True)]

@@ -27,6 +27,7 @@ from tests.support import (
     Upstream,
     channels_of,
     greet,
+    held_port,
     idle_proxy,
     post,
     proxy_to,
@@ -1197,12 +1198,13 @@ def test_loop_ends_when_the_server_and_the_last_channel_are_closed(upstream, sel
 
 
 def test_session_that_outlives_its_server_still_delivers(upstream, selector):
-    with proxy_to(upstream, smtpd.PureProxy) as proxy, greet(proxy, HELLO) as client:
-        address = proxy.socket.getsockname()
+    with held_port() as port, \
+            proxy_to(upstream, smtpd.PureProxy, localaddr=('127.0.0.1', port)) as proxy, \
+            greet(proxy, HELLO) as client:
         proxy.close()
         assert client.say(b'NOOP') == b'250 OK\r\n'  # the loop has seen it
-        with pytest.raises(OSError):
-            socket.create_connection(address)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(('127.0.0.1', port))
         for _ in range(2):
             assert relay_message(client) == b'250 OK\r\n'
         assert len(upstream.messages) == 2

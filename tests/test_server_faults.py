@@ -30,6 +30,7 @@ from tests.support import (
     channels_of,
     greet,
     has_input,
+    held_port,
     running,
     serving,
     small_buffers,
@@ -384,7 +385,8 @@ Server.channel_class = Starved
 Server.channels_in_selector = True
 serve()
 '''
-    with script(SERVING_CHILD + text, PLAIN) as (process, address), greet(address, b'EHLO x') as client:
+    with script(SERVING_CHILD + text, PLAIN) as (process, address), \
+            greet(address, b'EHLO x') as client:
         parent = post(client)
         assert client.say(b'XFORK') == b'250 OK\r\n'
         assert post(client) != parent
@@ -594,14 +596,15 @@ def test_close_from_another_thread_leaves_a_listener_alone_that_is_not_ours():
 
 
 def test_close_after_the_loop_of_another_thread_has_ended():
-    server = KnownPort(map={})
-    thread = threading.Thread(target=asyncore.loop, args=(0, True, server._map, 1))
-    thread.start()
-    thread.join(20)
-    server.close()
-    assert server._map == {}
-    with pytest.raises(ConnectionRefusedError):
-        RawClient(server.port)
+    with held_port() as port:
+        server = RecordingServer(('127.0.0.1', port), map={})
+        thread = threading.Thread(target=asyncore.loop, args=(0, True, server._map, 1))
+        thread.start()
+        thread.join(20)
+        server.close()
+        assert server._map == {}
+        with pytest.raises(ConnectionRefusedError):
+            RawClient(('127.0.0.1', port))
 
 
 class KnownPort(RecordingServer):
