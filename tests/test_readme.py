@@ -865,19 +865,20 @@ class TestRecipeAsyncio:
         assert begin in text
         (tmp_path / name).write_text(mask % 'SIG_BLOCK' + text.replace(
             begin, begin + 8 * ' ' + mask % 'SIG_UNBLOCK'))
-        assert start(['python', name]).interrupt() == (0, '', '')
+        program = start(['python', name])
+        post_message(program.address)  # until then it may still be starting the thread
+        assert program.line()
+        assert program.interrupt() == (0, '', '')
 
     def test_two_clients_do_not_wait_for_each_other(self, start, tmp_path):
         name = save_block(tmp_path, 'recipe-asyncio')
         text = (tmp_path / name).read_text()
         assert 'await asyncio.sleep(0.1)' in text
         (tmp_path / name).write_text(text.replace('await asyncio.sleep(0.1)', """
-        if mailfrom.startswith('first'):
-            global second_came
-            second_came = asyncio.Event()
-            await second_came.wait()
-        else:
-            second_came.set()
+        came = globals().setdefault('came', {'first': asyncio.Event(), 'second': asyncio.Event()})
+        came[mailfrom.partition('@')[0]].set()
+        await came['first'].wait()
+        await came['second'].wait()
 """))
         program = start(['python', name])
         with RawClient(program.address) as first, RawClient(program.address) as second:
