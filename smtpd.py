@@ -37,6 +37,7 @@ import functools
 import getopt
 import importlib
 import io
+import itertools
 import math
 import operator
 import os
@@ -549,7 +550,7 @@ class _Transport(asynchat.async_chat):
         flow = self._flow
         flow.holds_replies = False
         with _lock:
-            _join_leading_bytes(self.producer_fifo)
+            _join_bytes(self.producer_fifo)
         has_replied = flow.has_replied
         self.initiate_send()
         flow.has_replied = has_replied  # these replies are to earlier input
@@ -683,13 +684,13 @@ _ASYNCORE_HANDLE_ERROR = asyncore.dispatcher.handle_error
 _ASYNCHAT_PUSH = asynchat.async_chat.push
 
 
-def _join_leading_bytes(queue):
-    """Join the pieces at the front of the queue, so that one send() takes them."""
-    pieces = []
-    while queue and isinstance(queue[0], bytes):
-        pieces.append(queue.popleft())
-    if pieces:
-        queue.appendleft(b''.join(pieces))
+def _join_bytes(queue):
+    """Join pieces of the queue that follow each other, so that one send() takes them."""
+    pieces = [queue.popleft() for _ in range(len(queue))]  # another thread may append meanwhile
+    joined = []
+    for kind, run in itertools.groupby(pieces, type):
+        joined += [b''.join(run)] if kind is bytes else run
+    queue.extendleft(reversed(joined))
 
 
 @functools.lru_cache(maxsize=64)
