@@ -404,8 +404,7 @@ class _Transport(asynchat.async_chat):
             super().handle_read()
             return
         if self.producer_fifo and self._flow.gate != _CLOSING and self._client_has_ended():
-            self.close_when_done()
-            self._set_gate(_CLOSING)  # in case that is overridden: the end can be read for ever
+            self._set_gate(_CLOSING)  # recv() sees the end when the replies are sent
             return
         try:
             data = self.recv(self.ac_in_buffer_size)
@@ -462,7 +461,7 @@ class _Transport(asynchat.async_chat):
             more_follows = rest < len(unread)
             if not flow.holds_replies:
                 flow.holds_replies = more_follows and is_direct_block and self._may_hold_replies()
-            elif not is_direct_block or len(self.producer_fifo) >= _MOST_HELD:
+            elif len(self.producer_fifo) >= _MOST_HELD:
                 self._send_held_replies()
                 if flow.gate > _IDLE:
                     return

@@ -70,11 +70,33 @@ EQUIVALENT = {
      '(now - self._flow.last_sign_of_life <= limit)'): 'no clock shows the very moment',
     ('_Transport._client_has_ended', "return self.socket.recv(1, _PEEK) == b''", '2'):
         'a peek at more is a peek',
+    ('_Transport.readable',
+     'if flow.watcher is None and time.monotonic() >= flow.next_look_for_idleness:',
+     '(time.monotonic() >= flow.next_look_for_idleness)'): 'the selector looks, too',
+    ('_Transport.readable',
+     'if flow.watcher is None and time.monotonic() >= flow.next_look_for_idleness:',
+     '(flow.watcher is None or time.monotonic() >= flow.next_look_for_idleness)'):
+        'who looks at each turn finds the same, and is slower',
+    ('_Transport.readable',
+     'if flow.watcher is None and time.monotonic() >= flow.next_look_for_idleness:',
+     '(flow.watcher is None)'): 'who looks at each turn finds the same, and is slower',
+    ('_Transport.readable',
+     'if flow.watcher is None and time.monotonic() >= flow.next_look_for_idleness:',
+     '(time.monotonic() > flow.next_look_for_idleness)'): 'no clock shows the very moment',
+    ('_Transport._take_pieces',
+     'is_direct = flow.holds_replies or self._goes_past_hooks()', '(self._goes_past_hooks())'):
+        'replies are held only where the next piece goes past the hooks',
+    ('_Transport._take_pieces',
+     'terminator = self.terminator if is_direct else self.get_terminator()',
+     '(self.get_terminator())'): "it is asynchat's then",
+    ('_Transport._take_pieces',
+     'if terminator is _END_OF_LINE and (end := unread.find(terminator, start)) >= 0:',
+     '((end := unread.find(terminator, start)) > 0)'): '_cut() finds it, more slowly',
     ('_Transport._cut', 'if terminator < 0:', '(terminator <= 0)'): '0 went another way before',
     ('_Transport.close', 'self._flow.holds_replies = False', 'True'):
         'nothing is sent on a closed channel',
     # The channel
-    ('_without_cr', "if octets.count(b'\\r', 0, 1024) < 32:",
+    ('_without_cr', "if len(octets) < 4096 or octets.count(b'\\r', 0, 1024) < 32:",
      "(octets.count(b'\\r', 0, 1024) <= 32)"): 'both ways give the same, one faster',
     # What wakes the loop
     ('_before_fork', '_forks += 1', '2'): 'it is only compared for being the same',

@@ -1,5 +1,7 @@
 """Channels: limits met exactly, and what seldom happens."""
+import asynchat
 import asyncore
+import contextlib
 import errno
 import select
 import unittest.mock
@@ -272,3 +274,74 @@ def test_a_session_that_the_program_closes_while_its_handler_runs(selector, caps
             again.send(ONE_MESSAGE)
             assert read_replies(again, 5).endswith(b'250 OK\r\n')
     assert capsys.readouterr() == ('', '')
+
+
+class Mixin(asynchat.async_chat):
+    """Comes after SMTPChannel in the method order, where the old module called it."""
+
+    def readable(self):
+        self.conn.asked.append('readable')
+        return False
+
+    def writable(self):
+        self.conn.asked.append('writable')
+        return True
+
+    def handle_read(self):
+        self.conn.asked.append('handle_read')
+
+
+def test_what_a_mixin_after_the_channel_replaces_is_called():
+    channel = make_channel(channel_class=type('Mixed', (smtpd.SMTPChannel, Mixin), {}))
+    channel.conn.asked = []
+    assert (bool(channel.readable()), bool(channel.writable())) == (False, True)
+    asyncore.read(channel)
+    assert channel.conn.asked == ['readable', 'writable', 'handle_read']
+
+
+def test_nothing_is_executed_after_a_close_that_goes_past_ours():
+    done = []
+    channel = channel_with(smtp_XEND=lambda self, arg: asyncore.dispatcher.close(self),
+                           smtp_XNOTE=lambda self, arg: done.append(arg))
+    feed(channel, b'XEND\r\nXNOTE\r\n')
+    assert done == []
+
+
+@pytest.mark.parametrize('text, calls', [(b'NOOP\r\n', 1), (b'NOOP\r\nNOOP\r\n', 2), (b'NO', 1)])
+def test_get_terminator_is_called_as_often_as_by_asynchat(text, calls):
+    called = []
+    channel = channel_with(get_terminator=lambda self: called.append(self) or b'\r\n')
+    feed(channel, text)
+    assert len(called) == calls
+
+
+def test_a_channel_that_is_closing_still_sees_the_end_of_the_input():
+    ends = []
+    channel = channel_with(handle_close=lambda self: ends.append(self))
+    feed(channel, b'QUIT\r\n')
+    assert channel.readable() and not channel.writable()
+    channel.conn.incoming.append(b'')
+    asyncore.read(channel)
+    assert ends == [channel] * 2
+
+
+def test_the_end_of_the_input_is_not_read_for_ever():
+    channel = channel_with(readable=lambda self: True)
+    channel.conn.send = unittest.mock.Mock(side_effect=BlockingIOError(errno.EAGAIN, 'full'))
+    for text in b'NOOP\r\n', b'', b'':
+        assert not channel.conn.closed
+        channel.conn.incoming.append(text)
+        asyncore.read(channel)
+    assert channel.conn.closed
+
+
+def test_the_loop_sleeps_while_a_handler_works():
+    with contextlib.closing(WaitingServer(map={})) as server:
+        channel = make_channel(server=server)
+        feed(channel, ONE_MESSAGE)
+        assert server.entered.acquire(timeout=20)
+        asks = channel.readable(), bool(channel.writable())
+        server.go.set()
+        channel.close()
+    asyncore.loop(timeout=5, map=server._map)
+    assert asks == (False, False)
