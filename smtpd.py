@@ -688,7 +688,10 @@ def _join_bytes(queue):
     pieces = [queue.popleft() for _ in range(len(queue))]  # another thread may append meanwhile
     joined = []
     for kind, run in itertools.groupby(pieces, type):
-        joined += [b''.join(run)] if kind is bytes else run
+        if kind is bytes:
+            joined.append(b''.join(run))
+        else:
+            joined.extend(run)
     queue.extendleft(reversed(joined))
 
 
