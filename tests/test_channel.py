@@ -338,7 +338,8 @@ def test_the_end_of_the_input_is_not_read_for_ever():
 def test_the_loop_sleeps_while_a_handler_works():
     with contextlib.closing(WaitingServer(map={})) as server:
         channel = make_channel(server=server)
-        feed(channel, ONE_MESSAGE)
+        channel.conn.incoming.append(ONE_MESSAGE)
+        asyncore.read(channel)
         assert server.entered.acquire(timeout=20)
         asks = channel.readable(), bool(channel.writable())
         server.go.set()
