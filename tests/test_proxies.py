@@ -635,9 +635,10 @@ def test_proxy_relays_where_there_is_no_poll(upstream, has_poll, monkeypatch):
     """As on Windows."""
     if not has_poll:
         monkeypatch.delattr(select, 'poll')
-    with proxy_to(upstream, impatient()) as proxy:
+    with proxy_to(upstream) as proxy:
         assert post(proxy, LARGE) == b'250 OK\r\n'
         upstream.faults = {'RCPT': HANG}
+        proxy.upstream_command_timeout_seconds = 0.3
         with greet(proxy, HELLO) as client:
             assert codes(steps(client)) == '250 451 503'
 
