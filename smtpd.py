@@ -404,7 +404,8 @@ class _Transport(asynchat.async_chat):
             super().handle_read()
             return
         if self.producer_fifo and self._flow.gate != _CLOSING and self._client_has_ended():
-            self._set_gate(_CLOSING)  # recv() sees the end when the replies are sent
+            self.close_when_done()
+            self._set_gate(_CLOSING)  # in case that is overridden: the end can be read for ever
             return
         try:
             data = self.recv(self.ac_in_buffer_size)

@@ -325,8 +325,19 @@ def test_a_channel_that_is_closing_still_sees_the_end_of_the_input():
     assert ends == [channel] * 2
 
 
+def test_the_end_of_the_input_is_read_once():
+    channel = make_channel()
+    channel.conn.sends_at_most = 1
+    for text in b'NOOP\r\n', b'':
+        channel.conn.incoming.append(text)
+        asyncore.read(channel)
+    while channel.writable() and not channel.conn.closed:
+        asyncore.write(channel)
+    assert channel.conn.closed and channel.conn.sent == b'250 OK\r\n'
+
+
 def test_the_end_of_the_input_is_not_read_for_ever():
-    channel = channel_with(readable=lambda self: True)
+    channel = channel_with(readable=lambda self: True, close_when_done=lambda self: None)
     channel.conn.send = unittest.mock.Mock(side_effect=BlockingIOError(errno.EAGAIN, 'full'))
     for text in b'NOOP\r\n', b'', b'':
         assert not channel.conn.closed
