@@ -3,7 +3,9 @@ import asynchat
 import asyncore
 import contextlib
 import errno
+import os
 import select
+import socket
 import unittest.mock
 
 import pytest
@@ -15,6 +17,7 @@ from tests.support import (
     PEER,
     TO_DATA,
     HookedChannel,
+    RecordingServer,
     SelfMadeChannel,
     StubServer,
     WaitingServer,
@@ -75,6 +78,13 @@ def test_a_client_that_speaks_just_when_its_time_is_over_is_served(sent, answere
     assert channel.readable() and channel.writable()
     assert feed(channel, sent) == answered
     assert not channel.conn.closed
+
+
+def test_a_limit_of_less_than_a_second_is_met(clock):
+    channel = channel_with(idle_timeout_seconds=0.25)
+    assert channel.readable() and not channel.writable()
+    clock.seconds += 0.25
+    assert channel.readable() and channel.writable()
 
 
 @pytest.mark.parametrize('base', [smtpd.SMTPChannel, HookedChannel])
@@ -357,3 +367,16 @@ def test_the_loop_sleeps_while_a_handler_works():
         channel.close()
     asyncore.loop(timeout=5, map=server._map)
     assert asks == (False, False)
+
+
+@pytest.mark.parametrize('in_selector', [False, True], ids=['in the map', 'in the selector'])
+def test_a_descriptor_that_comes_again_without_a_word_is_the_new_channels(in_selector):
+    server = variant(RecordingServer, channels_in_selector=in_selector)(map={})
+    first, second = socket.socketpair(), socket.socketpair()
+    with contextlib.closing(server), first[1], second[0], second[1]:
+        smtpd.SMTPChannel(server, first[0], PEER, map=server._map)
+        os.dup2(second[0].fileno(), first[0].fileno())
+        new = smtpd.SMTPChannel(server, first[0], PEER, map=server._map)
+        second[1].sendall(b'QUIT\r\n')
+        asyncore.loop(timeout=5, map=server._map, count=1)
+        assert not new.connected
