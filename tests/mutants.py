@@ -83,6 +83,15 @@ EQUIVALENT = {
     ('_Transport.readable',
      'if flow.watcher is None and time.monotonic() >= flow.next_look_for_idleness:',
      '(time.monotonic() > flow.next_look_for_idleness)'): 'no clock shows the very moment',
+    ('_Transport._look_for_idleness',
+     'self._flow.next_look_for_idleness = now + min(limit or 1, 1)', 'pass'):
+        'who looks at each turn finds the same, and is slower',
+    ('_Transport._look_for_idleness',
+     'self._flow.next_look_for_idleness = now + min(limit or 1, 1)', '(now - min(limit or 1, 1))'):
+        'who looks at each turn finds the same, and is slower',
+    ('_Transport._look_for_idleness',
+     'self._flow.next_look_for_idleness = now + min(limit or 1, 1)', '2'):
+        'at most, the look comes a second later',
     ('_Transport._take_pieces',
      'is_direct = flow.holds_replies or self._goes_past_hooks()', '(self._goes_past_hooks())'):
         'replies are held only where the next piece goes past the hooks',
