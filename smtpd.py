@@ -1869,7 +1869,7 @@ class _ClosingSocket(_Reader):
     closed.  shutdown() wakes it, which close() alone would not.
     """
 
-    def __init__(self, owner, watcher):
+    def __init__(self, owner, watcher, is_shared):
         asyncore.dispatcher.__init__(self, map=owner._map)
         self._watcher = watcher
         theirs = owner.socket
@@ -1880,10 +1880,19 @@ class _ClosingSocket(_Reader):
         else:
             watcher.add(self)
         try:
-            self.socket.shutdown(_SHUT_BOTH)
+            if is_shared:
+                self._let_go()
+            else:
+                self.socket.shutdown(_SHUT_BOTH)
         except OSError:
             if owner.accepting:  # macOS; what is not connected any more is readable, too
                 self.close()
+
+    def _let_go(self):
+        """Close a socket that other processes use; the loop finds its number readable."""
+        ended, other_end = _socketpair()
+        with ended, other_end:
+            os.dup2(ended.fileno(), self._fileno, inheritable=False)
 
     def handle_read_event(self):
         self.close()
@@ -2085,8 +2094,8 @@ class SMTPServer(_Reader):
 
     def close(self):
         """Stop listening; may be called from any thread.  Channels stay open."""
-        if self._may_shut_down():
-            self._leave_to_loop(self)
+        if self._may_shut_down() or os.name == 'posix':
+            self._leave_to_loop(self, is_shared=not self._may_shut_down())
         asyncore.dispatcher.close(self)
         if self._threads_for_handlers is not None:
             self._threads_for_handlers.close_when_idle()
@@ -2095,13 +2104,13 @@ class SMTPServer(_Reader):
         """Whether no other process shares the listener: shutdown() would end it for all."""
         return self.socket is self._own_listener and self._forks_before_listener == _forks
 
-    def _leave_to_loop(self, owner, watcher=None):
+    def _leave_to_loop(self, owner, watcher=None, is_shared=False):
         """If another thread runs the loop, let that close the socket of a dispatcher."""
         if (self._loop_thread not in (None, threading.get_ident())
                 and any(thread.ident == self._loop_thread for thread in threading.enumerate())):
             with _lock:
                 if owner._fileno is not None and isinstance(owner.socket, socket.socket):
-                    _ClosingSocket(owner, watcher)
+                    _ClosingSocket(owner, watcher, is_shared)
 
     # ------------------------------------------------------------------
     # For the channels

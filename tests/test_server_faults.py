@@ -499,9 +499,11 @@ if not worker:
         waits.set()
         return is_readable
     server.readable = readable
-    threading.Thread(target=asyncore.loop, args=(.05, True), daemon=True).start()
+    loop = threading.Thread(target=asyncore.loop, args=(.05, True), daemon=True)
+    loop.start()
     waits.wait()
     server.close()
+    loop.join(20)
     os._exit(bool(asyncore.socket_map))
 assert os.waitpid(worker, 0)[1] == 0
 tell_port(server)
