@@ -416,7 +416,7 @@ class _Transport(asynchat.async_chat):
             return
         flow = self._flow
         if flow.input_start:
-            self.ac_in_buffer = self.ac_in_buffer  # what was consumed goes
+            flow.unread_input, flow.input_start = self.ac_in_buffer, 0
         flow.unread_input += data
         self._process_input()
 
@@ -577,8 +577,7 @@ class _Transport(asynchat.async_chat):
             len(piece) for piece in waiting if isinstance(piece, bytes))
 
     def writable(self):
-        gate = self._flow.gate
-        return gate and gate < _BUSY or super().writable()
+        return _OPEN < self._flow.gate < _BUSY or super().writable()
 
     def handle_write_event(self):
         if not self.connected:  # nothing can be sent, and writable() would be true for ever
@@ -734,6 +733,7 @@ def _unstuff(octets):
 
 
 def _without_cr(octets):
+    # In a short piece it costs more to count than to choose wrongly.
     if len(octets) < 4096 or octets.count(b'\r', 0, 1024) < 32:
         return octets.replace(b'\r', b'')  # from CR to CR: several times as fast ...
     return octets.translate(None, b'\r')  # ... but not where lines are short
@@ -1866,7 +1866,8 @@ class _ClosingSocket(_Reader):
     """Closes the socket of a listener or a channel in the loop's own thread.
 
     That thread may be about to wait for the descriptor, and must not find it
-    closed.  shutdown() wakes it, which close() alone would not.
+    closed.  shutdown() wakes it, which close() alone would not; a listener that other
+    processes use is let go at once, and its number closed at the loop's next turn.
     """
 
     def __init__(self, owner, watcher, is_shared):
@@ -2094,8 +2095,9 @@ class SMTPServer(_Reader):
 
     def close(self):
         """Stop listening; may be called from any thread.  Channels stay open."""
-        if self._may_shut_down() or os.name == 'posix':
-            self._leave_to_loop(self, is_shared=not self._may_shut_down())
+        is_shared = not self._may_shut_down()
+        if not is_shared or os.name == 'posix':  # elsewhere a socket is no descriptor for dup2()
+            self._leave_to_loop(self, is_shared=is_shared)
         asyncore.dispatcher.close(self)
         if self._threads_for_handlers is not None:
             self._threads_for_handlers.close_when_idle()

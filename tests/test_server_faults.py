@@ -487,28 +487,35 @@ print([outcome() for outcome in outcomes], os.read(read_end, 10))
 
 
 @needs_fork
-def test_a_worker_that_closes_leaves_the_listener_to_the_others():
+@pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])
+def test_a_worker_that_closes_leaves_the_listener_to_the_others(use_poll):
+    """It closes just when its loop will wait for the listener."""
     text = '''
 server = Server(('127.0.0.1', 0), None)
 worker = os.fork()
 if not worker:
     signal.alarm(60)
-    waits = threading.Event()
+    waits, closed, ended = threading.Event(), threading.Event(), threading.Event()
     def readable():
         is_readable = smtpd.SMTPServer.readable(server)
         waits.set()
+        closed.wait()
         return is_readable
+    def loop():
+        asyncore.loop(.05, %r)
+        ended.set()
     server.readable = readable
-    loop = threading.Thread(target=asyncore.loop, args=(.05, True), daemon=True)
-    loop.start()
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
     waits.wait()
     server.close()
-    loop.join(20)
-    os._exit(bool(asyncore.socket_map))
+    closed.set()
+    thread.join(20)
+    os._exit(bool(asyncore.socket_map) or not ended.is_set())
 assert os.waitpid(worker, 0)[1] == 0
 tell_port(server)
 asyncore.loop()
-'''
+''' % use_poll
     with script(text, PLAIN) as (process, address), greet(address, b'EHLO x') as client:
         assert client.say(b'NOOP') == b'250 OK\r\n'
 
