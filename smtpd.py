@@ -535,8 +535,6 @@ class _Transport(asynchat.async_chat):
     def initiate_send(self):
         flow = self._flow
         flow.has_replied = True
-        if flow.holds_replies:
-            return
         _acquire_lock()  # in fewer steps than `with`
         try:
             super().initiate_send()
@@ -1000,7 +998,11 @@ class SMTPChannel(_Transport):
         """
         if isinstance(msg, str):
             msg = msg.encode('utf-8' if self.require_SMTPUTF8 else 'ascii', 'replace')
-        asynchat.async_chat.push(self, msg + _END_OF_LINE)
+        if self._flow.holds_replies:
+            self._flow.has_replied = True
+            self.producer_fifo.append(msg + _END_OF_LINE)  # sent with those that follow
+        else:
+            asynchat.async_chat.push(self, msg + _END_OF_LINE)
         if msg[:1] == b'5' and msg[3:4] != b'-':
             self._count_error()
 
