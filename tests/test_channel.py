@@ -150,6 +150,15 @@ def test_what_ends_the_loop_may_come_from_get_terminator(error):
         feed(channel_with(get_terminator=get_terminator), b'NOOP\r\n')
 
 
+@pytest.mark.parametrize('base', [smtpd.SMTPChannel, HookedChannel])
+def test_no_451_after_the_reply_of_a_command_that_fails_later(base, capsys):
+    channel = make_channel(channel_class=variant(base, error_limit='many'))
+    assert feed(channel, b'NOOP\r\nXFOO\r\nNOOP\r\n') == (
+        b'250 OK\r\n500 Error: command "XFOO" not recognized\r\n')
+    assert channel.conn.closed
+    assert 'TypeError' in capsys.readouterr().err
+
+
 def test_a_reply_of_many_lines_is_one_error():
     def smtp_XMANY(self, arg):
         for line in '550-one', '550-two', '550 three':
@@ -189,6 +198,10 @@ def test_bytes_that_a_handler_returns_stay_as_they_are_with_smtputf8():
     channel = make_channel(StubServer(b'250 caf\xe9'), enable_SMTPUTF8=True)
     feed(channel, TO_DATA.replace(b'<a@b>', b'<a@b> SMTPUTF8'))
     assert feed(channel, b'x\r\n.\r\n') == b'250 caf\xe9\r\n'
+
+
+def test_a_verb_without_a_limit_of_its_own_has_the_documented_one():
+    assert make_channel().command_size_limits['NOOP'] == 512
 
 
 def test_getaddr_of_a_command_without_an_argument():
