@@ -207,7 +207,7 @@ def changes_of_statement(node):
         yield ast.Pass()
     elif isinstance(node, (ast.Assign, ast.AugAssign, ast.Delete, ast.Raise)):
         yield ast.Pass()
-    elif isinstance(node, ast.Return) and node.value is not None:
+    elif isinstance(node, ast.Return) and ast.unparse(node) not in ('return', 'return None'):
         yield ast.Return(None)
     elif isinstance(node, ast.Continue):
         yield ast.Break()
