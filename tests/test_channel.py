@@ -204,6 +204,60 @@ def test_a_verb_without_a_limit_of_its_own_has_the_documented_one():
     assert make_channel().command_size_limits['NOOP'] == 512
 
 
+def test_a_dialogue_of_the_programs_own_has_no_limit(capsys):
+    """Its smtp_state is neither COMMAND nor DATA."""
+
+    def take_line(self):
+        line, self.received_lines = b''.join(self.received_lines), []
+        self.push('%d octets' % len(line))
+
+    channel = make_channel(channel_class=variant(HookedChannel, found_terminator=take_line))
+    channel.smtp_state = 99
+    assert feed(channel, b'x' * 100_000 + b'\r\n') == b'100000 octets\r\n'
+
+
+def test_collected_data_counts_without_its_doubled_dots():
+    channel = make_channel(channel_class=HookedChannel, data_size_limit=12)
+    feed(channel, TO_DATA)
+    channel.collect_incoming_data(b'a\r\nb\r\n..')
+    assert channel.num_bytes == 7
+    feed(channel, b'\r\n.\r\n', TO_DATA[8:], b'a' + 3 * b'\r\n..' + b'\r\n.\r\n')
+    assert [each[3] for each in channel.smtp_server.messages] == [
+        b'a\nb\n.', b'a\n.\n.\n.']
+
+
+def test_of_a_message_that_was_not_kept_in_full_nothing_is_delivered():
+    """Its dots were doubled across pieces, so that it seemed larger than it was."""
+    channel = make_channel(channel_class=HookedChannel, data_size_limit=20)
+    feed(channel, TO_DATA)
+    for piece in [b'x'] + 9 * [b'\r\n', b'..']:
+        channel.collect_incoming_data(piece)
+    channel.found_terminator()
+    assert channel.conn.sent.endswith(b'552 Error: Too much mail data\r\n')
+    assert not channel.smtp_server.messages
+
+
+@both_modes
+def test_an_empty_message_is_within_any_limit(decode_data):
+    channel = make_channel(data_size_limit=1, decode_data=decode_data)
+    assert feed(channel, TO_DATA, b'.\r\n').endswith(b'250 OK\r\n')
+
+
+@pytest.mark.parametrize('size, code', [
+    ('0' * 17 + '100', b'250'), ('0' * 18 + '100', b'552'), ('0' * 17 + '101', b'552')])
+def test_a_size_has_twenty_digits_at_most(size, code):
+    channel = make_channel(data_size_limit=100)
+    feed(channel, b'EHLO x\r\n')
+    assert feed(channel, b'MAIL FROM:<a@b> SIZE=%s\r\n' % size.encode())[:3] == code
+
+
+def test_what_getparams_returns_stays_as_it_is():
+    known = {'SIZE': '5'}
+    channel = channel_with(_getparams=lambda self, params: known)
+    feed(channel, b'EHLO x\r\nMAIL FROM:<a@b> SIZE=5\r\n')
+    assert known == {'SIZE': '5'}
+
+
 def test_getaddr_of_a_command_without_an_argument():
     assert make_channel()._getaddr(None) == ('', '')
 
