@@ -258,6 +258,20 @@ def test_what_getparams_returns_stays_as_it_is():
     assert known == {'SIZE': '5'}
 
 
+def test_initiate_send_is_called_once_for_each_reply():
+    calls = []
+
+    def initiate_send(self):
+        calls.append(self)
+        smtpd.SMTPChannel.initiate_send(self)
+
+    channel = channel_with(initiate_send=initiate_send,
+                           smtp_XFOO=lambda self, arg: self.push('250 foo'))
+    calls.clear()
+    assert feed(channel, b'XFOO\r\nNOOP\r\n') == b'250 foo\r\n250 OK\r\n'
+    assert len(calls) == 2
+
+
 def test_getaddr_of_a_command_without_an_argument():
     assert make_channel()._getaddr(None) == ('', '')
 
