@@ -268,8 +268,65 @@ def test_initiate_send_is_called_once_for_each_reply():
     channel = channel_with(initiate_send=initiate_send,
                            smtp_XFOO=lambda self, arg: self.push('250 foo'))
     calls.clear()
-    assert feed(channel, b'XFOO\r\nNOOP\r\n') == b'250 foo\r\n250 OK\r\n'
-    assert len(calls) == 2
+    assert feed(channel, b'XFOO\r\nNOOP\r\nEHLO x\r\n').count(b'\r\n') == len(calls) == 6
+
+
+def test_what_is_no_reply_is_in_the_log(capsys):
+    channel = make_channel(StubServer(reply=42))
+    assert feed(channel, ONE_MESSAGE).endswith(b'451 Internal confusion\r\n')
+    assert capsys.readouterr().err == 'error: process_message() returned 42, which is no reply\n'
+
+
+def test_a_limit_for_mail_that_is_larger_than_ours_stays():
+    channel = channel_with(command_size_limits={'MAIL': 1000})
+    feed(channel, b'EHLO x\r\n')
+    assert channel.command_size_limits['MAIL'] == 1000
+
+
+def test_a_client_that_may_use_smtputf8_need_not():
+    channel = make_channel(enable_SMTPUTF8=True)
+    feed(channel, b'EHLO x\r\n')
+    assert feed(channel, b'MAIL FROM:<a@b> SIZE=5\r\n') == b'250 OK\r\n'
+
+
+def test_the_reply_to_ehlo_leaves_in_two_parts():
+    """CPython's tests look at the last line, as it leaves."""
+    channel = make_channel()
+    feed(channel, b'EHLO x\r\n')
+    assert channel.conn.sends == [
+        b'250-mx.example\r\n250-SIZE 33554432\r\n250-8BITMIME\r\n', b'250 HELP\r\n']
+
+
+def test_the_reply_to_ehlo_leaves_with_those_around_it():
+    channel = make_channel()
+    feed(channel, b'NOOP\r\nEHLO x\r\nNOOP\r\n')
+    assert len(channel.conn.sends) == 1
+
+
+@both_modes
+def test_a_message_is_kept_once_while_it_is_handled(decode_data):
+    class Server(StubServer):
+        def process_message(self, *args, **kwargs):
+            self.octets = now_and_peak()[0]
+
+    channel = make_channel(Server(), decode_data=decode_data)
+    feed(channel, TO_DATA)
+    with traced_memory() as now_and_peak:
+        feed(channel, *20 * [b'x' * 50_000], b'\r\n.\r\n')
+    assert channel.smtp_server.octets < 1_200_000
+
+
+def test_a_client_has_all_its_time_again_after_a_handler_in_a_thread(clock):
+    with contextlib.closing(WaitingServer(map={})) as server:
+        channel = make_channel(server=server)
+        channel.conn.incoming.append(ONE_MESSAGE)
+        asyncore.read(channel)
+        clock.seconds += 400
+        server.go.set()
+        asyncore.loop(timeout=20, map=server._map, count=1)
+        assert channel.readable() and not channel.writable()
+        channel.close()
+    asyncore.loop(timeout=5, map=server._map)
 
 
 def test_getaddr_of_a_command_without_an_argument():

@@ -1178,7 +1178,8 @@ class Pool:
         outcomes = []
         for call in calls:
             self.threads.run(at_most, call, outcomes.append)
-        asyncore.loop(timeout=20, map=self.sockets, count=len(calls))  # or fewer turns
+        # A call whose outcome another one's brought may wake the loop later, even the next loop.
+        asyncore.loop(timeout=20, map=self.sockets, count=len(calls) + 1)
         assert len(outcomes) == len(calls)
         return [outcome() for outcome in outcomes]
 
