@@ -107,6 +107,10 @@ EQUIVALENT = {
     # The channel
     ('_without_cr', "if len(octets) < 4096 or octets.count(b'\\r', 0, 1024) < 32:",
      "(octets.count(b'\\r', 0, 1024) <= 32)"): 'both ways give the same, one faster',
+    ('SMTPChannel', 'require_SMTPUTF8 = False  # asked for in MAIL', 'True'):
+        'the first transaction sets it',
+    ('SMTPChannel', '_decode_data = False  # received_lines and messages are text', 'True'):
+        '__init__() sets it where it differs',
     ('SMTPChannel._decode_piece',
      "last = self.received_lines[-1] if self.received_lines else ''", "'x'"):
         'nothing is cut off from either',

@@ -283,6 +283,30 @@ def test_a_limit_for_mail_that_is_larger_than_ours_stays():
     assert channel.command_size_limits['MAIL'] == 1000
 
 
+def test_init_calls_what_a_program_overrides():
+    def set_rset_state(self):
+        smtpd.SMTPChannel._set_rset_state(self)
+        self.credentials = []
+
+    channel = channel_with(_set_rset_state=set_rset_state)
+    assert channel.credentials == []
+
+
+def test_set_rset_state_forgets_the_message():
+    channel = make_channel()
+    feed(channel, ONE_MESSAGE)
+    assert channel.received_data
+    channel.received_lines.append(b'left')
+    channel._set_rset_state()
+    assert channel.received_data == '' and channel.received_lines == []
+
+
+def test_what_a_channel_is_before_its_init():
+    channel = smtpd.SMTPChannel.__new__(smtpd.SMTPChannel)
+    assert (channel.conn, channel.peer, channel.fqdn) == (None, None, '')
+    assert channel.received_data == '' and channel.get_terminator() == b'\r\n'
+
+
 def test_a_client_that_may_use_smtputf8_need_not():
     channel = make_channel(enable_SMTPUTF8=True)
     feed(channel, b'EHLO x\r\n')
