@@ -307,6 +307,25 @@ def test_what_a_channel_is_before_its_init():
     assert channel.received_data == '' and channel.get_terminator() == b'\r\n'
 
 
+@pytest.mark.parametrize('terminator, line, answer', [
+    (b'\n', b'NOOP\r\n', b'250 OK\r\n'),
+    (b'\n', b'NOOP\n', b'250 OK\r\n'),
+    (b'\n', b'VRFY x\r\n',
+     b'252 Cannot VRFY user, but will accept message and attempt delivery\r\n'),
+    (b'\r\n', b'NOOP\r\r\n', b'500 Error: bad syntax\r\n')])
+def test_a_cr_before_the_line_end_belongs_to_it_where_a_program_takes_bare_lf(
+        terminator, line, answer):
+    channel = make_channel(channel_class=HookedChannel)
+    channel.set_terminator(terminator)
+    assert feed(channel, line) == answer
+
+
+def test_a_state_that_is_none_of_ours_is_451():
+    channel = make_channel(channel_class=HookedChannel)
+    channel.smtp_state = 99
+    assert feed(channel, b'NOOP\r\n') == b'451 Internal confusion\r\n'
+
+
 def test_a_client_that_may_use_smtputf8_need_not():
     channel = make_channel(enable_SMTPUTF8=True)
     feed(channel, b'EHLO x\r\n')
