@@ -998,9 +998,12 @@ class SMTPChannel(_Transport):
         """
         if isinstance(msg, str):
             msg = msg.encode('utf-8' if self.require_SMTPUTF8 else 'ascii', 'replace')
-        if self._flow.holds_replies:
-            self._flow.has_replied = True
-            self.producer_fifo.append(msg + _END_OF_LINE)  # sent with those that follow
+        flow = self._flow
+        if flow.holds_replies:
+            flow.has_replied = True
+            self.producer_fifo.append(msg + _END_OF_LINE)
+            if not flow.holds_replies:  # this is not the loop's thread, which has just sent them
+                self.initiate_send()
         else:
             asynchat.async_chat.push(self, msg + _END_OF_LINE)
         if msg[:1] == b'5' and msg[3:4] != b'-':

@@ -119,7 +119,7 @@ EQUIVALENT = {
     ('SMTPChannel._execute_line', 'if octets > limit and octets > self.max_command_size_limit:',
      '(octets >= limit)'): 'the longest limit decides; this one spares its computation',
     ('SMTPChannel._execute_line', 'if octets > limit and octets > self.max_command_size_limit:',
-     '(octets > self.max_command_size_limit)'): 'the same',
+     '(octets > self.max_command_size_limit)'): 'the same, computed for each line',
     ('SMTPChannel._add_to_message',
      'if self.data_size_limit and self.num_bytes > self.data_size_limit:',
      '(self.num_bytes >= self.data_size_limit)'): 'its last line end will be too much',

@@ -1,6 +1,7 @@
 """Channels: limits met exactly, and what seldom happens."""
 import asynchat
 import asyncore
+import collections
 import contextlib
 import errno
 import os
@@ -204,7 +205,7 @@ def test_a_verb_without_a_limit_of_its_own_has_the_documented_one():
     assert make_channel().command_size_limits['NOOP'] == 512
 
 
-def test_a_dialogue_of_the_programs_own_has_no_limit(capsys):
+def test_a_dialogue_of_the_programs_own_has_no_limit():
     """Its smtp_state is neither COMMAND nor DATA."""
 
     def take_line(self):
@@ -338,6 +339,22 @@ def test_the_reply_to_ehlo_leaves_in_two_parts():
     feed(channel, b'EHLO x\r\n')
     assert channel.conn.sends == [
         b'250-mx.example\r\n250-SIZE 33554432\r\n250-8BITMIME\r\n', b'250 HELP\r\n']
+
+
+def test_what_another_thread_pushes_just_as_the_held_replies_leave_is_sent():
+    """The loop's thread sends them after the other has seen that they are held."""
+    class Queue(collections.deque):
+        def append(self, reply):
+            if reply == b'250 from a thread\r\n':
+                channel._send_held_replies()
+            super().append(reply)
+
+    channel = make_channel()
+    channel.producer_fifo = Queue()
+    channel._flow.holds_replies = True
+    channel.push('250 one')
+    channel.push('250 from a thread')
+    assert channel.conn.sends == [b'250 one\r\n', b'250 from a thread\r\n']
 
 
 def test_the_reply_to_ehlo_leaves_with_those_around_it():
