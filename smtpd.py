@@ -88,6 +88,7 @@ DEBUGSTREAM = Devnull()
 
 
 def _debug(form, *values):
+    """Print to DEBUGSTREAM.  Commands look at it first: the look costs less than a call."""
     if not isinstance(DEBUGSTREAM, Devnull):
         with contextlib.suppress(OSError, ValueError):  # stream closed
             print(form % values, file=DEBUGSTREAM)
@@ -400,8 +401,8 @@ class _Transport(asynchat.async_chat):
                 and super().readable())
 
     def handle_read(self):
-        if not _reads_as_asynchat(type(self)):
-            super().handle_read()
+        if super(_Transport, type(self)).handle_read is not _ASYNCHAT_HANDLE_READ:
+            super().handle_read()  # a mixin's, or one that was patched into asynchat
             return
         if self.producer_fifo and self._flow.gate != _CLOSING and self._client_has_ended():
             self.close_when_done()
@@ -445,9 +446,9 @@ class _Transport(asynchat.async_chat):
         """Cut the input at its terminators, and pass the pieces on."""
         flow = self._flow
         while flow.unread_input and flow.gate <= _IDLE and self.connected:
-            is_direct = flow.holds_replies or self._goes_past_hooks()
             try:
-                terminator = self.terminator if is_direct else self.get_terminator()
+                terminator = self.terminator if flow.holds_replies else self.get_terminator()
+                is_direct = flow.holds_replies or self._goes_past_hooks()
                 unread, start = flow.unread_input, flow.input_start
                 if terminator is _END_OF_LINE and (end := unread.find(terminator, start)) >= 0:
                     rest, is_whole, is_direct_block = end + 2, True, is_direct  # most commands
@@ -459,28 +460,28 @@ class _Transport(asynchat.async_chat):
                 return self._end_with_fault(error)
             if rest == start:
                 return
-            more_follows = rest < len(unread)
-            if not flow.holds_replies:
-                flow.holds_replies = more_follows and is_direct_block and self._may_hold_replies()
-            elif len(self.producer_fifo) >= _MOST_HELD:
-                self._send_held_replies()
-                if flow.gate > _IDLE:
-                    return
             # Consumed before a hook gets it: one that raises must not get it again.
-            if more_follows:
-                flow.input_start = rest
-            else:
+            if rest == len(unread):
                 flow.unread_input = b''
+            else:
+                if not flow.holds_replies:
+                    flow.holds_replies = is_direct_block and self._may_hold_replies()
+                elif len(self.producer_fifo) >= _MOST_HELD:
+                    self._send_held_replies()
+                    if flow.gate > _IDLE:
+                        return
+                flow.input_start = rest
             flow.has_replied = False
             flow.is_mid_block = not is_direct_block
             if is_direct_block:
                 self._take_block(unread[start:end])
             elif is_direct:
                 self._take_piece(unread[start:end])
+                return
             else:
                 self._give_to_hooks(unread[start:end], is_whole)
-            if not is_whole:
-                return
+                if not is_whole:
+                    return
 
     def _give_to_hooks(self, piece, is_whole):
         if piece:
@@ -678,6 +679,7 @@ class _Transport(asynchat.async_chat):
 
 # As they are before a program patches them.
 _ASYNCORE_HANDLE_ERROR = asyncore.dispatcher.handle_error
+_ASYNCHAT_HANDLE_READ = asynchat.async_chat.handle_read
 _ASYNCHAT_PUSH = asynchat.async_chat.push
 
 
@@ -691,13 +693,6 @@ def _join_bytes(queue):
         else:
             joined.extend(run)
     queue.extendleft(reversed(joined))
-
-
-@functools.lru_cache(maxsize=64)
-def _reads_as_asynchat(channel_class):
-    """Whether no mixin after SMTPChannel in the method order has its own handle_read()."""
-    following = channel_class.__mro__[channel_class.__mro__.index(_Transport) + 1:]
-    return next(base for base in following if 'handle_read' in vars(base)) is asynchat.async_chat
 
 
 @functools.lru_cache(maxsize=64)
@@ -965,14 +960,14 @@ class SMTPChannel(_Transport):
             return (not self.received_lines
                     and self.found_terminator.__func__ is _FOUND_TERMINATOR
                     and self.collect_incoming_data.__func__ is _COLLECT_INCOMING_DATA
-                    and self.get_terminator.__func__ is _GET_TERMINATOR
                     and isinstance(DEBUGSTREAM, Devnull))
         except AttributeError:  # a plain function, set on the instance
             return False
 
     def _take_piece(self, octets):
         """Do what collect_incoming_data() would."""
-        if self.smtp_state != self.DATA:
+        if (self.smtp_state != self.DATA  # a get_terminator() may look at what has come so far
+                or getattr(self.get_terminator, '__func__', None) is not _GET_TERMINATOR):
             self.collect_incoming_data(octets)
             return
         self._add_to_message(octets)
@@ -1292,7 +1287,8 @@ class SMTPChannel(_Transport):
         if not self.seen_greeting:
             self.push('503 Error: send HELO first')
             return
-        _debug('===> MAIL %s', arg)
+        if not isinstance(DEBUGSTREAM, Devnull):
+            _debug('===> MAIL %s', arg)
         address, parameters = self._getaddr(self._strip_command_keyword('FROM:', arg or ''))
         if not address or parameters and not self.extended_smtp:
             self.push(self._mail_syntax())
@@ -1310,7 +1306,8 @@ class SMTPChannel(_Transport):
         if 'SMTPUTF8' in options:
             self.require_SMTPUTF8 = True
         self.mailfrom = address
-        _debug('sender: %s', address)
+        if not isinstance(DEBUGSTREAM, Devnull):
+            _debug('sender: %s', address)
         server = self.smtp_server
         if _is_server(server) and server._relay_for:
             self._flow.relay = server._relay_for(self)
@@ -1324,7 +1321,8 @@ class SMTPChannel(_Transport):
         if not self.seen_greeting:
             self.push('503 Error: send HELO first')
             return
-        _debug('===> RCPT %s', arg)
+        if not isinstance(DEBUGSTREAM, Devnull):
+            _debug('===> RCPT %s', arg)
         if not self.mailfrom:
             self.push('503 Error: need MAIL command')
             return
@@ -1343,7 +1341,8 @@ class SMTPChannel(_Transport):
             self.push('452 Error: too many recipients')  # RFC 5321, 4.5.3.1.10
             return
         self.rcpttos.append(address)
-        _debug('recips: %s', self.rcpttos)
+        if not isinstance(DEBUGSTREAM, Devnull):
+            _debug('recips: %s', self.rcpttos)
         if self._flow.relay is None:
             self.push('250 OK')
         else:

@@ -96,7 +96,7 @@ EQUIVALENT = {
      'is_direct = flow.holds_replies or self._goes_past_hooks()', '(self._goes_past_hooks())'):
         'replies are held only where the next piece goes past the hooks',
     ('_Transport._take_pieces',
-     'terminator = self.terminator if is_direct else self.get_terminator()',
+     'terminator = self.terminator if flow.holds_replies else self.get_terminator()',
      '(self.get_terminator())'): "it is asynchat's then",
     ('_Transport._take_pieces',
      'if terminator is _END_OF_LINE and (end := unread.find(terminator, start)) >= 0:',

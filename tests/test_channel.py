@@ -507,6 +507,19 @@ def test_what_a_mixin_after_the_channel_replaces_is_called():
     assert channel.conn.asked == ['readable', 'writable', 'handle_read']
 
 
+def test_what_is_patched_into_asynchat_reads(monkeypatch):
+    asynchats, read = asynchat.async_chat.handle_read, []
+
+    def handle_read(self):
+        read.append(self)
+        asynchats(self)
+
+    channel = make_channel()
+    monkeypatch.setattr(asynchat.async_chat, 'handle_read', handle_read)
+    assert feed(channel, b'NOOP\r\n').endswith(b'250 OK\r\n')
+    assert read == [channel]
+
+
 def test_nothing_is_executed_after_a_close_that_goes_past_ours():
     done = []
     channel = channel_with(smtp_XEND=lambda self, arg: asyncore.dispatcher.close(self),

@@ -99,6 +99,12 @@ KNOWN_PROGRAMS = {
                   get_terminator='if self.received_lines:\n'
                   "    self.push('354 %d' % len(self.received_lines))\nreturn self.terminator"),
         (EHLO + '250 OK|250 OK|354 End data with <CR><LF>.<CR><LF>|354 1|354 2|250 OK|', False)),
+    'the same, set on the channel': (
+        a_program([*MESSAGE[:4], 'one', 'two', '\r\n.\r\n'],
+                  __init__='super().__init__(*args)\nself.get_terminator = self.look',
+                  look='if self.received_lines:\n'
+                  "    self.push('354 %d' % len(self.received_lines))\nreturn self.terminator"),
+        (EHLO + '250 OK|250 OK|354 End data with <CR><LF>.<CR><LF>|354 1|354 2|250 OK|', False)),
     'push() and send() by turns': (
         a_program(['EHLO x\r\n'], push="super().push(msg)\nself.send(b'(sent)')"),
         ('(sent)250-mx.example|(sent)250-SIZE 33554432|(sent)250-8BITMIME|(sent)250 HELP|(sent)',
