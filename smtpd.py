@@ -88,9 +88,9 @@ DEBUGSTREAM = Devnull()
 
 
 def _debug(form, *values):
-    """Print to DEBUGSTREAM.  Commands look at it first: the look costs less than a call."""
+    """Print to DEBUGSTREAM.  Commands look for a Devnull first: that is faster than a call."""
     if not isinstance(DEBUGSTREAM, Devnull):
-        with contextlib.suppress(OSError, ValueError):  # stream closed
+        with contextlib.suppress(OSError, ValueError):  # closed, or its encoding lacks a character
             print(form % values, file=DEBUGSTREAM)
 
 
@@ -263,7 +263,8 @@ def _reply_lines(status):
     lines = [line for line in re.split(r'[\r\n]+', status) if line]
     if len(lines) == 1 and status[3:4] != '-':
         return lines
-    texts = [line[4:] if line[:3] == code else line for line in lines]
+    separators = ('', ' ', '-', status[3])
+    texts = [line[4:] if line[:3] == code and line[3:4] in separators else line for line in lines]
     return [code + '-' + text for text in texts[:-1]] + [code + ' ' + texts[-1]]
 
 
@@ -309,7 +310,7 @@ _acquire_lock, _release_lock = _lock.acquire, _lock.release
 class _Flow:
     """What a channel keeps to itself, above all about its input and output.
 
-    It is one attribute of the channel instead of eleven: CPython is faster with objects that
+    It is one attribute of the channel instead of a dozen: CPython is faster with objects that
     have fewer than 30 attributes, and from 3.13 on only if their class has no slots.
     """
 
@@ -317,10 +318,10 @@ class _Flow:
         'gate',  # what becomes of input: _OPEN to _CLOSING
         'unread_input',  # what was received and not given to a hook ...
         'input_start',  # ... from here on
-        'is_mid_block',  # a piece has gone to a hook since the last terminator
+        'is_mid_block',  # a piece has been taken since the last terminator
         'message_under_way',  # bytes or a BytesIO, where data goes past the hooks
         'holds_replies',  # they leave with those of the commands that follow
-        'has_replied',  # something was sent since the last piece went to a hook
+        'has_replied',  # since the last piece was taken: a fault then gets no 451
         'last_sign_of_life',  # of the client, on the monotonic clock
         'next_look_for_idleness',  # the same; not at each turn of the loop, which is costly
         'watcher',  # the selector that watches this channel, instead of the socket map
@@ -347,10 +348,11 @@ class _Flow:
 class _Transport(asynchat.async_chat):
     """asynchat with limits: cuts input into pieces for the hooks, queues and sends output.
 
-    The hooks are called in asynchat's order, with asynchat's arguments.  What asynchat does
-    not do: input is processed only while the gate is open; a fault consumes the input that
-    caused it, or ends the session; replies to pipelined commands leave together if no
-    program can tell the difference.
+    The hooks are called in asynchat's order, with asynchat's arguments; where nobody would
+    notice, a piece goes directly past them.  A piece that is whole, a line or a message, is a
+    block.  What asynchat does not do: input is processed only while the gate is open; a fault
+    consumes the input that caused it, or ends the session; replies to pipelined commands leave
+    together if no program can tell the difference.
     """
 
     idle_timeout_seconds = None
@@ -406,7 +408,7 @@ class _Transport(asynchat.async_chat):
             return
         if self.producer_fifo and self._flow.gate != _CLOSING and self._client_has_ended():
             self.close_when_done()
-            self._set_gate(_CLOSING)  # in case that is overridden: the end can be read for ever
+            self._set_gate(_CLOSING)  # whoever overrides it: the end can be read for ever
             return
         try:
             data = self.recv(self.ac_in_buffer_size)
@@ -456,7 +458,7 @@ class _Transport(asynchat.async_chat):
                     end, is_whole, rest = self._cut(unread, start, terminator)
                     is_direct = is_direct and terminator in (_END_OF_LINE, _END_OF_DATA)
                     is_direct_block = is_direct and is_whole
-            except BaseException as error:  # no hook has seen this input: a retry would fail too
+            except BaseException as error:  # what cannot be cut now can never be
                 return self._end_with_fault(error)
             if rest == start:
                 return
@@ -540,8 +542,10 @@ class _Transport(asynchat.async_chat):
         try:
             super().initiate_send()
             if self.producer_fifo:
-                self._set_gate(_PAUSED if flow.gate <= _IDLE and self._has_backlog()
-                               else flow.gate)
+                if flow.gate <= _IDLE and self._has_backlog():
+                    self._set_gate(_PAUSED)
+                else:
+                    self._tell_watcher()
         finally:
             _release_lock()
 
@@ -646,7 +650,7 @@ class _Transport(asynchat.async_chat):
         self.push('451 Internal confusion')
         if self._flow.is_mid_block:  # the rest of it would be taken for commands
             self.close_when_done()
-        setattr(error, _ANSWERED, True)
+        vars(error)[_ANSWERED] = True  # not setattr(): the exception may be a frozen dataclass
 
     def _handles_errors_itself(self):
         return (getattr(self.handle_error, '__func__', None) is _Transport.handle_error
@@ -786,9 +790,9 @@ class SMTPChannel(_Transport):
     addr                  the client's address, as accept() gave it
     peer                  the client's address, as conn.getpeername() gave it
     fqdn                  the server's host name, as socket.getfqdn() gave it
-    received_lines        what was received of the current line or message: a list
-                          of bytes, or of str with `decode_data`
-    num_bytes             how many octets that is
+    received_lines        what collect_incoming_data() has kept of the current line or
+                          message: a list of bytes, or of str with `decode_data`
+    num_bytes             octets of the current line or message so far
     smtp_state            COMMAND or, after the DATA command, DATA
     seen_greeting         what the client called itself in HELO or EHLO
     extended_smtp         true after EHLO, false after HELO
@@ -965,7 +969,7 @@ class SMTPChannel(_Transport):
             return False
 
     def _take_piece(self, octets):
-        """Do what collect_incoming_data() would."""
+        """Take a piece past collect_incoming_data()."""
         if (self.smtp_state != self.DATA  # a get_terminator() may look at what has come so far
                 or getattr(self.get_terminator, '__func__', None) is not _GET_TERMINATOR):
             self.collect_incoming_data(octets)
@@ -977,7 +981,7 @@ class SMTPChannel(_Transport):
                 self.socket.setsockopt(*_QUICK_ACK)
 
     def _take_block(self, octets):
-        """Do what collect_incoming_data() and found_terminator() would."""
+        """Take a whole line or message past both hooks."""
         if self.smtp_state == self.COMMAND:
             self._execute_line(octets, len(octets))
         elif self.smtp_state == self.DATA:
@@ -997,7 +1001,7 @@ class SMTPChannel(_Transport):
         if flow.holds_replies:
             flow.has_replied = True
             self.producer_fifo.append(msg + _END_OF_LINE)
-            if not flow.holds_replies:  # this is not the loop's thread, which has just sent them
+            if not flow.holds_replies:  # the loop's thread has just sent them, and this is another
                 self.initiate_send()
         else:
             asynchat.async_chat.push(self, msg + _END_OF_LINE)
@@ -1058,7 +1062,7 @@ class SMTPChannel(_Transport):
             self.push('500 Error: command "%s" not recognized' % _printable(verb))
             return
         if self._flow.holds_replies and getattr(method, '__func__', None) not in _COMMANDS:
-            self._send_held_replies()  # a command of the program's may send something itself
+            self._send_held_replies()  # a program's own command may send something itself
             if self._flow.gate == _CLOSING:
                 return
         method(argument)
@@ -1126,8 +1130,6 @@ class SMTPChannel(_Transport):
         if self._decode_data:
             message = message.decode('utf-8', 'surrogateescape')
         self.received_data = message
-        if self._flow.holds_replies:
-            self._send_held_replies()  # the handler may take its time
         call = (functools.partial(self._flow.relay.deliver, message) if self._is_relayed()
                 else self._handler_call(message))
         self._run_aside(call, self._end_message)
@@ -1141,22 +1143,29 @@ class SMTPChannel(_Transport):
         return functools.partial(
             handler, self.peer, self.mailfrom, self.rcpttos, message, **keywords)
 
-    def _run_aside(self, call, take_result):
-        """take_result(call()), where call() runs in one of the server's threads if it has any."""
+    def _run_aside(self, call, answer):
+        """Run call() in one of the server's threads, if it has any, then answer(outcome).
+
+        outcome() returns or raises what the call did.
+        """
+        if self._flow.holds_replies:
+            self._send_held_replies()  # the call may take its time
+            if self._flow.gate == _CLOSING:  # the client has gone
+                return
         server = self.smtp_server
         if _is_server(server) and server.process_message_threads:
             self._set_gate(_BUSY)
-            server._run_in_thread(call, functools.partial(self._take_outcome, take_result))
+            server._run_in_thread(call, functools.partial(self._take_outcome, answer))
         else:
-            take_result(call())
+            answer(call)
 
-    def _take_outcome(self, take_result, outcome):
-        """In the loop's thread again: outcome() returns or raises what the call did."""
+    def _take_outcome(self, answer, outcome):
+        """Go on in the loop's thread."""
         if self._flow.gate == _BUSY:
             self._set_gate(_PAUSED if self._flow.unread_input else _OPEN)
         self._flow.last_sign_of_life = time.monotonic()
         try:
-            take_result(outcome())
+            answer(outcome)
         except _ENDS_OF_THE_LOOP:
             raise
         except BaseException as error:
@@ -1165,8 +1174,9 @@ class SMTPChannel(_Transport):
             self._answer_fault(error)
             self.handle_error()
 
-    def _end_message(self, status):
+    def _end_message(self, outcome):
         """Reply to data with what the handler returned."""
+        status = outcome()
         takes_utf8 = self.require_SMTPUTF8
         self._set_post_data_state()
         self._flow.errors_since_message = 0
@@ -1298,7 +1308,7 @@ class SMTPChannel(_Transport):
             return
         options = parameters.upper().split() if parameters else []
         parameters = self._getparams(options)
-        refusal = parameters != {} and self._refusal_of_mail_parameters(parameters)
+        refusal = None if parameters == {} else self._refusal_of_mail_parameters(parameters)
         if refusal:
             self.push(refusal)
             return
@@ -1373,28 +1383,35 @@ class SMTPChannel(_Transport):
     def _ask_upstream(self, step, *arguments):
         """Let a proxy's upstream reply to a step that we accept."""
         call = functools.partial(getattr(self._flow.relay, step), *arguments)
-        take_reply = functools.partial(self._take_upstream_reply, step, arguments)
-        reply = self._flow.relay.answer_at_once(call)
-        if reply is not None:
-            take_reply(reply)
-            return
-        if self._flow.holds_replies:
-            self._send_held_replies()  # the upstream may take its time
-        self._run_aside(call, take_reply)
+        pass_on = functools.partial(self._pass_on_reply, step, arguments)
+        if not pass_on(functools.partial(self._flow.relay.answer_at_once, call)):
+            self._run_aside(call, pass_on)
 
-    def _take_upstream_reply(self, step, arguments, reply):
-        if reply[:1] not in '23':  # then the step was not taken
-            if step == 'mail':
-                self.mailfrom = None
-                self.mail_options = []
-            elif step == 'data':
-                self._set_post_data_state()
-            elif arguments[0] in self.rcpttos:
-                self.rcpttos.remove(arguments[0])
+    def _pass_on_reply(self, step, arguments, outcome):
+        """Reply as the upstream did; return False if there is no reply yet."""
+        try:
+            reply = outcome()
+        except BaseException:
+            self._take_back(step, *arguments)
+            raise
+        if reply is None:
+            return False
+        if reply[:1] not in '23':
+            self._take_back(step, *arguments)
         if reply[:1] == '5':
             self._flow.errors_since_message -= 1  # how many may come is the upstream's business
         for line in _reply_lines(reply) if NEWLINE in reply else [reply]:
             self.push(line)
+        return True
+
+    def _take_back(self, step, *arguments):
+        """Set the state as it was before a step that the upstream has not taken."""
+        if step == 'mail':
+            self._begin_transaction()
+        elif step == 'data':
+            self._set_post_data_state()
+        elif arguments[0] in self.rcpttos:
+            self.rcpttos.remove(arguments[0])
 
     def smtp_RSET(self, arg):
         """Forget the transaction and the message, but not the greeting (RFC 5321, 4.1.1.5)."""
@@ -2702,6 +2719,11 @@ class _UpstreamSession:
                 '%s:%s: mail from %s: %s' % (*self._address, self._mail[0], error), 'error')
             self.close()
             reply = 451, _NOT_AVAILABLE
+        except _NotYet:
+            raise
+        except BaseException:  # a reply may be left unread
+            self.close()
+            raise
         if reply[0] == 421:
             self.close()
             reply = 451, reply[1]

@@ -3,6 +3,7 @@ import asynchat
 import asyncore
 import collections
 import contextlib
+import dataclasses
 import errno
 import os
 import select
@@ -591,3 +592,32 @@ def test_a_descriptor_that_comes_again_without_a_word_is_the_new_channels(in_sel
         second[1].sendall(b'QUIT\r\n')
         asyncore.loop(timeout=5, map=server._map, count=1)
         assert not new.connected
+
+
+def test_an_exception_that_takes_no_attributes_is_451():
+    @dataclasses.dataclass(frozen=True)
+    class Fault(Exception):
+        code: int
+
+    def smtp_XFAIL(self, arg):
+        raise Fault(1)
+
+    channel = channel_with(smtp_XFAIL=smtp_XFAIL)
+    assert feed(channel, b'XFAIL\r\n', b'NOOP\r\n') == b'451 Internal confusion\r\n250 OK\r\n'
+
+
+@pytest.mark.parametrize('status, reply', [
+    ('250 one\n250 two', b'250-one\r\n250 two\r\n'),
+    ('250-one\n250-two\n250', b'250-one\r\n250-two\r\n250 \r\n'),
+    ('250 queued:\n2500 messages', b'250-queued:\r\n250 2500 messages\r\n'),
+    ('451;later\n451;or never', b'451-later\r\n451 or never\r\n'),
+])
+def test_the_code_of_a_reply_of_several_lines_is_not_doubled_and_no_text_is_lost(status, reply):
+    assert feed(make_channel(StubServer(status)), ONE_MESSAGE).endswith(reply)
+
+
+def test_a_message_whose_client_has_gone_before_its_replies_could_leave_is_not_handled(capsys):
+    channel = make_channel()
+    channel.conn.send = unittest.mock.Mock(side_effect=BrokenPipeError(errno.EPIPE, 'gone'))
+    feed(channel, ONE_MESSAGE)
+    assert channel.conn.closed and channel.smtp_server.messages == []

@@ -538,6 +538,51 @@ def test_replies_of_a_quick_upstream_are_the_same(upstream, step, fault, reply, 
         assert codes(steps(client)) == '250 250 354 250'
 
 
+@pytest.mark.parametrize('moment', [0, 20], ids=['in a thread', 'at once'])
+@pytest.mark.parametrize('step, line, again', [
+    ('mail', b'MAIL FROM:<a@x>', b'250'), ('rcpt', b'RCPT TO:<c@x>', b'250'),
+    ('data', b'DATA', b'503')])
+def test_step_that_our_own_fault_ends_was_not_taken(
+        upstream, step, line, again, moment, monkeypatch):
+    def fail(*args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(smtpd, '_A_MOMENT', moment)
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
+        assert codes(steps(client)) == '250 250 354 250'
+        if step != 'mail':
+            assert client.say(b'MAIL FROM:<a@x>') == client.say(b'RCPT TO:<b@x>') == b'250 OK\r\n'
+        with monkeypatch.context() as patch:
+            patch.setattr(smtpd._UpstreamSession, step, fail)
+            assert client.say(line)[:3] == b'451'
+        if step == 'rcpt':
+            assert codes([client.say(b'DATA').decode()]) == '354'
+            client.send(stuffed(PROXIED))
+            assert client.reply() == b'250 OK\r\n'
+            assert [recipients for _, recipients, _ in upstream.messages[1:]] == [['b@x']]
+        else:
+            assert client.say(line)[:3] == again
+
+
+@pytest.mark.parametrize('moment', [0, 20], ids=['in a thread', 'at once'])
+def test_reply_that_our_own_fault_leaves_unread_is_not_taken_for_the_next(
+        upstream, moment, monkeypatch):
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(smtpd, '_A_MOMENT', moment)
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
+        assert codes(steps(client)) == '250 250 354 250'
+        assert client.say(b'MAIL FROM:<a@x>') == client.say(b'RCPT TO:<b@x>') == b'250 OK\r\n'
+        upstream.faults = {'RCPT': ['550 No']}
+        with monkeypatch.context() as patch:
+            patch.setattr(smtpd._Connection, '_receive', fail)
+            assert client.say(b'RCPT TO:<c@x>')[:3] == b'451'
+        assert client.say(b'RCPT TO:<d@x>')[:3] == b'451'  # not 550, which was c's
+        assert client.say(b'RSET') == b'250 OK\r\n'
+        assert codes(steps(client)) == '250 250 354 250'
+
+
 @pytest.mark.parametrize('step', ['CONNECT', 'MAIL', 'RCPT', 'DATA', '.'])
 @pytest.mark.parametrize('in_selector', [False, True])
 def test_hung_upstream_holds_up_its_own_session_only(upstream, step, in_selector):
