@@ -1113,8 +1113,7 @@ class SMTPChannel(_Transport):
                 self.num_bytes = octets_received  # some were dropped
             self._handle_message()
         except BaseException:  # what follows is a command, whatever happened
-            if self.smtp_state == self.DATA:
-                self._set_post_data_state()
+            self._drop_data()
             raise
 
     def _handle_message(self):
@@ -1132,7 +1131,11 @@ class SMTPChannel(_Transport):
         self.received_data = message
         call = (functools.partial(self._flow.relay.deliver, message) if self._is_relayed()
                 else self._handler_call(message))
-        self._run_aside(call, self._end_message)
+        self._run_aside(call, self._end_message, self._drop_data)
+
+    def _drop_data(self):
+        if self.smtp_state == self.DATA:
+            self._set_post_data_state()
 
     def _handler_call(self, message):
         handler = self.smtp_server.process_message
@@ -1143,36 +1146,41 @@ class SMTPChannel(_Transport):
         return functools.partial(
             handler, self.peer, self.mailfrom, self.rcpttos, message, **keywords)
 
-    def _run_aside(self, call, answer):
+    def _run_aside(self, call, answer, undo):
         """Run call() in one of the server's threads, if it has any, then answer(outcome).
 
-        outcome() returns or raises what the call did.
+        outcome() returns or raises what the call did.  If anything raises, undo() is called.
         """
-        if self._flow.holds_replies:
-            self._send_held_replies()  # the call may take its time
-            if self._flow.gate == _CLOSING:  # the client has gone
-                return
-        server = self.smtp_server
-        if _is_server(server) and server.process_message_threads:
-            self._set_gate(_BUSY)
-            server._run_in_thread(call, functools.partial(self._take_outcome, answer))
-        else:
-            answer(call)
+        try:
+            if self._flow.holds_replies:
+                self._send_held_replies()  # the call may take its time
+                if self._flow.gate == _CLOSING:  # the client has gone
+                    return
+            server = self.smtp_server
+            if _is_server(server) and server.process_message_threads:
+                self._set_gate(_BUSY)
+                server._run_in_thread(call, functools.partial(self._take_outcome, answer, undo))
+            else:
+                answer(call)
+        except BaseException:
+            undo()
+            raise
 
-    def _take_outcome(self, answer, outcome):
+    def _take_outcome(self, answer, undo, outcome):
         """Go on in the loop's thread."""
         if self._flow.gate == _BUSY:
             self._set_gate(_PAUSED if self._flow.unread_input else _OPEN)
         self._flow.last_sign_of_life = time.monotonic()
         try:
             answer(outcome)
-        except _ENDS_OF_THE_LOOP:
-            raise
         except BaseException as error:
-            if self.smtp_state == self.DATA:
-                self._set_post_data_state()
-            self._answer_fault(error)
-            self.handle_error()
+            undo()
+            if isinstance(error, _ENDS_OF_THE_LOOP):
+                raise
+            try:
+                self._answer_fault(error)
+            finally:
+                self.handle_error()
 
     def _end_message(self, outcome):
         """Reply to data with what the handler returned."""
@@ -1312,15 +1320,15 @@ class SMTPChannel(_Transport):
         if refusal:
             self.push(refusal)
             return
+        server = self.smtp_server
+        if _is_server(server) and server._relay_for:
+            self._flow.relay = server._relay_for(self)
         self.mail_options = options
         if 'SMTPUTF8' in options:
             self.require_SMTPUTF8 = True
         self.mailfrom = address
         if not isinstance(DEBUGSTREAM, Devnull):
             _debug('sender: %s', address)
-        server = self.smtp_server
-        if _is_server(server) and server._relay_for:
-            self._flow.relay = server._relay_for(self)
         if self._flow.relay is None:
             self.push('250 OK')
         else:
@@ -1373,8 +1381,12 @@ class SMTPChannel(_Transport):
         self.set_terminator(_END_OF_DATA)
         if self._is_relayed():
             self._ask_upstream('data')
-        else:
+            return
+        try:
             self.push('354 End data with <CR><LF>.<CR><LF>')
+        except BaseException:
+            self._drop_data()
+            raise
 
     def _is_relayed(self):
         """Whether a proxy's upstream has agreed to the transaction as it stands now."""
@@ -1383,35 +1395,39 @@ class SMTPChannel(_Transport):
     def _ask_upstream(self, step, *arguments):
         """Let a proxy's upstream reply to a step that we accept."""
         call = functools.partial(getattr(self._flow.relay, step), *arguments)
-        pass_on = functools.partial(self._pass_on_reply, step, arguments)
-        if not pass_on(functools.partial(self._flow.relay.answer_at_once, call)):
-            self._run_aside(call, pass_on)
-
-    def _pass_on_reply(self, step, arguments, outcome):
-        """Reply as the upstream did; return False if there is no reply yet."""
+        count = self.rcpttos.count(arguments[0]) if step == 'rcpt' else 0
+        undo = functools.partial(self._take_back, step, arguments, count)
+        pass_on = functools.partial(self._pass_on_reply, undo)
         try:
-            reply = outcome()
+            has_replied = pass_on(functools.partial(self._flow.relay.answer_at_once, call))
         except BaseException:
-            self._take_back(step, *arguments)
+            undo()
             raise
+        if not has_replied:
+            self._run_aside(call, pass_on, undo)
+
+    def _pass_on_reply(self, undo, outcome):
+        """Reply as the upstream did; return False if there is no reply yet."""
+        reply = outcome()
         if reply is None:
             return False
         if reply[:1] not in '23':
-            self._take_back(step, *arguments)
+            undo()
         if reply[:1] == '5':
             self._flow.errors_since_message -= 1  # how many may come is the upstream's business
         for line in _reply_lines(reply) if NEWLINE in reply else [reply]:
             self.push(line)
         return True
 
-    def _take_back(self, step, *arguments):
-        """Set the state as it was before a step that the upstream has not taken."""
+    def _take_back(self, step, arguments, count):
+        """Set the state as it was before a step that was not taken; a second call does nothing."""
         if step == 'mail':
             self._begin_transaction()
         elif step == 'data':
-            self._set_post_data_state()
-        elif arguments[0] in self.rcpttos:
-            self.rcpttos.remove(arguments[0])
+            self._drop_data()
+        elif self.rcpttos.count(arguments[0]) >= count:
+            # The last one: the same address may have been taken before.
+            del self.rcpttos[-1 - self.rcpttos[::-1].index(arguments[0])]
 
     def smtp_RSET(self, arg):
         """Forget the transaction and the message, but not the greeting (RFC 5321, 4.1.1.5)."""
@@ -1641,8 +1657,8 @@ class _Threads(_Reader):
                 self._fileno = self.socket.fileno()
                 self.add_channel()
                 self._start_thread_if_needed(at_most)
-                self._undone += 1
                 self._calls.put((call, take_outcome))
+                self._undone += 1
         except Exception as error:
             self._leave_if_idle()
             failure = _NoThread('no thread to be had: %s' % error)
@@ -1806,7 +1822,8 @@ class _Selector(_Reader):
             self._process = _this_process
             for descriptor, events in self._events.items():
                 if events:
-                    self._epoll.register(descriptor, events)
+                    with contextlib.suppress(OSError):  # closed in the child
+                        self._epoll.register(descriptor, events)
         return self._epoll
 
     def add(self, channel):
@@ -1832,7 +1849,7 @@ class _Selector(_Reader):
     def watch(self, channel):
         """Watch the channel for what it wants now; called from any thread."""
         with _lock:
-            if self._channels.get(channel._fileno) is channel:
+            if self._epoll is not None and self._channels.get(channel._fileno) is channel:
                 self._set_events(channel._fileno, (
                     (select.EPOLLIN if channel.readable() else 0)
                     | (select.EPOLLOUT if channel.writable() else 0)))
@@ -1851,6 +1868,9 @@ class _Selector(_Reader):
         self._events[descriptor] = wanted
 
     def readable(self):
+        if not self._channels:  # the client for whom it was opened got none
+            self._close_epoll()
+            return False
         now = time.monotonic()
         if now >= self._next_look_for_idle:
             self._next_look_for_idle = now + 1
@@ -1872,15 +1892,17 @@ class _Selector(_Reader):
                 self.watch(channel)
 
     def close(self):
-        for channel in list(self._channels.values()):
-            channel.close()
-        self._close_epoll()
+        with contextlib.ExitStack() as closing:  # all of them, even if one raises
+            closing.callback(self._close_epoll)
+            for channel in list(self._channels.values()):
+                closing.callback(channel.close)
 
     def _close_epoll(self):
         if self._epoll is not None:
             self.del_channel()
             self._epoll.close()
             self._epoll = None
+            self._events.clear()
 
 
 class _ClosingSocket(_Reader):
@@ -2070,7 +2092,7 @@ class SMTPServer(_Reader):
         if now >= self._complains_again_at:
             self._complains_again_at = now + _COMPLAINT_SECONDS
             self.log_info('no resources to accept a connection: %s' % error, 'error')
-        speakers = [number for number, each in self._map.items() if _may_speak(each)]
+        speakers = [number for number, each in list(self._map.items()) if _may_speak(each)]
         try:
             select.select(speakers, [], [], _PAUSE_SECONDS)
         except (OSError, ValueError):  # numbers over 1023; none, on Windows
@@ -2107,12 +2129,14 @@ class SMTPServer(_Reader):
     def _abandon_connection(self, connection):
         """Close a connection whose channel could not be made."""
         descriptor = connection.fileno()
-        for channels in self._map, self._watched_channels():
-            channel = channels.get(descriptor)
-            if channel is not None and channel.socket is connection:
-                channel.close()
-                channel.del_channel()  # a program's close() may leave it there
-        connection.close()
+        with contextlib.closing(connection):
+            for channels in self._map, self._watched_channels():
+                channel = channels.get(descriptor)
+                if channel is not None and channel.socket is connection:
+                    try:
+                        channel.close()
+                    finally:  # a program's close() may raise, or leave it there
+                        channel.del_channel()
 
     def close(self):
         """Stop listening; may be called from any thread.  Channels stay open."""
@@ -2463,8 +2487,10 @@ class _Relay:
         """The client has gone: leave the upstream, unless it has the whole message."""
         self._is_ended = True
         if self._lock.acquire(blocking=False):
-            self._session.quit()
-            self._lock.release()
+            try:
+                self._session.quit()
+            finally:
+                self._lock.release()
         elif not self._is_delivering:
             self._session.interrupt()  # its thread gives up, and comes back here
 
@@ -2522,12 +2548,12 @@ class _Deliveries:
         if not self._delivered:
             return rcpttos
         delivered = self._delivered.get(_digest(mailfrom, octets), ())
-        return [each for each in rcpttos if each.lower() not in delivered]
+        return [each for each in rcpttos if each not in delivered]
 
     def note(self, mailfrom, rcpttos, octets, refused, reply):
         """All but those refused have the message now, and the client gets that reply."""
         comes_again = 400 <= reply[0] < 500
-        delivered = {each.lower() for each in rcpttos if each not in refused}
+        delivered = {each for each in rcpttos if each not in refused}
         if not (self._delivered or comes_again and delivered):
             return
         message = _digest(mailfrom, octets)
@@ -2536,7 +2562,7 @@ class _Deliveries:
             if comes_again:
                 remembered |= delivered
             else:  # the next message that looks like this one is another
-                remembered -= {each.lower() for each in rcpttos}
+                remembered.difference_update(rcpttos)
             if remembered:
                 self._delivered[message] = remembered
             if len(self._delivered) > _MOST_DELIVERIES:
@@ -2715,9 +2741,9 @@ class _UpstreamSession:
             self.close()
             reply = _TOO_MANY_HOPS
         except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
+            self.close()
             self._proxy.log_info(
                 '%s:%s: mail from %s: %s' % (*self._address, self._mail[0], error), 'error')
-            self.close()
             reply = 451, _NOT_AVAILABLE
         except _NotYet:
             raise
@@ -2863,6 +2889,8 @@ class _Connection:
                 raise _UpstreamLost('closed, or talks unasked: %r' % self._input[:100])
             self._send(line.encode('utf-8', 'surrogateescape') + _END_OF_LINE, seconds)
             self._awaited = line, time.monotonic()
+        elif self._awaited[0] != line:  # nobody came back for that reply
+            raise _UpstreamLost('no reply yet to %r' % self._awaited[0])
         reply = self._read_reply(seconds)
         self.is_quick = time.monotonic() - self._awaited[1] < _A_MOMENT
         self._awaited = None

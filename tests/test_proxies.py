@@ -1,6 +1,7 @@
 """The proxies: what happens upstream, what the client hears, what is delivered."""
 import asyncore
 import contextlib
+import functools
 import itertools
 import re
 import select
@@ -24,6 +25,7 @@ from tests.support import (
     SENDER,
     SLOW,
     RawClient,
+    RecordingServer,
     Upstream,
     channels_of,
     greet,
@@ -583,6 +585,116 @@ def test_reply_that_our_own_fault_leaves_unread_is_not_taken_for_the_next(
         assert codes(steps(client)) == '250 250 354 250'
 
 
+@pytest.mark.parametrize('late', ['250 OK', '550 No'])
+def test_late_reply_that_no_thread_could_wait_for_is_not_taken_for_the_next(
+        upstream, late, monkeypatch):
+    def run(server, call, take_outcome):
+        take_outcome(functools.partial(smtpd._throw, smtpd._NoThread('none')))
+
+    monkeypatch.setattr(smtpd, '_A_MOMENT', 0.3)
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
+        assert codes(steps(client)) == '250 250 354 250'
+        assert client.say(b'MAIL FROM:<a@x>') == client.say(b'RCPT TO:<b@x>') == b'250 OK\r\n'
+        upstream.faults = {'RCPT': HANG}
+        with monkeypatch.context() as patch:
+            patch.setattr(smtpd.SMTPServer, '_run_in_thread', run)
+            assert client.say(b'RCPT TO:<c@x>')[:3] == b'451'
+        upstream.faults = {'RCPT': late}
+        upstream.release()
+        assert client.say(b'RCPT TO:<d@x>')[:3] == b'451'
+        assert client.say(b'RSET') == b'250 OK\r\n'
+        upstream.faults = {}
+        assert codes(steps(client)) == '250 250 354 250'
+    assert [recipients for _, recipients, _ in upstream.messages] == 2 * [['rcpt@example.com']]
+
+
+def test_late_reply_is_not_taken_for_the_next_where_the_log_raises(upstream):
+    def log_info(self, *args):
+        raise OSError('the log is full')
+
+    with proxy_to(upstream, impatient(log_info=log_info)) as proxy, \
+            greet(proxy, HELLO) as client:
+        assert client.say(b'MAIL FROM:<a@x>') == client.say(b'RCPT TO:<b@x>') == b'250 OK\r\n'
+        upstream.faults = {'RCPT': [HANG, None]}
+        assert client.say(b'RCPT TO:<c@x>')[:3] == b'451'
+        upstream.release()
+        assert client.say(b'RCPT TO:<d@x>')[:3] == b'451'
+
+
+def test_sender_for_whom_there_is_no_session_upstream_has_sent_nothing(upstream):
+    class Proxy(smtpd.PureProxy):
+        faults = [MemoryError]
+
+        def _new_upstream_session(self):
+            if self.faults:
+                raise self.faults.pop()
+            return super()._new_upstream_session()
+
+    with proxy_to(upstream, Proxy) as proxy, greet(proxy, HELLO) as client:
+        assert client.say(b'MAIL FROM:<a@x>')[:3] == b'451'
+        assert codes(steps(client, sender=b'<b@x>')) == '250 250 354 250'
+    assert [sender for sender, _, _ in upstream.messages] == ['b@x']
+
+
+@pytest.mark.parametrize('base', [smtpd.PureProxy, RecordingServer])
+def test_step_whose_reply_could_not_be_pushed_was_not_taken(upstream, base):
+    class Channel(smtpd.SMTPChannel):
+        fails_at = None
+
+        def push(self, msg):
+            if self.fails_at and msg.startswith(self.fails_at):
+                Channel.fails_at = None
+                raise MemoryError
+            super().push(msg)
+
+    with proxy_to(upstream, type('Server', (base,), {'channel_class': Channel})) as server, \
+            greet(server, HELLO) as client:
+        assert client.say(b'MAIL FROM:<a@x>') == client.say(b'RCPT TO:<b@x>') == b'250 OK\r\n'
+        Channel.fails_at = '354'
+        assert client.say(b'DATA')[:3] == b'451'
+        assert client.say(b'NOOP') == b'250 OK\r\n'  # which is no text
+        if base is smtpd.PureProxy:
+            client.say(b'MAIL FROM:<a@x>')
+            client.say(b'RCPT TO:<b@x>')
+            Channel.fails_at = '250'
+            assert client.say(b'RCPT TO:<c@x>')[:3] == b'451'
+            client.say(b'DATA')
+            client.send(stuffed(PROXIED))
+            assert client.reply() == b'250 OK\r\n'
+    assert 'c@x' not in [each for _, recipients, _ in upstream.messages for each in recipients]
+
+
+def test_recipient_that_comes_twice_keeps_its_first_place_if_the_second_is_put_off(upstream):
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
+        client.say(b'MAIL FROM:<a@x>')
+        upstream.faults = {'RCPT': [None, None, CLOSE]}
+        assert [client.say(b'RCPT TO:<%s@x>' % each)[:3] for each in (b'b', b'c', b'd', b'b')] \
+            == [b'250', b'250', b'451', b'451']
+        assert client.say(b'DATA')[:3] == b'451'  # the connection has ended
+    assert upstream.messages == []
+
+
+def test_step_that_could_not_be_given_to_a_thread_was_not_taken(upstream, monkeypatch):
+    class Proxy(smtpd.PureProxy):
+        faults = []
+
+        @property
+        def process_message_threads(self):
+            if self.faults:
+                raise self.faults.pop()
+            return 1
+
+    monkeypatch.setattr(smtpd, '_A_MOMENT', 0)
+    with proxy_to(upstream, Proxy) as proxy, greet(proxy, HELLO) as client:
+        assert client.say(b'MAIL FROM:<a@x>') == client.say(b'RCPT TO:<b@x>') == b'250 OK\r\n'
+        Proxy.faults.append(MemoryError)
+        assert client.say(b'RCPT TO:<c@x>')[:3] == b'451'
+        assert client.say(b'DATA')[:3] == b'354'
+        client.send(stuffed(PROXIED))
+        assert client.reply() == b'250 OK\r\n'
+    assert [recipients for _, recipients, _ in upstream.messages] == [['b@x']]
+
+
 @pytest.mark.parametrize('step', ['CONNECT', 'MAIL', 'RCPT', 'DATA', '.'])
 @pytest.mark.parametrize('in_selector', [False, True])
 def test_hung_upstream_holds_up_its_own_session_only(upstream, step, in_selector):
@@ -891,6 +1003,17 @@ def test_only_a_message_that_comes_again_is_remembered():
             proxy.asked = []
             assert post(proxy, recipients=OTHERS[:1]) == b'250 OK\r\n'
             assert proxy.asked == asked
+
+
+def test_local_parts_that_differ_in_case_are_two_recipients(upstream):
+    """RFC 5321, 2.4."""
+    message = b'A: b\n\nc'
+    upstream.refused['Smith@x'] = '451 later'
+    with idle_proxy(remoteaddr=upstream.address) as proxy:
+        assert proxy.process_message(PEER, 'a@x', ['smith@x', 'Smith@x'], message)[:3] == '451'
+        upstream.refused.clear()
+        assert proxy.process_message(PEER, 'a@x', ['smith@x', 'Smith@x'], message) is None
+    assert [recipients for _, recipients, _ in upstream.messages] == [['smith@x'], ['Smith@x']]
 
 
 def test_what_is_remembered_is_bounded(monkeypatch):

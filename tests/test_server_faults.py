@@ -46,6 +46,7 @@ NEXT_MESSAGE = b'MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nx\r\n.\r\n'
 in_map_and_selector = pytest.mark.parametrize(
     'selector', [False, True], ids=['in the map', 'in the selector'])
 needs_fork = pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork() here')
+needs_epoll = pytest.mark.skipif(not hasattr(select, 'epoll'), reason='no epoll here')
 needs_limits = pytest.mark.skipif(os.name != 'posix', reason='no resource limits here')
 needs_signals = pytest.mark.skipif(os.name != 'posix', reason='no SIGINT to a process here')
 
@@ -1408,3 +1409,106 @@ serve()
         count = client.say(b'XCOUNT')
         assert post(client).startswith(b'250 of')
         assert client.say(b'XCOUNT') == count
+
+
+# ---------------------------------------------------------------------------------------------
+# Programs whose methods raise
+
+@in_map_and_selector
+def test_a_channel_whose_init_and_close_raise_leaves_nothing_behind(selector, capsys):
+    class Channel(smtpd.SMTPChannel):
+        def __init__(self, *args):
+            super().__init__(*args)
+            raise ZeroDivisionError
+
+        def close(self):
+            raise ZeroDivisionError
+
+    sockets = {}
+    server = variant(channels_in_selector=selector)(map=sockets)
+    server.channel_class = Channel
+    with socket.create_connection(server.socket.getsockname()[:2]) as client:
+        client.settimeout(20)
+        asyncore.loop(timeout=20, map=sockets, count=1)
+        assert client.recv(100).startswith(b'220 ') and client.recv(100) == b''
+    server.close()
+    asyncore.loop(timeout=5, map=sockets, count=20)
+    assert sockets == {}
+
+
+@in_map_and_selector
+def test_close_all_closes_all_channels_but_the_one_that_raises(selector):
+    class Channel(smtpd.SMTPChannel):
+        def close(self):
+            if not raised:
+                raised.append(self)
+                raise ZeroDivisionError
+            super().close()
+
+    raised, sockets = [], {}
+    server = variant(channels_in_selector=selector, channel_class=Channel)(map=sockets)
+    channels = []
+    with contextlib.ExitStack() as clients:
+        for _ in range(5):
+            clients.enter_context(socket.create_connection(server.socket.getsockname()[:2]))
+        while len(channels) < 5:
+            asyncore.loop(timeout=20, map=sockets, count=1)
+            channels = channels_of(server)
+        asyncore.close_all(sockets, ignore_all=True)
+        assert [channel for channel in channels if channel.connected] == raised
+        smtpd.SMTPChannel.close(*raised)
+
+
+@pytest.mark.parametrize('threads', [0, 1])
+def test_a_channel_that_cannot_even_push_451_is_closed(threads, capsys):
+    class Channel(smtpd.SMTPChannel):
+        def push(self, msg):
+            if self.received_data:
+                raise OSError('no space for my log')
+            super().push(msg)
+
+    server_class = variant(process_message_threads=threads, channel_class=Channel)
+    with serving(server_class) as server, greet(server, b'EHLO x') as client:
+        client.send(NEXT_MESSAGE)
+        assert [client.reply()[:3] for _ in range(3)] == [b'250', b'250', b'354']
+        assert client.reply() == b''
+
+
+@pytest.mark.parametrize('threads', [0, 1])
+def test_a_session_goes_on_if_the_loop_does_after_a_handlers_exit(threads):
+    class Server(RecordingServer):
+        process_message_threads = threads
+
+        def process_message(self, *args, **kwargs):
+            raise asyncore.ExitNow
+
+    sockets = {}
+    server = Server(map=sockets)
+    with socket.create_connection(server.socket.getsockname()[:2]) as client, \
+            pytest.raises(asyncore.ExitNow):
+        client.sendall(TO_DATA + b'x\r\n.\r\n')
+        asyncore.loop(timeout=20, map=sockets, count=100)
+    channel, = channels_of(server)
+    assert channel.smtp_state == channel.COMMAND
+    asyncore.close_all(sockets)
+
+
+@needs_epoll
+def test_a_selector_that_was_opened_for_a_client_who_was_refused_ends_with_the_server(monkeypatch):
+    class Server(RecordingServer):
+        channels_in_selector = True
+
+        def handle_accepted(self, connection, address):
+            connection.close()
+
+    # As for a descriptor that select() cannot take.
+    monkeypatch.setattr(smtpd, '_is_too_much_for_select',
+                        lambda descriptor, sockets=None: sockets is not None)
+    sockets = {}
+    server = Server(map=sockets)
+    with socket.create_connection(server.socket.getsockname()[:2]):
+        asyncore.loop(timeout=20, map=sockets, count=1)
+        assert len(sockets) == 2
+        server.close()
+        asyncore.loop(timeout=5, map=sockets, count=5)
+    assert sockets == {}
