@@ -1030,9 +1030,10 @@ class SMTPChannel(_Transport):
         super().del_channel(map)
 
     def close(self):
-        if _is_server(self.smtp_server):
-            self.smtp_server._leave_to_loop(self, self._flow.watcher)
-        super().close()
+        with _lock:  # another thread may close it at the same moment
+            if _is_server(self.smtp_server):
+                self.smtp_server._leave_to_loop(self, self._flow.watcher)
+            super().close()
         if self._flow.relay is not None:
             self._flow.relay.end()
 
@@ -2065,8 +2066,9 @@ class SMTPServer(_Reader):
     # ------------------------------------------------------------------
 
     def readable(self):
-        self._loop_thread = threading.get_ident()
-        return True
+        with _lock:  # close() in another thread was there before, or finds us
+            self._loop_thread = threading.get_ident()
+            return self._fileno is not None
 
     def accept(self):
         """asyncore's accept(); returns None also if the connection cannot be served now."""
@@ -2141,9 +2143,10 @@ class SMTPServer(_Reader):
     def close(self):
         """Stop listening; may be called from any thread.  Channels stay open."""
         is_shared = not self._may_shut_down()
-        if not is_shared or os.name == 'posix':  # elsewhere a socket is no descriptor for dup2()
-            self._leave_to_loop(self, is_shared=is_shared)
-        asyncore.dispatcher.close(self)
+        with _lock:
+            if not is_shared or os.name == 'posix':  # elsewhere dup2() takes no socket
+                self._leave_to_loop(self, is_shared=is_shared)
+            asyncore.dispatcher.close(self)
         if self._threads_for_handlers is not None:
             self._threads_for_handlers.close_when_idle()
 
@@ -2152,12 +2155,11 @@ class SMTPServer(_Reader):
         return self.socket is self._own_listener and self._forks_before_listener == _forks
 
     def _leave_to_loop(self, owner, watcher=None, is_shared=False):
-        """If another thread runs the loop, let that close the socket of a dispatcher."""
+        """If another thread runs the loop, let that close a dispatcher's socket; under _lock."""
         if (self._loop_thread not in (None, threading.get_ident())
-                and any(thread.ident == self._loop_thread for thread in threading.enumerate())):
-            with _lock:
-                if owner._fileno is not None and isinstance(owner.socket, socket.socket):
-                    _ClosingSocket(owner, watcher, is_shared)
+                and any(thread.ident == self._loop_thread for thread in threading.enumerate())
+                and owner._fileno is not None and isinstance(owner.socket, socket.socket)):
+            _ClosingSocket(owner, watcher, is_shared)
 
     # ------------------------------------------------------------------
     # For the channels

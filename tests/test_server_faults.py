@@ -1512,3 +1512,37 @@ def test_a_selector_that_was_opened_for_a_client_who_was_refused_ends_with_the_s
         server.close()
         asyncore.loop(timeout=5, map=sockets, count=5)
     assert sockets == {}
+
+
+# ---------------------------------------------------------------------------------------------
+# Two threads
+
+def test_a_loop_that_begins_just_when_its_server_is_closed_goes_on():
+    class Server(RecordingServer):
+        def readable(self):
+            begun.set()
+            assert closing.wait(20)
+            wants_to_read = super().readable()
+            asked.set()
+            assert closed.wait(20)
+            return wants_to_read
+
+        def del_channel(self, map=None):
+            super().del_channel(map)
+            closing.set()
+            asked.wait(1)  # in vain, where the loop waits for us
+
+    def loop():
+        asyncore.loop(timeout=0.1, map=sockets)
+        ended.append(True)
+
+    begun, closing, asked, closed = (threading.Event() for _ in range(4))
+    sockets, ended = {}, []
+    server = Server(map=sockets)
+    thread = threading.Thread(target=loop)
+    thread.start()
+    assert begun.wait(20)
+    server.close()
+    closed.set()
+    thread.join(20)
+    assert ended
