@@ -408,7 +408,7 @@ class _Transport(asynchat.async_chat):
             return
         if self.producer_fifo and self._flow.gate != _CLOSING and self._client_has_ended():
             self.close_when_done()
-            self._set_gate(_CLOSING)  # whoever overrides it: the end can be read for ever
+            self._set_gate(_CLOSING)  # even if that is overridden: the end can be read for ever
             return
         try:
             data = self.recv(self.ac_in_buffer_size)
@@ -458,7 +458,7 @@ class _Transport(asynchat.async_chat):
                     end, is_whole, rest = self._cut(unread, start, terminator)
                     is_direct = is_direct and terminator in (_END_OF_LINE, _END_OF_DATA)
                     is_direct_block = is_direct and is_whole
-            except BaseException as error:  # what cannot be cut now can never be
+            except BaseException as error:  # it could not be cut at the next try either
                 return self._end_with_fault(error)
             if rest == start:
                 return
@@ -1017,11 +1017,12 @@ class SMTPChannel(_Transport):
 
     def add_channel(self, map=None):
         server = self.smtp_server
-        if _is_server(server) and server._takes_into_selector(self, map):
-            self._flow.watcher = server._selector_of_channels
-            self._flow.watcher.add(self)
-        else:
-            super().add_channel(map)
+        with _lock:  # a selector may close if it has no channels
+            if _is_server(server) and server._takes_into_selector(self, map):
+                self._flow.watcher = server._selector_of_channels
+                self._flow.watcher.add(self)
+                return
+        super().add_channel(map)
 
     def del_channel(self, map=None):
         watcher, self._flow.watcher = self._flow.watcher, None
@@ -1869,9 +1870,10 @@ class _Selector(_Reader):
         self._events[descriptor] = wanted
 
     def readable(self):
-        if not self._channels:  # the client for whom it was opened got none
-            self._close_epoll()
-            return False
+        with _lock:
+            if not self._channels:  # the client for whom it was opened got none
+                self._close_epoll()
+                return False
         now = time.monotonic()
         if now >= self._next_look_for_idle:
             self._next_look_for_idle = now + 1

@@ -608,6 +608,7 @@ def test_an_exception_that_takes_no_attributes_is_451():
 
 @pytest.mark.parametrize('status, reply', [
     ('250 one\n250 two', b'250-one\r\n250 two\r\n'),
+    ('250 one\n250-two', b'250-one\r\n250 two\r\n'),
     ('250-one\n250-two\n250', b'250-one\r\n250-two\r\n250 \r\n'),
     ('250 queued:\n2500 messages', b'250-queued:\r\n250 2500 messages\r\n'),
     ('451;later\n451;or never', b'451-later\r\n451 or never\r\n'),
