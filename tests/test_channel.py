@@ -622,3 +622,21 @@ def test_a_message_whose_client_has_gone_before_its_replies_could_leave_is_not_h
     channel.conn.send = unittest.mock.Mock(side_effect=BrokenPipeError(errno.EPIPE, 'gone'))
     feed(channel, ONE_MESSAGE)
     assert channel.conn.closed and channel.smtp_server.messages == []
+
+
+def test_no_command_is_executed_beside_a_handler_though_replies_wait():
+    with contextlib.closing(WaitingServer(map={})) as server:
+        channel = make_channel(server=server)
+        channel.conn.incoming.append(ONE_MESSAGE + b'NOOP\r\n')
+        asyncore.read(channel)
+        assert server.entered.acquire(timeout=20)
+        channel.conn.sends_at_most = 1
+        channel.push('250 ' + 70000 * 'x')
+        channel.conn.sends_at_most = None
+        for _ in range(3):
+            asyncore.write(channel)
+        is_left_alone = channel.ac_in_buffer == b'NOOP\r\n'
+        server.go.set()
+        channel.close()
+    asyncore.loop(timeout=5, map=server._map)
+    assert is_left_alone
