@@ -640,3 +640,16 @@ def test_no_command_is_executed_beside_a_handler_though_replies_wait():
         channel.close()
     asyncore.loop(timeout=5, map=server._map)
     assert is_left_alone
+
+
+@pytest.mark.parametrize('in_selector', [False, True], ids=['in the map', 'in the selector'])
+def test_a_reply_that_the_socket_cannot_take_at_once_arrives_without_a_limit_too(in_selector):
+    octets = 20000000
+    channel = {'unsent_reply_limit': None,
+               'smtp_XLONG': lambda self, arg: self.push('250 ' + octets * 'x')}
+    server_class = variant(RecordingServer, channel, channels_in_selector=in_selector)
+    with serving(server_class) as server, greet(server) as client:
+        client.send(b'XLONG\r\n')
+        received = 0
+        while received < octets:
+            received += len(client.socket.recv(1 << 20))
