@@ -1136,6 +1136,7 @@ class SMTPChannel(_Transport):
         self._run_aside(call, self._end_message, self._drop_data)
 
     def _drop_data(self):
+        """Read commands again, if data were being read."""
         if self.smtp_state == self.DATA:
             self._set_post_data_state()
 
@@ -1386,7 +1387,7 @@ class SMTPChannel(_Transport):
             return
         try:
             self.push('354 End data with <CR><LF>.<CR><LF>')
-        except BaseException:
+        except BaseException:  # the client is not told to send a message
             self._drop_data()
             raise
 
