@@ -1936,6 +1936,9 @@ class _ClosingSocket(_Reader):
             if owner.accepting:  # macOS; what is not connected any more is readable, too
                 self.close()
 
+    def is_open(self):
+        return self._fileno is not None
+
     def _let_go(self):
         """Close a socket that other processes use; the loop finds its number readable."""
         ended, other_end = _socketpair()
@@ -2010,6 +2013,7 @@ class SMTPServer(_Reader):
     _remoteaddr = None
     _name_of_this_host = None
     _loop_thread = None  # number of the one that asked us last
+    _is_left_to_loop = False  # closed, but for the descriptor, which the loop may wait for
     _own_listener = None  # the socket, where it is of our making ...
     _forks_before_listener = 0  # ... after so many forks
     _complains_again_at = 0.0  # on the monotonic clock
@@ -2071,7 +2075,7 @@ class SMTPServer(_Reader):
     def readable(self):
         with _lock:  # close() in another thread was there before, or finds us
             self._loop_thread = threading.get_ident()
-            return self._fileno is not None
+            return self._fileno is not None or self._is_left_to_loop
 
     def accept(self):
         """asyncore's accept(); returns None also if the connection cannot be served now."""
@@ -2148,7 +2152,7 @@ class SMTPServer(_Reader):
         is_shared = not self._may_shut_down()
         with _lock:
             if not is_shared or os.name == 'posix':  # elsewhere dup2() takes no socket
-                self._leave_to_loop(self, is_shared=is_shared)
+                self._is_left_to_loop |= self._leave_to_loop(self, is_shared=is_shared)
             asyncore.dispatcher.close(self)
         if self._threads_for_handlers is not None:
             self._threads_for_handlers.close_when_idle()
@@ -2158,11 +2162,14 @@ class SMTPServer(_Reader):
         return self.socket is self._own_listener and self._forks_before_listener == _forks
 
     def _leave_to_loop(self, owner, watcher=None, is_shared=False):
-        """If another thread runs the loop, let that close a dispatcher's socket; under _lock."""
-        if (self._loop_thread not in (None, threading.get_ident())
+        """Let another thread's loop close a dispatcher's socket; return whether it will.
+
+        Call this under _lock.
+        """
+        return (self._loop_thread not in (None, threading.get_ident())
                 and any(thread.ident == self._loop_thread for thread in threading.enumerate())
-                and owner._fileno is not None and isinstance(owner.socket, socket.socket)):
-            _ClosingSocket(owner, watcher, is_shared)
+                and owner._fileno is not None and isinstance(owner.socket, socket.socket)
+                and _ClosingSocket(owner, watcher, is_shared).is_open())
 
     # ------------------------------------------------------------------
     # For the channels

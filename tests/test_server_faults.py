@@ -1546,3 +1546,30 @@ def test_a_loop_that_begins_just_when_its_server_is_closed_goes_on():
     closed.set()
     thread.join(20)
     assert ended
+
+
+@pytest.mark.parametrize('use_poll', [False, True])
+def test_a_server_that_is_closed_just_before_the_loop_asks_it_wakes_the_loop(use_poll):
+    """The loop took it from the map before, and has nothing else to wait for."""
+    class Server(RecordingServer):
+        def readable(self):
+            if knows_its_thread.is_set():
+                about_to_ask.set()
+                assert closed.wait(20)
+            return super().readable()
+
+    def loop():
+        asyncore.loop(timeout=0, map=sockets, count=1)
+        knows_its_thread.set()
+        asyncore.loop(timeout=600, use_poll=use_poll, map=sockets)
+
+    knows_its_thread, about_to_ask, closed = (threading.Event() for _ in range(3))
+    sockets = {}
+    server = Server(map=sockets)
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    assert about_to_ask.wait(20)
+    server.close()
+    closed.set()
+    thread.join(20)
+    assert not thread.is_alive() and sockets == {}
