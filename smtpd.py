@@ -321,7 +321,7 @@ class _Flow:
         'is_mid_block',  # a piece has been taken since the last terminator
         'message_under_way',  # bytes or a BytesIO, where data goes past the hooks
         'holds_replies',  # they leave with those of the commands that follow
-        'has_replied',  # since the last piece was taken: a fault then gets no 451
+        'has_replied',  # since the last piece was taken: what it did stands, and gets no 451
         'last_sign_of_life',  # of the client, on the monotonic clock
         'next_look_for_idleness',  # the same; not at each turn of the loop, which is costly
         'watcher',  # the selector that watches this channel, instead of the socket map
@@ -1387,8 +1387,8 @@ class SMTPChannel(_Transport):
             return
         try:
             self.push('354 End data with <CR><LF>.<CR><LF>')
-        except BaseException:  # the client is not told to send a message
-            self._drop_data()
+        except BaseException:
+            self._undo_unless_told(self._drop_data)
             raise
 
     def _is_relayed(self):
@@ -1400,14 +1400,15 @@ class SMTPChannel(_Transport):
         call = functools.partial(getattr(self._flow.relay, step), *arguments)
         count = self.rcpttos.count(arguments[0]) if step == 'rcpt' else 0
         undo = functools.partial(self._take_back, step, arguments, count)
+        undo_after_fault = functools.partial(self._undo_unless_told, undo)
         pass_on = functools.partial(self._pass_on_reply, undo)
         try:
-            has_replied = pass_on(functools.partial(self._flow.relay.answer_at_once, call))
+            is_answered = pass_on(functools.partial(self._flow.relay.answer_at_once, call))
         except BaseException:
-            undo()
+            undo_after_fault()
             raise
-        if not has_replied:
-            self._run_aside(call, pass_on, undo)
+        if not is_answered:
+            self._run_aside(call, pass_on, undo_after_fault)
 
     def _pass_on_reply(self, undo, outcome):
         """Reply as the upstream did; return False if there is no reply yet."""
@@ -1422,8 +1423,13 @@ class SMTPChannel(_Transport):
             self.push(line)
         return True
 
+    def _undo_unless_told(self, undo):
+        """After a fault: what the client has been told stands."""
+        if not self._flow.has_replied:
+            undo()
+
     def _take_back(self, step, arguments, count):
-        """Set the state as it was before a step that was not taken; a second call does nothing."""
+        """Set the state as it was before a step; once more does nothing, should its reply fail."""
         if step == 'mail':
             self._begin_transaction()
         elif step == 'data':

@@ -6,6 +6,7 @@ import itertools
 import re
 import select
 import socket
+import sys
 import threading
 
 import pytest
@@ -662,6 +663,38 @@ def test_step_whose_reply_could_not_be_pushed_was_not_taken(upstream, base):
             client.send(stuffed(PROXIED))
             assert client.reply() == b'250 OK\r\n'
     assert 'c@x' not in [each for _, recipients, _ in upstream.messages for each in recipients]
+
+
+@pytest.mark.parametrize('moment', [0, 20], ids=['in a thread', 'at once'])
+@pytest.mark.parametrize('base', [smtpd.PureProxy, RecordingServer])
+@pytest.mark.parametrize('step', [0, 1, 2, 3], ids=['MAIL', 'RCPT', 'RCPT again', 'DATA'])
+def test_step_that_the_client_was_told_to_be_taken_stands_whatever_fails_then(
+        upstream, base, step, moment, monkeypatch):
+    class Channel(smtpd.SMTPChannel):
+        replies = 0
+
+        def push(self, msg):
+            super().push(msg)
+            if msg.startswith(('250 OK', '354')):
+                self.replies += 1
+                if self.replies == step + 1:
+                    raise OSError('the transcript is full')
+
+        def handle_error(self):
+            assert isinstance(sys.exc_info()[1], OSError)
+
+    monkeypatch.setattr(smtpd, '_A_MOMENT', moment)
+    with proxy_to(upstream, type('Server', (base,), {'channel_class': Channel})) as server, \
+            greet(server) as client:
+        client.send(b'HELO me\r\nMAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nRCPT TO:<c@x>\r\n')
+        for code in (b'250', b'250', b'250', b'250'):
+            assert client.reply()[:3] == code
+        assert client.say(b'DATA')[:3] == b'354'
+        client.send(stuffed(b'NOOP\r\nVRFY smuggled@x\r\n'))
+        assert client.reply() == b'250 OK\r\n'
+        recipients = ([each[1] for each in upstream.messages] if base is smtpd.PureProxy
+                      else [each[2] for each in server.messages])
+        assert recipients == [['b@x', 'c@x']]
 
 
 def test_recipient_that_comes_twice_keeps_its_first_place_if_the_second_is_put_off(upstream):
