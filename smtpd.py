@@ -303,8 +303,12 @@ _ENDS_OF_THE_LOOP = (asyncore.ExitNow, KeyboardInterrupt, SystemExit)  # not err
 
 _ANSWERED = '_smtpd_answered'  # marks an exception that the client has been told about
 
-_lock = threading.RLock()  # for what other threads than the loop's may call
-_acquire_lock, _release_lock = _lock.acquire, _lock.release
+# Other threads than the loop's may push(), and close.  A program may do so under a lock of its
+# own, for which its close() or del_channel() waits in the loop's thread; so nothing of the
+# program's runs under _lock.  Its send() and handle_close() do run under _send_lock, which is
+# why that is another: closing never needs it.
+_send_lock = threading.RLock()  # one thread sends; may be held while _lock is taken
+_lock = threading.RLock()  # everything else that threads share
 
 
 class _Flow:
@@ -538,7 +542,8 @@ class _Transport(asynchat.async_chat):
     def initiate_send(self):
         flow = self._flow
         flow.has_replied = True
-        _acquire_lock()  # in fewer steps than `with`
+        lock = _send_lock  # the same one at the end, though a fork() may have come between
+        lock.acquire()  # in fewer steps than `with`
         try:
             super().initiate_send()
             if self.producer_fifo:
@@ -547,12 +552,12 @@ class _Transport(asynchat.async_chat):
                 else:
                     self._tell_watcher()
         finally:
-            _release_lock()
+            lock.release()
 
     def _send_held_replies(self):
         flow = self._flow
         flow.holds_replies = False
-        with _lock:
+        with _send_lock:
             _join_bytes(self.producer_fifo)
         has_replied = flow.has_replied
         self.initiate_send()
@@ -1025,18 +1030,21 @@ class SMTPChannel(_Transport):
         super().add_channel(map)
 
     def del_channel(self, map=None):
-        watcher, self._flow.watcher = self._flow.watcher, None
-        if watcher is not None:
-            watcher.discard(self)
-        super().del_channel(map)
+        with _lock:  # another thread may close it at the same moment
+            watcher, self._flow.watcher = self._flow.watcher, None
+            if watcher is not None:
+                watcher.discard(self)
+            super().del_channel(map)
 
     def close(self):
-        with _lock:  # another thread may close it at the same moment
-            if _is_server(self.smtp_server):
+        if _is_server(self.smtp_server):
+            with _lock:
                 self.smtp_server._leave_to_loop(self, self._flow.watcher)
+        try:
             super().close()
-        if self._flow.relay is not None:
-            self._flow.relay.end()
+        finally:
+            if self._flow.relay is not None:
+                self._flow.relay.end()
 
     # ------------------------------------------------------------------
     # A command line
@@ -1568,9 +1576,10 @@ def _before_fork():
 
 
 def _after_fork_in_child():
-    global _this_process
+    global _this_process, _send_lock
     _this_process = os.getpid()
     _lock.release()
+    _send_lock = threading.RLock()  # to wait for the old one could take for ever: see there
 
 
 if hasattr(os, 'register_at_fork'):  # not on Windows
@@ -2019,7 +2028,7 @@ class SMTPServer(_Reader):
     _remoteaddr = None
     _name_of_this_host = None
     _loop_thread = None  # number of the one that asked us last
-    _is_left_to_loop = False  # closed, but for the descriptor, which the loop may wait for
+    _closed_at_once = None  # a socket that was not left to the loop: it must not wait for that
     _own_listener = None  # the socket, where it is of our making ...
     _forks_before_listener = 0  # ... after so many forks
     _complains_again_at = 0.0  # on the monotonic clock
@@ -2079,15 +2088,17 @@ class SMTPServer(_Reader):
     # ------------------------------------------------------------------
 
     def readable(self):
-        with _lock:  # close() in another thread was there before, or finds us
-            self._loop_thread = threading.get_ident()
-            return self._fileno is not None or self._is_left_to_loop
+        self._loop_thread = threading.get_ident()  # first: close() in another thread looks for it
+        with _lock:
+            return self.socket is not self._closed_at_once
 
     def accept(self):
         """asyncore's accept(); returns None also if the connection cannot be served now."""
         try:
             pair = asyncore.dispatcher.accept(self)
         except OSError as error:
+            if self._fileno is None:  # closed meanwhile, by another thread
+                return None
             if error.errno not in _OUT_OF_RESOURCES:
                 raise
             self._wait_for_resources(error)
@@ -2155,13 +2166,17 @@ class SMTPServer(_Reader):
 
     def close(self):
         """Stop listening; may be called from any thread.  Channels stay open."""
-        is_shared = not self._may_shut_down()
         with _lock:
-            if not is_shared or os.name == 'posix':  # elsewhere dup2() takes no socket
-                self._is_left_to_loop |= self._leave_to_loop(self, is_shared=is_shared)
-            asyncore.dispatcher.close(self)
+            is_shared = not self._may_shut_down()
+            if self._fileno is not None and not self._leave_to_loop(self, is_shared=is_shared):
+                self._closed_at_once = self.socket
+        asyncore.dispatcher.close(self)
         if self._threads_for_handlers is not None:
             self._threads_for_handlers.close_when_idle()
+
+    def del_channel(self, map=None):
+        with _lock:
+            super().del_channel(map)
 
     def _may_shut_down(self):
         """Whether no other process shares the listener: shutdown() would end it for all."""
@@ -2172,10 +2187,18 @@ class SMTPServer(_Reader):
 
         Call this under _lock.
         """
+        if not self._has_loop_elsewhere():
+            return False
+        if owner._fileno is None or not isinstance(owner.socket, socket.socket):
+            return False
+        if is_shared and os.name != 'posix':  # where dup2() takes no socket
+            return False
+        return _ClosingSocket(owner, watcher, is_shared).is_open()
+
+    def _has_loop_elsewhere(self):
+        """Whether the loop runs, or has run, in another thread that is alive."""
         return (self._loop_thread not in (None, threading.get_ident())
-                and any(thread.ident == self._loop_thread for thread in threading.enumerate())
-                and owner._fileno is not None and isinstance(owner.socket, socket.socket)
-                and _ClosingSocket(owner, watcher, is_shared).is_open())
+                and any(thread.ident == self._loop_thread for thread in threading.enumerate()))
 
     # ------------------------------------------------------------------
     # For the channels

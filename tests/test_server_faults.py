@@ -1530,7 +1530,7 @@ def test_a_loop_that_begins_just_when_its_server_is_closed_goes_on():
         def del_channel(self, map=None):
             super().del_channel(map)
             closing.set()
-            asked.wait(1)  # in vain, where the loop waits for us
+            assert asked.wait(20)
 
     def loop():
         asyncore.loop(timeout=0.1, map=sockets)
@@ -1573,3 +1573,157 @@ def test_a_server_that_is_closed_just_before_the_loop_asks_it_wakes_the_loop(use
     closed.set()
     thread.join(20)
     assert not thread.is_alive() and sockets == {}
+
+
+@pytest.mark.parametrize('use_poll', [False, True])
+def test_two_servers_that_are_closed_one_after_the_other_leave_no_loop_asleep(use_poll):
+    for _ in range(50):
+        sockets = {}
+        first = RecordingServer(map=sockets)
+        thread = threading.Thread(daemon=True, target=lambda sockets=sockets: asyncore.loop(
+            timeout=600, use_poll=use_poll, map=sockets))
+        thread.start()
+        second = RecordingServer(map=sockets)
+        first.close()
+        second.close()
+        thread.join(20)
+        assert not thread.is_alive() and sockets == {}
+
+
+def test_a_server_that_was_closed_may_listen_again():
+    with contextlib.closing(RecordingServer(map={})) as server:
+        server.close()
+        server.create_socket(socket.AF_INET, socket.SOCK_STREAM)
+        server.bind(('127.0.0.1', 0))
+        server.listen(5)
+        thread = threading.Thread(target=asyncore.loop, daemon=True,
+                                  kwargs={'timeout': 600, 'map': server._map})
+        thread.start()
+        with greet(server) as client:
+            assert client.say(b'NOOP') == b'250 OK\r\n'
+        server.close()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_a_server_that_is_closed_just_before_it_accepts_has_nothing_to_complain_about(capfd):
+    class Server(RecordingServer):
+        def handle_accept(self):
+            accepting.set()
+            assert closed.wait(20)
+            super().handle_accept()
+
+    accepting, closed = threading.Event(), threading.Event()
+    with serving(Server) as server, socket.create_connection(server.socket.getsockname()):
+        assert accepting.wait(20)
+        server.close()
+        closed.set()
+    assert capfd.readouterr() == ('', '')
+
+
+@contextlib.contextmanager
+def held(lock):
+    """A program's lock; two threads that wait for each other do not wait for ever."""
+    assert lock.acquire(timeout=20)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@pytest.mark.parametrize('name', ['close', 'del_channel', 'handle_close', 'send'])
+@in_map_and_selector
+def test_program_may_close_all_under_a_lock_that_its_methods_wait_for(name, selector):
+    armed, arrived, taken = (threading.Event() for _ in range(3))
+    lock = threading.RLock()
+
+    def method(self, *args):
+        if armed.is_set():
+            arrived.set()
+            assert taken.wait(20)
+        with held(lock):
+            return getattr(smtpd.SMTPChannel, name)(self, *args)
+
+    def stop():
+        with held(lock):
+            taken.set()
+            for channel in channels_of(server):
+                channel.close()
+            server.close()
+
+    server_class = variant(channel={name: method}, channels_in_selector=selector)
+    with serving(server_class) as server, greet(server) as client:
+        armed.set()
+        client.send(b'QUIT\r\n')
+        assert arrived.wait(20)
+        thread = threading.Thread(target=stop, daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_program_may_wait_for_its_lock_in_del_channel_and_in_readable():
+    leaving, asked, lock = threading.Event(), threading.Event(), threading.Lock()
+
+    class Channel(smtpd.SMTPChannel):
+        def del_channel(self, map=None):
+            leaving.set()
+            assert asked.wait(20)
+            with held(lock):
+                super().del_channel(map)
+
+    class Server(RecordingServer):
+        channel_class = Channel
+
+        def readable(self):
+            with held(lock):
+                if leaving.is_set():
+                    asked.set()
+                return super().readable()
+
+    with serving(Server, timeout=0.05) as server, greet(server) as client:
+        channel, = channels_of(server)
+        thread = threading.Thread(target=channel.close, daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+        assert client.rest() == b''
+
+
+@needs_fork
+def test_program_may_fork_under_a_lock_that_its_close_waits_for():
+    """And the child can send, though its parent's other thread was sending."""
+    text = '''
+lock, arrived, taken = threading.Lock(), threading.Event(), threading.Event()
+
+def close(self):
+    arrived.set()
+    taken.wait(20)
+    with lock:
+        smtpd.SMTPChannel.close(self)
+
+Channel.close = close
+sockets = {}
+server = Server(('127.0.0.1', 0), None, map=sockets)
+threading.Thread(target=asyncore.loop, kwargs={'map': sockets}, daemon=True).start()
+ours, clients = socket.socketpair()
+channel = smtpd.SMTPChannel(server, ours, None)
+tell_port(server)
+arrived.wait(20)
+with lock:
+    taken.set()
+    signal.alarm(20)
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        channel.push('250 from the child')
+        os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+while b'child' not in clients.recv(9999):
+    pass
+server.close()
+'''
+    with script(text, PLAIN) as (process, address), greet(address) as client:
+        client.send(b'QUIT\r\n')
+        assert client.rest() == b'221 Bye\r\n'
+        assert process.wait(40) == 0
