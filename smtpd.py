@@ -303,12 +303,11 @@ _ENDS_OF_THE_LOOP = (asyncore.ExitNow, KeyboardInterrupt, SystemExit)  # not err
 
 _ANSWERED = '_smtpd_answered'  # marks an exception that the client has been told about
 
-# Other threads than the loop's may push(), and close.  A program may do so under a lock of its
-# own, for which its close() or del_channel() waits in the loop's thread; so nothing of the
-# program's runs under _lock.  Its send() and handle_close() do run under _send_lock, which is
-# why that is another: closing never needs it.
-_send_lock = threading.RLock()  # one thread sends; may be held while _lock is taken
-_lock = threading.RLock()  # everything else that threads share
+# Threads other than the loop's may push and close, perhaps under a lock of the program's that
+# its close() or del_channel() takes as well: so none of the program's code runs under _lock.
+# Its send() and handle_close() do run under _send_lock, and so closing never takes that one.
+_lock = threading.RLock()  # guards all that threads share ...
+_send_lock = threading.RLock()  # ... but for the output: one thread sends; taken before _lock
 
 
 class _Flow:
@@ -542,7 +541,7 @@ class _Transport(asynchat.async_chat):
     def initiate_send(self):
         flow = self._flow
         flow.has_replied = True
-        lock = _send_lock  # the same one at the end, though a fork() may have come between
+        lock = _send_lock  # a program's send() may fork(), and a child has another
         lock.acquire()  # in fewer steps than `with`
         try:
             super().initiate_send()
@@ -1579,7 +1578,7 @@ def _after_fork_in_child():
     global _this_process, _send_lock
     _this_process = os.getpid()
     _lock.release()
-    _send_lock = threading.RLock()  # to wait for the old one could take for ever: see there
+    _send_lock = threading.RLock()  # the thread that held the old one is not in the child
 
 
 if hasattr(os, 'register_at_fork'):  # not on Windows
@@ -2088,7 +2087,7 @@ class SMTPServer(_Reader):
     # ------------------------------------------------------------------
 
     def readable(self):
-        self._loop_thread = threading.get_ident()  # first: close() in another thread looks for it
+        self._loop_thread = threading.get_ident()  # noted before we wait for a close() elsewhere
         with _lock:
             return self.socket is not self._closed_at_once
 

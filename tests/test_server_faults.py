@@ -1597,7 +1597,7 @@ def test_a_server_that_was_closed_may_listen_again():
         server.bind(('127.0.0.1', 0))
         server.listen(5)
         thread = threading.Thread(target=asyncore.loop, daemon=True,
-                                  kwargs={'timeout': 600, 'map': server._map})
+                                  kwargs={'timeout': 1, 'map': server._map})
         thread.start()
         with greet(server) as client:
             assert client.say(b'NOOP') == b'250 OK\r\n'
