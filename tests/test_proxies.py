@@ -321,10 +321,20 @@ def test_upstream_may_refuse_more_recipients_than_the_client_may_make_errors(ups
         bad = [b'<%d@x>' % number for number in range(150)]
         heard = steps(client, recipients=[*bad, b'<good@x>'])
         assert codes(heard) == '250' + ' 550' * 150 + ' 250 354 250'
+        assert client.say(b'MAIL FROM:<a@x>') == b'250 OK\r\n'
+        assert client.say(b'RCPT TO:<bad@x>')[:3] == b'550'
         for _ in range(99):
             assert client.say(b'WHAT').startswith(b'500 ')
         assert client.say(b'WHAT').startswith(b'500 ')
         assert client.rest().startswith(b'421 ')
+
+
+def test_reply_of_several_lines_is_one_reply(upstream):
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
+        assert client.say(b'MAIL FROM:<a@x>') == b'250 OK\r\n'
+        upstream.faults = {'RCPT': ['550-No such user\r\n550 here']}
+        assert client.say(b'RCPT TO:<b@x>') == b'550-No such user\r\n550 here\r\n'
+        assert client.say(b'RCPT TO:<c@x>') == b'250 OK\r\n'
 
 
 @BOTH_MODES
