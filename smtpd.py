@@ -2087,7 +2087,7 @@ class SMTPServer(_Reader):
     # ------------------------------------------------------------------
 
     def readable(self):
-        self._loop_thread = threading.get_ident()  # noted before we wait for a close() elsewhere
+        self._loop_thread = threading.get_ident()  # at once: close() in another thread needs it
         with _lock:
             return self.socket is not self._closed_at_once
 
@@ -2169,12 +2169,12 @@ class SMTPServer(_Reader):
             is_shared = not self._may_shut_down()
             if self._fileno is not None and not self._leave_to_loop(self, is_shared=is_shared):
                 self._closed_at_once = self.socket
-        asyncore.dispatcher.close(self)
+        super().close()
         if self._threads_for_handlers is not None:
             self._threads_for_handlers.close_when_idle()
 
     def del_channel(self, map=None):
-        with _lock:
+        with _lock:  # another thread may close it at the same moment
             super().del_channel(map)
 
     def _may_shut_down(self):

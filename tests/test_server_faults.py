@@ -1606,6 +1606,18 @@ def test_a_server_that_was_closed_may_listen_again():
         assert not thread.is_alive()
 
 
+def test_close_of_a_mixin_after_the_server_is_called():
+    class Mixin(asyncore.dispatcher):
+        def close(self):
+            closed.append(self)
+            super().close()
+
+    closed = []
+    server = type('Server', (RecordingServer, Mixin), {})(map={})
+    server.close()
+    assert closed == [server] and server._map == {}
+
+
 def test_a_server_that_is_closed_just_before_it_accepts_has_nothing_to_complain_about(capfd):
     class Server(RecordingServer):
         def handle_accept(self):
