@@ -37,9 +37,7 @@ import functools
 import getopt
 import importlib
 import io
-import itertools
 import math
-import operator
 import os
 import queue
 import re
@@ -50,6 +48,7 @@ import threading
 import time
 import traceback
 import warnings
+import weakref
 
 __all__ = ['SMTPChannel', 'SMTPServer', 'DebuggingServer', 'PureProxy', 'MailmanProxy']
 
@@ -88,36 +87,10 @@ DEBUGSTREAM = Devnull()
 
 
 def _debug(form, *values):
-    """Print to DEBUGSTREAM.  Commands look for a Devnull first: that is faster than a call."""
+    """Print to DEBUGSTREAM, if anybody listens."""
     if not isinstance(DEBUGSTREAM, Devnull):
         with contextlib.suppress(OSError, ValueError):  # closed, or its encoding lacks a character
             print(form % values, file=DEBUGSTREAM)
-
-
-class _NoThread(Exception):
-    """No thread can be started, or there is no descriptor to wake the loop when it ends."""
-
-
-_ASYNCORES_LOG_INFO = asyncore.dispatcher.log_info  # before a program replaces it
-
-
-def _log_info(self, message, *args, **kwargs):
-    """asyncore's log_info(), but to standard error; never raises.
-
-    A mixin's log_info() is called instead, and so is one that was patched into asyncore.
-    """
-    ours = next(each for each in self.__class__.__mro__
-                if vars(each).get('log_info') is _log_info)
-    inherited = super(ours, self).log_info
-    if getattr(inherited, '__func__', None) is not _ASYNCORES_LOG_INFO:
-        inherited(message, *args, **kwargs)
-    else:
-        _log_to_stderr(self, message, *args, **kwargs)
-
-
-def _log_to_stderr(self, message, type='info'):
-    if type not in self.ignore_log_types:
-        _write_to_stderr('%s: %s\n' % (type, message))
 
 
 def _write_to_stderr(text):
@@ -165,7 +138,10 @@ _QUICK_ACK = ((socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 _OUT_OF_BAND = socket.MSG_OOB
 _PEEK = socket.MSG_PEEK
 _SHUT_BOTH = socket.SHUT_RDWR
+_CORK = ((socket.IPPROTO_TCP, socket.TCP_CORK)
+         if hasattr(socket, 'TCP_CORK') else None)  # Linux only
 _socketpair = socket.socketpair
+_socket_type = socket.socket
 # What select() takes: POSIX descriptors below 1024; Windows 512 sockets, of which a
 # few are left for listeners and what wakes the loop.
 _FD_SETSIZE = 1024 if os.name == 'posix' else sys.maxsize
@@ -284,437 +260,201 @@ def _accepted_keywords(handler, offered):
 
 
 # ---------------------------------------------------------------------------
-# The transport: asynchat, for clients that cannot be trusted
+# What servers and channels have in common
 # ---------------------------------------------------------------------------
-
-# What becomes of a channel's input:
-_OPEN = 0  # it is read and executed
-_IDLE = 1  # the same, but none has come for long: the loop's next turn says goodbye
-_PAUSED = 2  # it waits for a later turn of the loop, when the client has read its replies
-_BUSY = 3  # it waits until the work before it is done
-_CLOSING = 4  # it is dropped
-
-_END_OF_LINE = b'\r\n'
-_END_OF_DATA = b'\r\n.\r\n'
-
-_MOST_HELD = 500  # replies that leave together, or wait for a client that does not read
 
 _ENDS_OF_THE_LOOP = (asyncore.ExitNow, KeyboardInterrupt, SystemExit)  # not errors, in asyncore
 
-_ANSWERED = '_smtpd_answered'  # marks an exception that the client has been told about
-
-# Threads other than the loop's may push and close, perhaps under a lock of the program's that
-# its close() or del_channel() takes as well: so none of the program's code runs under _lock.
-# Its send() and handle_close() do run under _send_lock, and so closing never takes that one.
-_lock = threading.RLock()  # guards all that threads share ...
-_send_lock = threading.RLock()  # ... but for the output: one thread sends; taken before _lock
+# As they are before a program patches them.
+_ASYNCORES_LOG_INFO = asyncore.dispatcher.log_info
+_ASYNCORES_HANDLE_ERROR = asyncore.dispatcher.handle_error
 
 
-class _Flow:
-    """What a channel keeps to itself, above all about its input and output.
+class _Dispatcher:
+    """A mixin for dispatchers: the log goes to standard error, and any thread may close."""
 
-    It is one attribute of the channel instead of a dozen: CPython is faster with objects that
-    have fewer than 30 attributes, and from 3.13 on only if their class has no slots.
-    """
+    _selector_of_this = None  # the _Selector that watches it, instead of the socket map
 
-    __slots__ = (
-        'gate',  # what becomes of input: _OPEN to _CLOSING
-        'unread_input',  # what was received and not given to a hook ...
-        'input_start',  # ... from here on
-        'is_mid_block',  # a piece has been taken since the last terminator
-        'message_under_way',  # bytes or a BytesIO, where data goes past the hooks
-        'holds_replies',  # they leave with those of the commands that follow
-        'has_replied',  # since the last piece was taken: what it did stands, and gets no 451
-        'last_sign_of_life',  # of the client, on the monotonic clock
-        'next_look_for_idleness',  # the same; not at each turn of the loop, which is costly
-        'watcher',  # the selector that watches this channel, instead of the socket map
-        'errors_since_message',  # 5yz replies
-        'relay',  # takes the steps of this session to a proxy's upstream
-    )
+    def log_info(self, message, type='info'):
+        """Write to standard error; never raises.
 
-    def begin(self):
-        """Set the state of a new connection."""
-        self.gate = _OPEN
-        self.unread_input = b''
-        self.input_start = 0
-        self.is_mid_block = False
-        self.message_under_way = None
-        self.holds_replies = False
-        self.has_replied = False
-        self.last_sign_of_life = time.monotonic()
-        self.next_look_for_idleness = 0.0
-        self.watcher = None
-        self.errors_since_message = 0
-        self.relay = None
-
-
-class _Transport(asynchat.async_chat):
-    """asynchat with limits: cuts input into pieces for the hooks, queues and sends output.
-
-    The hooks are called in asynchat's order, with asynchat's arguments; where nobody would
-    notice, a piece goes directly past them.  A piece that is whole, a line or a message, is a
-    block.  What asynchat does not do: input is processed only while the gate is open; a fault
-    consumes the input that caused it, or ends the session; replies to pipelined commands leave
-    together if no program can tell the difference.
-    """
-
-    idle_timeout_seconds = None
-    unsent_reply_limit = None
-    use_encoding = True  # asynchat's: a terminator may be text, as in Python 2's programs
-
-    def __new__(cls, *args, **kwargs):
-        # State is set here, since a program's __init__() may never call ours.
-        channel = super().__new__(cls)
-        channel._flow = _Flow()
-        channel._begin_anew()
-        return channel
-
-    def _begin_anew(self):
-        self._flow.begin()
-
-    def _set_gate(self, gate):
-        self._flow.gate = gate
-        self._tell_watcher()
-
-    def _tell_watcher(self):
-        """Call this when the answer of readable() or writable() may have changed."""
-        watcher = self._flow.watcher
-        if watcher is not None:
-            watcher.watch(self)
-
-    # ------------------------------------------------------------------
-    # Input
-    # ------------------------------------------------------------------
-
-    @property
-    def ac_in_buffer(self):
-        """What was received and not yet given to a hook, as in asynchat."""
-        flow = self._flow
-        return flow.unread_input[flow.input_start:] if flow.input_start else flow.unread_input
-
-    @ac_in_buffer.setter
-    def ac_in_buffer(self, octets):
-        self._flow.unread_input = octets
-        self._flow.input_start = 0
-
-    def readable(self):
-        flow = self._flow
-        if flow.watcher is None and time.monotonic() >= flow.next_look_for_idleness:
-            self._look_for_idleness(time.monotonic())
-        # When closing with nothing left to send: to see the end of the input.
-        return ((flow.gate <= _IDLE or flow.gate == _CLOSING and not self.producer_fifo)
-                and super().readable())
-
-    def handle_read(self):
-        if super(_Transport, type(self)).handle_read is not _ASYNCHAT_HANDLE_READ:
-            super().handle_read()  # a mixin's, or one that was patched into asynchat
-            return
-        if self.producer_fifo and self._flow.gate != _CLOSING and self._client_has_ended():
-            self.close_when_done()
-            self._set_gate(_CLOSING)  # even if that is overridden: the end can be read for ever
-            return
-        try:
-            data = self.recv(self.ac_in_buffer_size)
-        except BlockingIOError:
-            return
-        except OSError:
-            self.handle_error()
-            return
-        flow = self._flow
-        if flow.input_start:
-            flow.unread_input, flow.input_start = self.ac_in_buffer, 0
-        flow.unread_input += data
-        self._process_input()
-
-    def _client_has_ended(self):
-        """Whether the client has closed its half: recv() would tell too, but close at once."""
-        with contextlib.suppress(OSError, TypeError, ValueError):  # ValueError: TLS cannot peek
-            return self.socket.recv(1, _PEEK) == b''
-        return False
-
-    def _process_input(self):
-        """Process what was received, as far as the gate lets it in."""
-        try:
-            self._take_pieces()
-        except _ENDS_OF_THE_LOOP:
-            raise
-        except BaseException as error:
-            self._answer_fault(error)
-            raise
-        finally:
-            flow = self._flow
-            flow.last_sign_of_life = time.monotonic()
-            if flow.gate or flow.holds_replies:
-                self._end_turn()
-
-    def _take_pieces(self):
-        """Cut the input at its terminators, and pass the pieces on."""
-        flow = self._flow
-        while flow.unread_input and flow.gate <= _IDLE and self.connected:
-            try:
-                terminator = self.terminator if flow.holds_replies else self.get_terminator()
-                is_direct = flow.holds_replies or self._goes_past_hooks()
-                unread, start = flow.unread_input, flow.input_start
-                if terminator is _END_OF_LINE and (end := unread.find(terminator, start)) >= 0:
-                    rest, is_whole, is_direct_block = end + 2, True, is_direct  # most commands
-                else:
-                    end, is_whole, rest = self._cut(unread, start, terminator)
-                    is_direct = is_direct and terminator in (_END_OF_LINE, _END_OF_DATA)
-                    is_direct_block = is_direct and is_whole
-            except BaseException as error:  # it could not be cut at the next try either
-                return self._end_with_fault(error)
-            if rest == start:
-                return
-            # Consumed before a hook gets it: one that raises must not get it again.
-            if rest == len(unread):
-                flow.unread_input = b''
-            else:
-                if not flow.holds_replies:
-                    flow.holds_replies = is_direct_block and self._may_hold_replies()
-                elif len(self.producer_fifo) >= _MOST_HELD:
-                    self._send_held_replies()
-                    if flow.gate > _IDLE:
-                        return
-                flow.input_start = rest
-            flow.has_replied = False
-            flow.is_mid_block = not is_direct_block
-            if is_direct_block:
-                self._take_block(unread[start:end])
-            elif is_direct:
-                self._take_piece(unread[start:end])
-                return
-            else:
-                self._give_to_hooks(unread[start:end], is_whole)
-                if not is_whole:
-                    return
-
-    def _give_to_hooks(self, piece, is_whole):
-        if piece:
-            self.collect_incoming_data(piece)
-        if is_whole:
-            self._flow.is_mid_block = False
-            self.found_terminator()
-
-    def _end_turn(self):
-        """Do what is left to do when the input is consumed, or must wait."""
-        flow = self._flow
-        if flow.holds_replies:
-            self._send_held_replies()
-        if flow.gate == _IDLE:
-            self._set_gate(_OPEN)
-        elif flow.gate == _CLOSING:
-            self.ac_in_buffer = b''
-            if self.connected and self._nobody_could_tell():
-                self.initiate_send()  # asynchat would close at the loop's next turn
-
-    def _cut(self, unread, start, terminator):
-        """Tell where the next piece ends, whether it is whole, and where the rest begins."""
-        length = len(unread)
-        if not terminator:
-            return length, False, length
-        if isinstance(terminator, int):
-            if terminator < 0:
-                raise ValueError('the terminator is negative: %d' % terminator)
-            end = min(start + terminator, length)
-            self.terminator = start + terminator - end
-            return end, not self.terminator, end
-        if (terminator == _END_OF_DATA and not self._flow.is_mid_block
-                and unread.startswith(b'.', start)):
-            # The line end of the DATA command, and a dot: this may be an empty message.
-            if unread.startswith(b'.\r\n', start):
-                return start, True, start + 3
-            if b'.\r\n'.startswith(unread[start:]):
-                return start, False, start
-        # rfind() is several times as fast as find(), and there is seldom more than one.
-        end = unread.rfind(terminator, start)
-        if end >= 0:
-            if unread.rfind(terminator, start, end + len(terminator) - 1) >= 0:
-                end = unread.find(terminator, start)
-            return end, True, end + len(terminator)
-        end = max(start, length - asynchat.find_prefix_at_end(unread, terminator))
-        return end, False, end
-
-    # ------------------------------------------------------------------
-    # Output
-    # ------------------------------------------------------------------
-
-    def initiate_send(self):
-        flow = self._flow
-        flow.has_replied = True
-        lock = _send_lock  # a program's send() may fork(), and a child has another
-        lock.acquire()  # in fewer steps than `with`
-        try:
-            super().initiate_send()
-            if self.producer_fifo:
-                if flow.gate <= _IDLE and self._has_backlog():
-                    self._set_gate(_PAUSED)
-                else:
-                    self._tell_watcher()
-        finally:
-            lock.release()
-
-    def _send_held_replies(self):
-        flow = self._flow
-        flow.holds_replies = False
-        with _send_lock:
-            _join_bytes(self.producer_fifo)
-        has_replied = flow.has_replied
-        self.initiate_send()
-        flow.has_replied = has_replied  # these replies are to earlier input
-
-    def _may_hold_replies(self):
-        return not self.producer_fifo and self._nobody_could_tell()
-
-    def _nobody_could_tell(self):
-        """Whether none of the program's code is called between our own commands."""
-        try:
-            return (_overrides_only_commands(type(self))
-                    and asynchat.async_chat.push is _ASYNCHAT_PUSH
-                    and _methods_between_commands(self) == _METHODS_BETWEEN_COMMANDS)
-        except AttributeError:  # a plain function, set on the instance
-            return False
-
-    def _has_backlog(self):
-        """Whether so much waits to be sent that no further command is executed."""
-        limit = self.unsent_reply_limit
-        if limit is None:
-            return False
-        waiting = tuple(self.producer_fifo)
-        return len(waiting) > _MOST_HELD or limit < sum(
-            len(piece) for piece in waiting if isinstance(piece, bytes))
-
-    def writable(self):
-        return _OPEN < self._flow.gate < _BUSY or super().writable()
-
-    def handle_write_event(self):
-        if not self.connected:  # nothing can be sent, and writable() would be true for ever
-            if self._fileno is not None:  # not closed meanwhile
-                self.close()
-            return
-        flow = self._flow
-        reads_replies = bool(self.producer_fifo)
-        has_replied = flow.has_replied
-        super().handle_write_event()
-        flow.has_replied = has_replied  # these replies are to earlier input
-        if reads_replies:
-            flow.last_sign_of_life = time.monotonic()
-        if flow.gate == _IDLE and not reads_replies:
-            self._end_idle_session()
-        elif flow.gate == _IDLE or flow.gate == _PAUSED and not self._has_backlog():
-            self._set_gate(_OPEN)
-            self._process_input()
-
-    # ------------------------------------------------------------------
-    # The end
-    # ------------------------------------------------------------------
-
-    def close_when_done(self):
-        """Close after all replies are sent; further input is not executed."""
-        super().close_when_done()
-        self._set_gate(_CLOSING)
-
-    def close(self):
-        """Close now: pending input and output are dropped."""
-        super().close()
-        self.ac_in_buffer = b''
-        self._flow.holds_replies = False
-        self._set_gate(_CLOSING)
-
-    def handle_expt(self):
-        """Discard an out-of-band byte: left unread, it would make select() spin."""
-        with contextlib.suppress(OSError, ValueError):  # ValueError: TLS has none
-            self.socket.recv(1, _OUT_OF_BAND)
-
-    # Faults
+        A mixin's log_info() is called instead, and so is one that was patched into asyncore.
+        """
+        inherited = super().log_info
+        if getattr(inherited, '__func__', None) is not _ASYNCORES_LOG_INFO:
+            inherited(message, type)
+        elif type not in self.ignore_log_types:
+            _write_to_stderr('%s: %s\n' % (type, message))
 
     def handle_error(self):
-        """Write the traceback to the log; then close, unless 451 was sent."""
-        if super().handle_error.__func__ is not _ASYNCORE_HANDLE_ERROR:
-            super().handle_error()
+        """Write the traceback to the log; a channel then replies 451, or closes."""
+        inherited = super().handle_error
+        if inherited.__func__ is not _ASYNCORES_HANDLE_ERROR:
+            inherited()
             return
         _log_exception(self)
-        error = sys.exc_info()[1]
-        if error is None or not vars(error).pop(_ANSWERED, False):
-            self.handle_close()
+        self._end_fault()
 
-    def _end_with_fault(self, error):
-        if isinstance(error, _ENDS_OF_THE_LOOP):
-            raise error
-        try:
-            self.handle_error()
-        finally:
-            self.close()
+    def _end_fault(self):
+        """Go on after a fault that has been written to the log."""
 
-    def _answer_fault(self, error):
-        """Tell the client about a fault in a hook, once; not if handle_error() is overridden."""
-        if self._flow.unread_input and self._flow.gate <= _IDLE:
-            self._set_gate(_PAUSED)  # handle_error() comes first
-        if self._flow.has_replied or not self.connected or not self._handles_errors_itself():
-            return
-        self.push('451 Internal confusion')
-        if self._flow.is_mid_block:  # the rest of it would be taken for commands
-            self.close_when_done()
-        vars(error)[_ANSWERED] = True  # not setattr(): the exception may be a frozen dataclass
+    def close(self):
+        loop = self._loop_elsewhere()
+        if loop is not None:
+            loop.take_over(self)
+        super().close()
 
-    def _handles_errors_itself(self):
-        return (getattr(self.handle_error, '__func__', None) is _Transport.handle_error
-                and super().handle_error.__func__ is _ASYNCORE_HANDLE_ERROR)
+    def del_channel(self, map=None):
+        if self._selector_of_this is not None:
+            self._selector_of_this.discard(self)
+        with contextlib.suppress(KeyError):  # another thread has closed it at the same moment
+            super().del_channel(map)
 
-    log_info = _log_info
+    def _loop_elsewhere(self):
+        """The _LoopThread that may be waiting for this, if it is another thread; or None."""
+        return None
 
-    # Idle sessions
-
-    def _look_for_idleness(self, now):
-        limit = self.idle_timeout_seconds
-        self._flow.next_look_for_idleness = now + min(limit or 1, 1)
-        if limit is None or now - self._flow.last_sign_of_life < limit or self._flow.gate == _BUSY:
-            return
-        # The loop is collecting descriptors: nothing here may raise, or close one.
-        with contextlib.suppress(OSError, ValueError, LookupError, AttributeError):
-            if self._flow.gate == _OPEN:
-                # handle_write_event() says goodbye: asyncore reads before it writes, so
-                # what the client has sent meanwhile comes first.
-                self._flow.last_sign_of_life = now - limit + 1  # it has a second
-                self._set_gate(_IDLE)
-            else:  # the client does not even read
-                self.socket.shutdown(_SHUT_BOTH)
-
-    def _end_idle_session(self):
-        self.push('421 Error: timeout exceeded')
-        self.close_when_done()
-        self.initiate_send()
+    def _may_shut_down(self):
+        """Whether no other process uses the socket: shutdown() would end it for all."""
+        return True
 
 
-# As they are before a program patches them.
-_ASYNCORE_HANDLE_ERROR = asyncore.dispatcher.handle_error
-_ASYNCHAT_HANDLE_READ = asynchat.async_chat.handle_read
-_ASYNCHAT_PUSH = asynchat.async_chat.push
+class _LoopThread:
+    """A thread that runs the loop: it alone may close what it may be waiting for.
+
+    It is kept by the thread itself and referred to weakly, so it lives as long as the thread.
+    """
+
+    def __init__(self):
+        self.reference = weakref.ref(self)
+        self._leftovers = set()
+
+    def take_over(self, owner):
+        """Close a dispatcher's socket at the loop's next turn, and wake the loop."""
+        if owner._fileno is not None and isinstance(owner.socket, _socket_type):
+            leftover = _Leftover(owner, self._leftovers)
+            if owner._may_shut_down():
+                leftover.shut_down()
+
+    def add(self, dispatcher):
+        self._leftovers.add(dispatcher)
+
+    def close_leftovers(self):
+        for each in list(self._leftovers):
+            each.close()
+
+    __del__ = close_leftovers
 
 
-def _join_bytes(queue):
-    """Join pieces of the queue that follow each other, so that one send() takes them."""
-    pieces = [queue.popleft() for _ in range(len(queue))]  # another thread may append meanwhile
-    joined = []
-    for kind, run in itertools.groupby(pieces, type):
-        if kind is bytes:
-            joined.append(b''.join(run))
+class _Leftover(_Dispatcher, asyncore.dispatcher):
+    """The socket of a dispatcher that another thread has closed."""
+
+    def __init__(self, owner, leftovers):
+        asyncore.dispatcher.__init__(self, map=owner._map)
+        theirs = owner.socket
+        self.socket = _socket_type(theirs.family, theirs.type, theirs.proto, theirs.detach())
+        self._leftovers = leftovers
+        self._was_listening = owner.accepting
+        leftovers.add(self)  # the map may be cleared, as asyncore.close_all() does
+        self._fileno, owner._fileno = owner._fileno, None
+        self._selector_of_this, owner._selector_of_this = owner._selector_of_this, None
+        if self._selector_of_this is None:
+            self.add_channel()
         else:
-            joined.extend(run)
-    queue.extendleft(reversed(joined))
+            self._selector_of_this.add(self)
+
+    def shut_down(self):
+        """Wake the loop, which close() would not."""
+        try:
+            self.socket.shutdown(_SHUT_BOTH)
+        except OSError:
+            if self._was_listening:  # macOS
+                self.close()
+
+    def readable(self):
+        if self._selector_of_this is None:
+            self.close()  # nothing else in this turn of the loop waits for the descriptor
+            return False
+        return True
+
+    def writable(self):
+        return False
+
+    def handle_read_event(self):
+        self.close()
+
+    def close(self):
+        self._leftovers.discard(self)
+        super().close()
 
 
-@functools.lru_cache(maxsize=64)
-def _overrides_only_commands(channel_class):
-    """Whether a channel class overrides nothing but commands and limits."""
-    ours = {SMTPChannel, *SMTPChannel.__mro__}
-    theirs = set().union(*(vars(base) for base in channel_class.__mro__ if base not in ours))
-    return not any(name in _NAMES_OF_A_CHANNEL and not name.startswith('smtp_')
-                   for name in theirs)
+_this_thread = threading.local()
+
+
+def _this_loop_thread():
+    try:
+        return _this_thread.loop
+    except AttributeError:
+        _this_thread.loop = loop = _LoopThread()
+        return loop
+
+
+# ---------------------------------------------------------------------------
+# Waiting
+# ---------------------------------------------------------------------------
+
+# What is waited for is a function start(resume).  It either raises, or returns and later, in
+# the loop's thread, calls resume(outcome) once; outcome() returns or raises what came of it.
+# A step that waits in the middle is a generator that yields such functions.
+
+def _give(result):
+    return result
+
+
+_nothing = functools.partial(_give, None)
+
+
+def _throw(error):
+    raise error
+
+
+def _advance(steps, resume, outcome=_nothing):
+    """Let a generator go on with an outcome, to its next wait, or to its end and resume()."""
+    while True:
+        try:
+            try:
+                value = outcome()
+            except BaseException as error:
+                start = steps.throw(error)
+            else:
+                start = steps.send(value)
+        except StopIteration as end:
+            return resume(functools.partial(_give, end.value))
+        except BaseException as error:
+            return resume(functools.partial(_throw, error))
+        try:
+            return start(functools.partial(_advance, steps, resume))
+        except Exception as error:
+            outcome = functools.partial(_throw, error)
+
+
+# What a channel waits for, before it takes more of the input:
+_NEXT_TURN = 'the next turn of the loop'
+_REPLIES_SENT = 'the client, which has to read its replies'
+_GOODBYE = 'the goodbye to an idle client'  # input that comes before it is taken
+# or the resume() of what it has begun.
 
 
 # ---------------------------------------------------------------------------
 # The channel: the dialogue with one client
 # ---------------------------------------------------------------------------
+
+_END_OF_LINE = b'\r\n'
+_END_OF_DATA = b'\r\n.\r\n'
+_START_OF_DATA = bytes(bytearray(_END_OF_DATA))  # equal to the other, but not the same
+_EMPTY_MESSAGE = b'.\r\n'
+
+_MOST_UNSENT = 500  # replies that wait for a client that does not read
 
 # Finds a line that begins with a dot, or a CR without LF; nearly all data has neither.  It
 # is fast because Python looks for one octet many times faster than for two or three.
@@ -773,7 +513,11 @@ def _renamed(old, new):
     return property(read, write)
 
 
-class SMTPChannel(_Transport):
+def _standard_limit():
+    return 512
+
+
+class SMTPChannel(_Dispatcher, asynchat.async_chat):
     """The dialogue with one client (RFC 5321).
 
     A server calls its `channel_class` with these seven arguments, all positional.
@@ -805,7 +549,7 @@ class SMTPChannel(_Transport):
     mail_options          the list of the parameters of MAIL, in upper case
     rcpt_options          the same for RCPT: always empty
     require_SMTPUTF8      true if MAIL had the parameter SMTPUTF8
-    received_data         the last message, until the session's next command
+    received_data         the last message, until the next DATA command
     data_size_limit       the argument; may be set
     enable_SMTPUTF8       the argument; may be set
 
@@ -825,37 +569,65 @@ class SMTPChannel(_Transport):
     COMMAND               smtp_state while commands are read
     DATA                  smtp_state while a message is read
     """
-
     COMMAND = 0
     DATA = 1
 
     command_size_limit = 512  # RFC 5321, 4.5.3.1.4
-    command_size_limits = collections.defaultdict(lambda: 512)  # by verb; each channel has its own
+    command_size_limits = collections.defaultdict(_standard_limit)  # by verb; of each channel
     idle_timeout_seconds = 300  # RFC 5321, 4.5.3.2.7
     recipient_limit = 1000  # Postfix: smtpd_recipient_limit
     error_limit = 100  # as Postfix's smtpd_hard_error_limit (20), but kinder to test suites
     unsent_reply_limit = 65536  # one read's worth
 
+    # The session.  Attributes are set only where they differ from the class: CPython is
+    # faster with objects that have fewer than 30.
+    smtp_server = None
+    conn = None
+    peer = None
+    fqdn = ''
     data_size_limit = DATA_SIZE_DEFAULT
     enable_SMTPUTF8 = False
-    require_SMTPUTF8 = False  # asked for in MAIL
+    extended_smtp = False  # EHLO, not HELO
+    seen_greeting = ''  # what the client called itself
+    terminator = _END_OF_LINE
+    use_encoding = True  # asynchat's: a terminator may be text, as in Python 2's programs
 
-    _decode_data = False  # received_lines and messages are text
+    # The transaction: see _begin_transaction().
+    smtp_state = COMMAND
+    mailfrom = None
+    rcpttos = ()
+    mail_options = ()
+    rcpt_options = ()
+    require_SMTPUTF8 = False  # asked for in MAIL
+    received_data = ''  # the last message, until the next DATA
+    received_lines = ()  # pieces of the current line, or of data
+    num_bytes = 0  # octets of the current line, or of data, even over the limit
 
     # str or bytes, as received_lines is; copies of the old found_terminator() use these.
+    _decode_data = False
     _emptystring = b''
     _linesep = b'\r\n'
     _dotsep = ord(b'.')  # what data[0] gives
     _newline = b'\n'
 
+    # Private.
+    _message = None  # as far as it has come, where no hook of the program's collects it
+    _errors = 0  # 5yz replies since the last message
+    _is_unanswered = False  # a command or message is being executed, without a reply so far
+    _waits_for = None  # _NEXT_TURN, _REPLIES_SENT, _GOODBYE, or the resume() of a step
+    _unread = b''  # input that comes after the wait
+    _last_sign_of_life = None  # of the client, on the monotonic clock
+    _is_corked = False  # the kernel keeps replies until more come
+    _sending = threading.RLock()  # one thread at a time sends; each channel has its own
+    _relay = None  # takes the steps of this session to a proxy's upstream
+
     def __init__(self, server, conn, addr, data_size_limit=DATA_SIZE_DEFAULT,
                  map=None, enable_SMTPUTF8=False, decode_data=False):
         _check_modes(enable_SMTPUTF8, decode_data)
         if self.smtp_server is not None:  # a second call
-            self._begin_anew()
+            self._forget_session()
         self.smtp_server = server
         self.conn = conn
-        # Not set where the class says the same: _Flow tells why attributes are few.
         if self.data_size_limit != data_size_limit:
             self.data_size_limit = data_size_limit
         if self.enable_SMTPUTF8 != enable_SMTPUTF8:
@@ -865,34 +637,30 @@ class SMTPChannel(_Transport):
         if isinstance(self._emptystring, str) != bool(decode_data):
             self._emptystring, self._linesep, self._dotsep, self._newline = (
                 ('', '\r\n', '.', NEWLINE) if decode_data else (b'', b'\r\n', ord(b'.'), b'\n'))
+        self.command_size_limits = type(self).command_size_limits.copy()
+        self.received_lines = []
+        self._begin_transaction()
+        self._last_sign_of_life = time.monotonic()
+        self._sending = threading.RLock()
         with contextlib.suppress(OSError, AttributeError):  # AF_UNIX; a stub
             conn.setsockopt(*_NO_DELAY)
         asynchat.async_chat.__init__(self, conn, map)
+        peer, self.addr = self.addr, addr
         if not self.connected:  # gone already: getpeername() failed
             self.close()
             return
-        peer, self.addr = self.addr, addr
         self._set_rset_state()
         self.fqdn = server._own_name() if _is_server(server) else _getfqdn()
         self.peer = peer
         _debug('Peer: %r', self.peer)
         # Sent now: TLS subclasses call async_chat.__init__() next, which drops what is queued.
         self.push('220 %s %s' % (self.fqdn, __version__))
+        self._tell_selector()
 
-    def _begin_anew(self):
-        """Set the state of a new connection."""
-        super()._begin_anew()
-        self.smtp_server = None
-        self.conn = None
-        self.peer = None
-        self.fqdn = ''
-        self.command_size_limits = type(self).command_size_limits.copy()
-        self.extended_smtp = False  # EHLO, not HELO
-        self.seen_greeting = ''  # what the client called itself
-        self.received_data = ''  # the last message, until the next command
-        self.received_lines = []  # pieces of the current line, or of data
-        self.terminator = _END_OF_LINE
-        self._begin_transaction()
+    def _forget_session(self):
+        """Give the state of a session its defaults again."""
+        for name in _STATE_OF_A_SESSION:
+            vars(self).pop(name, None)
 
     def _begin_transaction(self):
         """Set the state that RSET and the end of the data return to."""
@@ -903,8 +671,8 @@ class SMTPChannel(_Transport):
         self.rcpt_options = []
         if self.require_SMTPUTF8:
             self.require_SMTPUTF8 = False
-        self.num_bytes = 0  # octets of the current line, or of data, even over the limit
-        self._flow.message_under_way = None
+        self.num_bytes = 0
+        self._message = None
 
     def _set_post_data_state(self):
         """Forget the transaction, but not the message (RFC 5321, 4.1.1.4)."""
@@ -918,23 +686,189 @@ class SMTPChannel(_Transport):
         self.received_lines = []
 
     # ------------------------------------------------------------------
-    # From the transport: pieces and blocks of input, replies
+    # Waiting: a channel on hold reads nothing; what it has read already comes later
     # ------------------------------------------------------------------
+
+    def _hold(self, waits_for):
+        """Put the unread input aside, which ends asynchat's loop, until _resume()."""
+        self._unread = self.ac_in_buffer + self._unread
+        self.ac_in_buffer = b''
+        self._waits_for = waits_for
+        self._tell_selector()
+
+    def _resume(self):
+        self._waits_for = None
+        if self._unread:
+            self.handle_read()  # recv() has it
+
+    def _wait(self, start, go_on):
+        """Call start(resume), hold the input until it calls back, then go_on(outcome)."""
+        outcomes = []
+
+        def resume(outcome):
+            if self._waits_for is resume:
+                self._come_back(go_on, outcome)
+            else:  # it did not have to wait
+                outcomes.append(outcome)
+
+        try:
+            start(resume)
+        except Exception as error:
+            outcomes.append(functools.partial(_throw, error))
+        if outcomes:
+            go_on(outcomes[0])
+        else:
+            self._hold(resume)
+            if self._is_corked:
+                self._cork(False)
+
+    def _come_back(self, go_on, outcome):
+        self._waits_for = _NEXT_TURN if self._unread else None
+        self._last_sign_of_life = time.monotonic()
+        try:
+            go_on(outcome)
+            self._is_unanswered = False
+        except _ENDS_OF_THE_LOOP:
+            raise
+        except BaseException:
+            self.handle_error()
+        self._tell_selector()
+
+    def recv(self, buffer_size):
+        """Return what was put aside, or else what the client has sent."""
+        if self._unread:
+            octets, self._unread = self._unread, b''
+            return octets
+        if (self.producer_fifo and self._waits_for is not _REPLIES_SENT
+                and self._client_has_ended()):
+            # asyncore's recv() would close at once, and the client not get its replies.
+            self._hold(_REPLIES_SENT)
+            raise BlockingIOError
+        octets = super().recv(buffer_size)
+        if self._waits_for is _GOODBYE:
+            self._waits_for = None
+        return octets
+
+    def _client_has_ended(self):
+        with contextlib.suppress(OSError, TypeError, ValueError):  # ValueError: TLS cannot peek
+            return self.socket.recv(1, _PEEK) == b''
+        return False
+
+    def readable(self):
+        self._look_for_idleness()
+        return ((self._waits_for is None or self._waits_for is _GOODBYE)
+                and not (self.producer_fifo and self._must_send_first()) and super().readable())
+
+    def _must_send_first(self):
+        """Whether nothing is executed before the client reads its replies, or at all."""
+        limit = self.unsent_reply_limit
+        if limit is not None and len(self.producer_fifo) > _MOST_UNSENT:
+            return True
+        waiting = tuple(self.producer_fifo)  # another thread may push meanwhile
+        return None in waiting or limit is not None and limit < sum(
+            len(piece) for piece in waiting if isinstance(piece, bytes))
+
+    def writable(self):
+        return self._waits_for in (_NEXT_TURN, _REPLIES_SENT, _GOODBYE) or super().writable()
+
+    def handle_read(self):
+        try:
+            super().handle_read()
+        finally:
+            self._last_sign_of_life = time.monotonic()  # not before: a handler may take its time
+        if self.producer_fifo and self.producer_fifo[0] is None:
+            self.handle_write()  # asynchat would close at the loop's next turn
+        self._tell_selector()
+
+    def handle_write(self):
+        if not self.connected:  # nothing can be sent, and writable() would be true for ever
+            if self._fileno is not None:  # not closed meanwhile
+                self.close()
+            return
+        if self.producer_fifo:
+            self._last_sign_of_life = time.monotonic()
+            is_unanswered = self._is_unanswered
+            super().handle_write()
+            self._is_unanswered = is_unanswered  # what was sent are replies to earlier input
+        elif self._waits_for is _GOODBYE:
+            self.push('421 Error: timeout exceeded')
+            self.close_when_done()
+            self.initiate_send()
+        if (self._waits_for is _NEXT_TURN
+                or self._waits_for is _REPLIES_SENT and not self.producer_fifo):
+            self._resume()
+        self._tell_selector()
+
+    def _look_for_idleness(self):
+        """Mark a session that was idle for too long, so that the loop's next turn ends it."""
+        limit = self.idle_timeout_seconds
+        if self._last_sign_of_life is None:
+            self._last_sign_of_life = time.monotonic()
+        if limit is None or time.monotonic() - self._last_sign_of_life < limit:
+            return
+        # The loop is collecting descriptors: nothing here may raise, or close one.
+        if callable(self._waits_for):  # for us, not for the client
+            return
+        self._last_sign_of_life = time.monotonic() - limit + 1  # it has a second
+        if self.producer_fifo or self._waits_for is not None:  # it does not even read
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                self.socket.shutdown(_SHUT_BOTH)
+        else:
+            self._waits_for = _GOODBYE
+
+    def _tell_selector(self):
+        """Call this when the answer of readable() or writable() may have changed."""
+        if self._selector_of_this is not None:
+            self._selector_of_this.watch(self)
+
+    # ------------------------------------------------------------------
+    # asynchat's hooks: input, output, faults, the end
+    # ------------------------------------------------------------------
+
+    def get_terminator(self):
+        terminator = super().get_terminator()
+        if terminator is _START_OF_DATA:
+            # The line end of the DATA command, and a dot: this may be an empty message.
+            if _EMPTY_MESSAGE.startswith(self.ac_in_buffer[:len(_EMPTY_MESSAGE)]):
+                return _EMPTY_MESSAGE
+            self.terminator = _END_OF_DATA
+        return terminator
+
+    def set_terminator(self, term):
+        super().set_terminator(_START_OF_DATA if term == _END_OF_DATA else term)
 
     def collect_incoming_data(self, data):
         """Keep a piece of the current line or of data (asynchat's hook)."""
         limit = None
         octets = len(data)
         if self.smtp_state == self.COMMAND:
-            limit = self.max_command_size_limit
+            limit = self.command_size_limit
+            if octets > limit or self.num_bytes:
+                limit = self.max_command_size_limit
         elif self.smtp_state == self.DATA:
+            self._ask_for_the_rest(octets)
+            if self._collects_messages():
+                self._add_to_message(data)
+                return
             limit = self.data_size_limit
             octets -= data.count(b'\r\n.')  # RFC 1870 does not count doubled dots
         if limit:
             if self.num_bytes > limit:
                 return
             self.num_bytes += octets
-        self.received_lines.append(self._decode_piece(data) if self._decode_data else data)
+        piece = self._decode_piece(data) if self._decode_data else data
+        if self.received_lines:
+            self.received_lines.append(piece)
+        else:
+            self.received_lines = [piece]
+
+    def _ask_for_the_rest(self, octets):
+        """Acknowledge a piece of data without its end at once, where the system can."""
+        # Nagle's algorithm may keep the rest of the message waiting for our ACK.
+        if (_QUICK_ACK and octets < self.ac_in_buffer_size
+                and len(self.ac_in_buffer) < octets + len(_END_OF_DATA)):
+            with contextlib.suppress(OSError, AttributeError):
+                self.socket.setsockopt(*_QUICK_ACK)
 
     def _decode_piece(self, octets):
         """Decode a piece, with the beginning of a character that the last piece cut off."""
@@ -947,51 +881,29 @@ class SMTPChannel(_Transport):
     def found_terminator(self):
         """Execute the collected command, or end the collected data (asynchat's hook)."""
         pieces, self.received_lines = self.received_lines, []
-        octets, self.num_bytes = self.num_bytes, 0
         if not isinstance(DEBUGSTREAM, Devnull):
             _debug('Data: %r', self._emptystring.join(pieces))
-        if self.smtp_state == self.COMMAND:
-            line = b''.join(map(_as_octets, pieces))
-            if self.terminator == b'\n':  # set by a program that also takes bare LF
-                line = line.rstrip(b'\r')
-            self._execute_line(line, octets)
-        elif self.smtp_state == self.DATA:
-            self._end_data(b'', pieces, octets)
-        else:
-            self.push('451 Internal confusion')
-
-    def _goes_past_hooks(self):
-        """Whether the next piece may bypass asynchat's hooks: nobody would notice."""
-        if self._flow.is_mid_block:
-            return self._flow.message_under_way is not None
+        self._is_unanswered = True
         try:
-            return (not self.received_lines
-                    and self.found_terminator.__func__ is _FOUND_TERMINATOR
-                    and self.collect_incoming_data.__func__ is _COLLECT_INCOMING_DATA
-                    and isinstance(DEBUGSTREAM, Devnull))
-        except AttributeError:  # a plain function, set on the instance
-            return False
-
-    def _take_piece(self, octets):
-        """Take a piece past collect_incoming_data()."""
-        if (self.smtp_state != self.DATA  # a get_terminator() may look at what has come so far
-                or getattr(self.get_terminator, '__func__', None) is not _GET_TERMINATOR):
-            self.collect_incoming_data(octets)
-            return
-        self._add_to_message(octets)
-        if _QUICK_ACK and len(octets) < self.ac_in_buffer_size:
-            # Nagle's algorithm may keep the rest of the message waiting for our ACK.
-            with contextlib.suppress(OSError, AttributeError):
-                self.socket.setsockopt(*_QUICK_ACK)
-
-    def _take_block(self, octets):
-        """Take a whole line or message past both hooks."""
-        if self.smtp_state == self.COMMAND:
-            self._execute_line(octets, len(octets))
-        elif self.smtp_state == self.DATA:
-            self._end_data(octets)
-        else:
-            self.push('451 Internal confusion')
+            if self.smtp_state == self.COMMAND:
+                octets, self.num_bytes = self.num_bytes, 0
+                line = _as_octets(pieces[0]) if len(pieces) == 1 else b''.join(
+                    map(_as_octets, pieces))
+                if self.terminator == b'\n':  # set by a program that also takes bare LF
+                    line = line.rstrip(b'\r')
+                self._execute_line(line, octets)
+            elif self.smtp_state == self.DATA:
+                self._end_data(pieces)
+            else:
+                self.push('451 Internal confusion')
+        except BaseException as error:
+            if isinstance(error, _ENDS_OF_THE_LOOP):
+                self._is_unanswered = False
+            raise
+        if not callable(self._waits_for):
+            self._is_unanswered = False
+            if self.producer_fifo and self.ac_in_buffer and self._must_send_first():
+                self._hold(_REPLIES_SENT)
 
     def push(self, msg):
         """Send one line of a reply; CRLF is added.  Every reply passes through this method.
@@ -1001,49 +913,84 @@ class SMTPChannel(_Transport):
         """
         if isinstance(msg, str):
             msg = msg.encode('utf-8' if self.require_SMTPUTF8 else 'ascii', 'replace')
-        flow = self._flow
-        if flow.holds_replies:
-            flow.has_replied = True
-            self.producer_fifo.append(msg + _END_OF_LINE)
-            if not flow.holds_replies:  # the loop's thread has just sent them, and this is another
-                self.initiate_send()
-        else:
-            asynchat.async_chat.push(self, msg + _END_OF_LINE)
+        asynchat.async_chat.push(self, msg + _END_OF_LINE)
         if msg[:1] == b'5' and msg[3:4] != b'-':
             self._count_error()
 
     def _count_error(self):
-        self._flow.errors_since_message += 1
-        if (self.error_limit is not None and self._flow.errors_since_message >= self.error_limit
-                and self._flow.gate != _CLOSING):
+        self._errors += 1
+        if (self.error_limit is not None and self._errors >= self.error_limit
+                and self.connected and None not in self.producer_fifo):
             self.push('421 Error: too many errors')
             self.close_when_done()
 
+    def initiate_send(self):
+        self._is_unanswered = False
+        with self._sending:
+            super().initiate_send()
+        if self.producer_fifo:
+            self._tell_selector()
+
+    def send(self, data):
+        unread = self.ac_in_buffer
+        more_follows = len(self.producer_fifo) == 1 and (data[3:4] == b'-' or (
+            self.smtp_state == self.COMMAND and isinstance(unread, bytes) and b'\r\n' in unread))
+        if more_follows and not self._is_corked:
+            self._cork(True)
+        sent = super().send(data)
+        if self._is_corked and not (more_follows and sent):  # or the kernel is full
+            self._cork(False)
+        return sent
+
+    def _cork(self, is_corked):
+        """Let the kernel keep replies, to join them with the next, or let it send them."""
+        if _CORK:
+            with contextlib.suppress(OSError, AttributeError):
+                self.socket.setsockopt(*_CORK, is_corked)
+                self._is_corked = is_corked
+
+    def _end_fault(self):
+        """Reply 451 to a command or message that has no reply yet; otherwise close."""
+        if self._is_unanswered and self.connected:
+            try:
+                self.push('451 Internal confusion')
+                if self.ac_in_buffer:
+                    self._hold(_NEXT_TURN)
+                return
+            except _ENDS_OF_THE_LOOP:
+                raise
+            except BaseException:
+                _log_exception(self)
+        self.handle_close()
+
+    def handle_expt(self):
+        """Discard an out-of-band byte: left unread, it would make select() spin."""
+        with contextlib.suppress(OSError, ValueError):  # ValueError: TLS has none
+            self.socket.recv(1, _OUT_OF_BAND)
+
+    def close_when_done(self):
+        """Close after all replies are sent; further input is not executed."""
+        super().close_when_done()
+        self.ac_in_buffer = self._unread = b''
+
     def add_channel(self, map=None):
         server = self.smtp_server
-        with _lock:  # a selector may close if it has no channels
-            if _is_server(server) and server._takes_into_selector(self, map):
-                self._flow.watcher = server._selector_of_channels
-                self._flow.watcher.add(self)
-                return
-        super().add_channel(map)
+        if _is_server(server) and server._takes_into_selector(self, map):
+            self._selector_of_this = server._selector_of_channels
+            self._selector_of_this.add(self)
+        else:
+            super().add_channel(map)
 
-    def del_channel(self, map=None):
-        with _lock:  # another thread may close it at the same moment
-            watcher, self._flow.watcher = self._flow.watcher, None
-            if watcher is not None:
-                watcher.discard(self)
-            super().del_channel(map)
+    def _loop_elsewhere(self):
+        server = self.smtp_server
+        return server._loop_elsewhere() if _is_server(server) else None
 
     def close(self):
-        if _is_server(self.smtp_server):
-            with _lock:
-                self.smtp_server._leave_to_loop(self, self._flow.watcher)
-        try:
-            super().close()
-        finally:
-            if self._flow.relay is not None:
-                self._flow.relay.end()
+        """Close now: pending input and output are dropped."""
+        super().close()
+        self.ac_in_buffer = self._unread = b''
+        if self._relay is not None:
+            self._relay.end()
 
     # ------------------------------------------------------------------
     # A command line
@@ -1059,22 +1006,21 @@ class SMTPChannel(_Transport):
         if verb is None:
             self.push('500 Error: bad syntax')
             return
-        if self.received_data:
-            self.received_data = ''  # it may be large
+        method = getattr(self, method_name, None)
         if self.extended_smtp:
-            limit = self.command_size_limits.get(verb, limit)
+            limit = self._limit_after_ehlo(verb, method)
         if octets > limit:
             self.push('500 Error: line too long')
-            return
-        method = getattr(self, method_name, None)
-        if method is None:
+        elif method is None:
             self.push('500 Error: command "%s" not recognized' % _printable(verb))
-            return
-        if self._flow.holds_replies and getattr(method, '__func__', None) not in _COMMANDS:
-            self._send_held_replies()  # a program's own command may send something itself
-            if self._flow.gate == _CLOSING:
-                return
-        method(argument)
+        else:
+            method(argument)
+
+    def _limit_after_ehlo(self, verb, method):
+        limits = self.command_size_limits
+        if method is None or getattr(limits, 'default_factory', None) in (None, _standard_limit):
+            return limits.get(verb, self.command_size_limit)
+        return limits[verb]  # a program's own default; not for any verb, since it is kept
 
     @property
     def max_command_size_limit(self):
@@ -1085,67 +1031,73 @@ class SMTPChannel(_Transport):
     # The data of a message
     # ------------------------------------------------------------------
 
+    def _collects_messages(self):
+        """Whether no hook is the program's, which may look at the data as they came."""
+        if self._message is not None or self.received_lines:
+            return self._message is not None  # it goes on as it began
+        return (getattr(self.found_terminator, '__func__', None) is _FOUND_TERMINATOR
+                and getattr(self.collect_incoming_data, '__func__', None) is _COLLECT
+                and getattr(self.get_terminator, '__func__', None) is _GET_TERMINATOR
+                and self.terminator is _END_OF_DATA  # or a piece may end within CRLF
+                and isinstance(DEBUGSTREAM, Devnull))
+
     def _add_to_message(self, octets):
         """Take a piece of data as it came over the wire; drop it if the message is too large."""
-        message = self._flow.message_under_way
+        message = self._message
         if message is None and octets[:1] == b'.':
             octets = octets[1:]
         size, text = _unstuff(octets)
         self.num_bytes += size
         if self.data_size_limit and self.num_bytes > self.data_size_limit:
-            self._flow.message_under_way = b''
+            self._message = b''
         elif message is None:
-            self._flow.message_under_way = text
+            self._message = text
         else:
             if not isinstance(message, io.BytesIO):
-                self._flow.message_under_way = message = _appendable(message)
+                self._message = message = _appendable(message)
             message.write(text)
 
-    def _add_all_but_the_last(self, pieces):
-        """The same for collected pieces, which may be cut anywhere; returns what is left."""
-        pieces.reverse()  # so that each can be let go: there may be many
-        octets = _as_octets(pieces.pop())
-        while pieces:  # the next one may begin within CRLF or CRLF-dot
-            end = len(octets) - asynchat.find_prefix_at_end(octets, _END_OF_DATA)
-            if end:
-                self._add_to_message(octets[:end])
-            octets = octets[end:] + _as_octets(pieces.pop())
-        return octets
-
-    def _end_data(self, octets, collected=(), octets_received=0):
-        """Handle the message that these octets, or what hooks have collected, end."""
+    def _end_data(self, pieces):
+        """Handle the message that has been collected."""
         try:
-            if collected:
-                octets = self._add_all_but_the_last(collected)
-            self._add_to_message(octets)
-            if self.data_size_limit and octets_received > self.data_size_limit:
-                self.num_bytes = octets_received  # some were dropped
-            self._handle_message()
+            size, limit = self.num_bytes, self.data_size_limit
+            if pieces and not (limit and size > limit):
+                self.num_bytes = 0
+                self._add_to_message(b''.join(map(_as_octets, pieces)))
+                size = self.num_bytes
+            if size:
+                size += len(_END_OF_LINE)  # RFC 1870 counts the last one, too
+            if limit and size > limit:
+                self._set_post_data_state()
+                self.push('552 Error: Too much mail data')
+                return
+            self._handle_message(self._take_message())
         except BaseException:  # what follows is a command, whatever happened
             self._drop_data()
             raise
 
-    def _handle_message(self):
-        # RFC 1870 also counts the last line end, which went with the terminator.
-        size = self.num_bytes + len(_END_OF_LINE) if self.num_bytes else 0
-        if self.data_size_limit and size > self.data_size_limit:
-            self._set_post_data_state()
-            self.push('552 Error: Too much mail data')
-            return
-        message = self._flow.message_under_way
-        message = message.getvalue() if isinstance(message, io.BytesIO) else bytes(message)
-        self._flow.message_under_way = None
-        if self._decode_data:
-            message = message.decode('utf-8', 'surrogateescape')
-        self.received_data = message
-        call = (functools.partial(self._flow.relay.deliver, message) if self._is_relayed()
-                else self._handler_call(message))
-        self._run_aside(call, self._end_message, self._drop_data)
+    def _take_message(self):
+        message, self._message = self._message or b'', None
+        if isinstance(message, io.BytesIO):
+            message = message.getvalue()
+        return message.decode('utf-8', 'surrogateescape') if self._decode_data else message
 
     def _drop_data(self):
         """Read commands again, if data were being read."""
         if self.smtp_state == self.DATA:
             self._set_post_data_state()
+
+    def _handle_message(self, message):
+        self.received_data = message
+        server = self.smtp_server
+        if self._is_relayed():
+            self._wait(functools.partial(_advance, self._relay.deliver(message)),
+                       self._end_message)
+        elif _is_server(server) and server.process_message_threads:
+            self._wait(functools.partial(server._run_in_thread, self._handler_call(message)),
+                       self._end_message)
+        else:
+            self._end_message(self._handler_call(message))
 
     def _handler_call(self, message):
         handler = self.smtp_server.process_message
@@ -1156,48 +1108,16 @@ class SMTPChannel(_Transport):
         return functools.partial(
             handler, self.peer, self.mailfrom, self.rcpttos, message, **keywords)
 
-    def _run_aside(self, call, answer, undo):
-        """Run call() in one of the server's threads, if it has any, then answer(outcome).
-
-        outcome() returns or raises what the call did.  If anything raises, undo() is called.
-        """
-        try:
-            if self._flow.holds_replies:
-                self._send_held_replies()  # the call may take its time
-                if self._flow.gate == _CLOSING:  # the client has gone
-                    return
-            server = self.smtp_server
-            if _is_server(server) and server.process_message_threads:
-                self._set_gate(_BUSY)
-                server._run_in_thread(call, functools.partial(self._take_outcome, answer, undo))
-            else:
-                answer(call)
-        except BaseException:
-            undo()
-            raise
-
-    def _take_outcome(self, answer, undo, outcome):
-        """Go on in the loop's thread."""
-        if self._flow.gate == _BUSY:
-            self._set_gate(_PAUSED if self._flow.unread_input else _OPEN)
-        self._flow.last_sign_of_life = time.monotonic()
-        try:
-            answer(outcome)
-        except BaseException as error:
-            undo()
-            if isinstance(error, _ENDS_OF_THE_LOOP):
-                raise
-            try:
-                self._answer_fault(error)
-            finally:
-                self.handle_error()
-
     def _end_message(self, outcome):
         """Reply to data with what the handler returned."""
-        status = outcome()
+        try:
+            status = outcome()
+        except BaseException:
+            self._drop_data()
+            raise
         takes_utf8 = self.require_SMTPUTF8
         self._set_post_data_state()
-        self._flow.errors_since_message = 0
+        self._errors = 0
         if not status:
             self.push('250 OK')
             return
@@ -1209,6 +1129,30 @@ class SMTPChannel(_Transport):
         for line in lines:
             self.push(line.encode('utf-8', 'replace')
                       if takes_utf8 and isinstance(line, str) else line)
+
+    def _is_relayed(self):
+        """Whether a proxy's upstream has agreed to the transaction as it stands now."""
+        return self._relay is not None and self._relay.knows(self.mailfrom, self.rcpttos)
+
+    def _ask_upstream(self, steps, undo):
+        """Let a proxy's upstream reply to a step that we accept."""
+        self._wait(functools.partial(_advance, steps),
+                   functools.partial(self._pass_on_reply, undo))
+
+    def _pass_on_reply(self, undo, outcome):
+        """Reply as the upstream did; take the step back if that is a refusal, or fails."""
+        try:
+            reply = outcome()
+            if reply[:1] not in '23':
+                undo()
+            if reply[:1] == '5':
+                self._errors -= 1  # how many may come is the upstream's business
+            for line in _reply_lines(reply):
+                self.push(line)
+        except BaseException:
+            if self._is_unanswered:  # what the client has been told stands
+                undo()
+            raise
 
     # ------------------------------------------------------------------
     # Arguments
@@ -1293,8 +1237,6 @@ class SMTPChannel(_Transport):
             return
         self.extended_smtp = True
         mail_limit = self.command_size_limit
-        was_held = self._flow.holds_replies
-        self._flow.holds_replies = was_held or self._may_hold_replies()
         self.push('250-%s' % self.fqdn)
         if self.data_size_limit:
             self.push('250-SIZE %s' % self.data_size_limit)
@@ -1304,8 +1246,6 @@ class SMTPChannel(_Transport):
         if self.enable_SMTPUTF8:
             self.push('250-SMTPUTF8')
             mail_limit += 10  # RFC 6531, 3.1 (5)
-        if self._flow.holds_replies and not was_held:
-            self._send_held_replies()  # the last line alone: CPython's tests look at it
         self.push('250 HELP')
         limits = self.command_size_limits
         limits['MAIL'] = max(limits.get('MAIL', 0), mail_limit)
@@ -1315,8 +1255,7 @@ class SMTPChannel(_Transport):
         if not self.seen_greeting:
             self.push('503 Error: send HELO first')
             return
-        if not isinstance(DEBUGSTREAM, Devnull):
-            _debug('===> MAIL %s', arg)
+        _debug('===> MAIL %s', arg)
         address, parameters = self._getaddr(self._strip_command_keyword('FROM:', arg or ''))
         if not address or parameters and not self.extended_smtp:
             self.push(self._mail_syntax())
@@ -1330,27 +1269,24 @@ class SMTPChannel(_Transport):
         if refusal:
             self.push(refusal)
             return
-        server = self.smtp_server
-        if _is_server(server) and server._relay_for:
-            self._flow.relay = server._relay_for(self)
+        if _is_server(self.smtp_server):
+            self._relay = self.smtp_server._relay_for(self)
         self.mail_options = options
         if 'SMTPUTF8' in options:
             self.require_SMTPUTF8 = True
         self.mailfrom = address
-        if not isinstance(DEBUGSTREAM, Devnull):
-            _debug('sender: %s', address)
-        if self._flow.relay is None:
+        _debug('sender: %s', address)
+        if self._relay is None:
             self.push('250 OK')
         else:
-            self._ask_upstream('mail', address, options)
+            self._ask_upstream(self._relay.mail(address, options), self._begin_transaction)
 
     def smtp_RCPT(self, arg):
         """Add an address to `rcpttos` (RFC 5321, 4.1.1.3)."""
         if not self.seen_greeting:
             self.push('503 Error: send HELO first')
             return
-        if not isinstance(DEBUGSTREAM, Devnull):
-            _debug('===> RCPT %s', arg)
+        _debug('===> RCPT %s', arg)
         if not self.mailfrom:
             self.push('503 Error: need MAIL command')
             return
@@ -1368,13 +1304,15 @@ class SMTPChannel(_Transport):
         if self.recipient_limit is not None and len(self.rcpttos) >= self.recipient_limit:
             self.push('452 Error: too many recipients')  # RFC 5321, 4.5.3.1.10
             return
+        if self.rcpttos == ():  # of a channel whose __init__() never ran
+            self.rcpttos = []
         self.rcpttos.append(address)
-        if not isinstance(DEBUGSTREAM, Devnull):
-            _debug('recips: %s', self.rcpttos)
-        if self._flow.relay is None:
+        _debug('recips: %s', self.rcpttos)
+        if self._relay is None:
             self.push('250 OK')
         else:
-            self._ask_upstream('rcpt', address)
+            self._ask_upstream(self._relay.rcpt(address), functools.partial(
+                self._take_back, address, self.rcpttos.count(address)))
 
     def smtp_DATA(self, arg):
         """Read a message, up to a line with nothing but a dot (RFC 5321, 4.1.1.4)."""
@@ -1387,63 +1325,24 @@ class SMTPChannel(_Transport):
         if arg:
             self.push('501 Syntax: DATA')
             return
+        self.received_data = ''  # the last message may be large
         self.smtp_state = self.DATA
         self.set_terminator(_END_OF_DATA)
         if self._is_relayed():
-            self._ask_upstream('data')
+            self._ask_upstream(self._relay.data(), self._drop_data)
             return
         try:
             self.push('354 End data with <CR><LF>.<CR><LF>')
         except BaseException:
-            self._undo_unless_told(self._drop_data)
+            if self._is_unanswered:
+                self._drop_data()
             raise
 
-    def _is_relayed(self):
-        """Whether a proxy's upstream has agreed to the transaction as it stands now."""
-        return self._flow.relay is not None and self._flow.relay.knows(self.mailfrom, self.rcpttos)
-
-    def _ask_upstream(self, step, *arguments):
-        """Let a proxy's upstream reply to a step that we accept."""
-        call = functools.partial(getattr(self._flow.relay, step), *arguments)
-        count = self.rcpttos.count(arguments[0]) if step == 'rcpt' else 0
-        undo = functools.partial(self._take_back, step, arguments, count)
-        undo_after_fault = functools.partial(self._undo_unless_told, undo)
-        pass_on = functools.partial(self._pass_on_reply, undo)
-        try:
-            is_answered = pass_on(functools.partial(self._flow.relay.answer_at_once, call))
-        except BaseException:
-            undo_after_fault()
-            raise
-        if not is_answered:
-            self._run_aside(call, pass_on, undo_after_fault)
-
-    def _pass_on_reply(self, undo, outcome):
-        """Reply as the upstream did; return False if there is no reply yet."""
-        reply = outcome()
-        if reply is None:
-            return False
-        if reply[:1] not in '23':
-            undo()
-        if reply[:1] == '5':
-            self._flow.errors_since_message -= 1  # how many may come is the upstream's business
-        for line in _reply_lines(reply) if NEWLINE in reply else [reply]:
-            self.push(line)
-        return True
-
-    def _undo_unless_told(self, undo):
-        """After a fault: what the client has been told stands."""
-        if not self._flow.has_replied:
-            undo()
-
-    def _take_back(self, step, arguments, count):
-        """Set the state as it was before a step; once more does nothing, should its reply fail."""
-        if step == 'mail':
-            self._begin_transaction()
-        elif step == 'data':
-            self._drop_data()
-        elif self.rcpttos.count(arguments[0]) >= count:
+    def _take_back(self, address, count):
+        """Forget a recipient; once more does nothing, should its reply fail."""
+        if self.rcpttos.count(address) >= count:
             # The last one: the same address may have been taken before.
-            del self.rcpttos[-1 - self.rcpttos[::-1].index(arguments[0])]
+            del self.rcpttos[-1 - self.rcpttos[::-1].index(address)]
 
     def smtp_RSET(self, arg):
         """Forget the transaction and the message, but not the greeting (RFC 5321, 4.1.1.5)."""
@@ -1451,7 +1350,10 @@ class SMTPChannel(_Transport):
             self.push('501 Syntax: RSET')
             return
         self._set_rset_state()
-        self.push('250 OK')
+        if self._relay is None:
+            self.push('250 OK')
+        else:
+            self._ask_upstream(self._relay.reset(), self._begin_transaction)
 
     def smtp_NOOP(self, arg):
         """Do nothing (RFC 5321, 4.1.1.9); an argument is refused, as in the standard library."""
@@ -1508,26 +1410,14 @@ class SMTPChannel(_Transport):
 
 # As they are before a program overrides or patches them.
 _FOUND_TERMINATOR = SMTPChannel.found_terminator
-_COLLECT_INCOMING_DATA = SMTPChannel.collect_incoming_data
+_COLLECT = SMTPChannel.collect_incoming_data
 _GET_TERMINATOR = SMTPChannel.get_terminator
 
-_COMMANDS = frozenset(method for name, method in vars(SMTPChannel).items()
-                      if name.startswith('smtp_') and callable(method))
-
-# What is called from one command to the next: see _nobody_could_tell().
-_methods_between_commands = operator.attrgetter(*(name + '.__func__' for name in (
-    'collect_incoming_data', 'found_terminator', 'get_terminator', 'set_terminator', 'push',
-    'push_with_producer', 'initiate_send', 'send', 'close', 'close_when_done', 'handle_close',
-    'handle_error', 'log_info', '_getaddr', '_getparams', '_strip_command_keyword',
-    '_set_post_data_state', '_set_rset_state')))
-_METHODS_BETWEEN_COMMANDS = _methods_between_commands(SMTPChannel.__new__(SMTPChannel))
-
-_LIMITS = {'command_size_limit', 'idle_timeout_seconds', 'recipient_limit', 'error_limit',
-           'unsent_reply_limit'}
-_NAMES_OF_A_CHANNEL = frozenset(
-    ({*dir(SMTPChannel), *vars(SMTPChannel.__new__(SMTPChannel)), '__getattr__'}
-     - {*_LIMITS, '__init__', '__doc__', '__module__', '__dict__', '__weakref__', '__slots__',
-        '__firstlineno__', '__static_attributes__'}))
+_STATE_OF_A_SESSION = (
+    'peer', 'fqdn', 'extended_smtp', 'seen_greeting', 'terminator', 'smtp_state', 'mailfrom',
+    'rcpttos', 'mail_options', 'rcpt_options', 'require_SMTPUTF8', 'received_data',
+    'received_lines', 'num_bytes', '_message', '_errors', '_is_unanswered', '_waits_for',
+    '_unread', '_last_sign_of_life', '_is_corked', '_relay')
 
 _COMMAND_SYNTAX = {
     'EHLO': 'EHLO hostname',
@@ -1559,31 +1449,10 @@ def _getfqdn():
 
 
 # ---------------------------------------------------------------------------
-# What wakes the loop, and what spares it
+# Aside: threads for handlers, a selector for many channels
 # ---------------------------------------------------------------------------
 
 _IDLE_THREAD_SECONDS = 1  # most clients send their next command within it
-
-_forks = 0  # calls of fork() that this process comes from, and those that it made
-_this_process = os.getpid()  # kept, since the selector looks at each turn of the loop
-
-
-def _before_fork():
-    global _forks
-    _forks += 1
-    _lock.acquire()  # or a child might inherit it locked, without the thread that unlocks it
-
-
-def _after_fork_in_child():
-    global _this_process, _send_lock
-    _this_process = os.getpid()
-    _lock.release()
-    _send_lock = threading.RLock()  # the thread that held the old one is not in the child
-
-
-if hasattr(os, 'register_at_fork'):  # not on Windows
-    os.register_at_fork(before=_before_fork, after_in_parent=_lock.release,
-                        after_in_child=_after_fork_in_child)
 
 
 def _is_too_much_for_select(descriptor, sockets=()):
@@ -1607,107 +1476,78 @@ def _refuse(connection):
     connection.close()
 
 
-def _identity(sock):
-    """Device and inode, which tell whether a descriptor is still the socket's; None if unknown."""
-    try:
-        status = os.fstat(sock.fileno())
-    except OSError:  # closed; Windows
-        return None
-    return status.st_dev, status.st_ino
+class _NoThread(Exception):
+    """No thread can be started, or there is no descriptor to wake the loop when it ends."""
 
 
-def _give(result):
-    return result
-
-
-def _throw(error):
-    raise error
-
-
-class _Reader(asyncore.dispatcher):
-    """A dispatcher that is only read from, and survives its faults."""
-
-    log_info = _log_info
-
-    def writable(self):
-        return False
-
-    def handle_error(self):
-        """Write the traceback to the log."""
-        _log_exception(self)
-
-
-class _Threads(_Reader):
+class _Threads(_Dispatcher, asyncore.dispatcher):
     """Runs calls in threads; their outcomes come back in the loop's thread.
 
     A thread whose call has ended waits a while for the next, since starting one
-    takes longer than most calls do.
+    takes longer than most calls do.  The numbers are the loop's thread's alone: the
+    others send it notes, functions that it calls.
 
     A pair of sockets wakes the loop.  It is made when the first client comes,
     and stands in the socket map only while there are calls, so that a loop ends
     when its servers and channels are closed.
-
-    An outcome is a function that returns or raises what the call did.  If there
-    is no thread, and none can be started, it raises _NoThread, and comes before
-    run() returns.
     """
 
     def __init__(self, map):
         asyncore.dispatcher.__init__(self, map=map)
-        self._process = _this_process
-        self._pair = ()  # each socket and its identity: others may close their descriptors
-        self._calls = queue.SimpleQueue()  # (call, function for its outcome); None ends a thread
-        self._undone = 0  # calls that wait for a thread, or run
-        self._threads = 0  # those that run a call, or wait for one and not for None
-        self._ended = collections.deque()  # (function for the outcome, outcome)
+        self._process = os.getpid()
+        self._calls = queue.SimpleQueue()  # (call, function for its outcome)
+        self._notes = queue.SimpleQueue()
+        self._unfinished = 0  # calls that wait for a thread, or run
+        self._threads = 0
+        self._at_most = 0
+        self._waker = None
         self._is_abandoned = False
 
     def is_inherited(self):
         """Whether this is a child after fork(): the threads, and the pair, are its parent's."""
-        return self._process != _this_process
+        return self._process != os.getpid()
 
-    def run(self, at_most, call, take_outcome):
-        """Run call() as soon as one of `at_most` threads has time for it."""
-        try:
-            with _lock:
-                self._make_pair()
-                self._fileno = self.socket.fileno()
-                self.add_channel()
-                self._start_thread_if_needed(at_most)
-                self._calls.put((call, take_outcome))
-                self._undone += 1
-        except Exception as error:
-            self._leave_if_idle()
-            failure = _NoThread('no thread to be had: %s' % error)
-            take_outcome(functools.partial(_throw, failure))
-
-    def _start_thread_if_needed(self, at_most):
-        if self._undone < self._threads or self._threads >= at_most:
+    def open(self):
+        """Make the pair; raises OSError."""
+        if self._waker is not None:
             return
-        try:
-            threading.Thread(target=self._serve, daemon=True).start()
-            self._threads += 1
-        except Exception:
-            if not self._threads:  # there is none that would come to the call later
-                raise
-
-    def prepare(self):
-        """Make the pair while there are descriptors: later clients may take them all."""
-        with _lock, contextlib.suppress(OSError):
-            if not self._is_abandoned:
-                self._make_pair()
-
-    def _make_pair(self):
-        if self._pair:
-            return
-        pair = _socketpair()
-        self._pair = [(each, _identity(each)) for each in pair]
-        self.socket, self._waker = pair
-        if _is_too_much_for_select(self.socket.fileno()):
-            self._close_pair()
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        for each in pair:
+        mine, self._waker = _socketpair()
+        for each in mine, self._waker:
             each.setblocking(False)
+        self.socket = mine
+        if _is_too_much_for_select(mine.fileno()):
+            self.close()
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def run(self, at_most, call, resume):
+        """Run call() as soon as one of `at_most` threads has time; then resume(outcome).
+
+        Raises _NoThread.
+        """
+        if not self._unfinished:
+            self._take_notes()  # of threads that have ended meanwhile
+        self._unfinished += 1
+        self._at_most = at_most
+        try:
+            self.open()
+            self._start_threads()
+        except Exception as error:
+            self._unfinished -= 1
+            self._leave_if_idle()
+            raise _NoThread('no thread to be had: %s' % error) from None
+        self._fileno = self.socket.fileno()
+        self.add_channel()
+        self._calls.put((call, resume))
+
+    def _start_threads(self):
+        while self._threads < min(self._unfinished, self._at_most):
+            try:
+                threading.Thread(target=self._serve, daemon=True).start()
+            except Exception:
+                if not self._threads:  # there is none that would come to the call later
+                    raise
+                return
+            self._threads += 1
 
     def _serve(self):
         while self._run_next():  # a function, since a thread that waits must keep no message
@@ -1716,87 +1556,96 @@ class _Threads(_Reader):
     def _run_next(self):
         """Wait for a call and run it; return False if the thread is not needed any more."""
         try:
-            given = self._calls.get(timeout=_IDLE_THREAD_SECONDS)
+            call, resume = self._calls.get(timeout=_IDLE_THREAD_SECONDS)
         except queue.Empty:
-            return not self._dismiss_spare_thread()
-        if given is None:
+            self._tell_loop(self._replace_thread)
             return False
-        call, take_outcome = given
         try:
             outcome = functools.partial(_give, call())
         except BaseException as error:
             outcome = functools.partial(_throw, error)
         if self.is_inherited():  # the call has forked, and this is the child
             return False
-        with _lock:
-            self._undone -= 1
-            self._ended.append((take_outcome, outcome))
-            self._wake_loop()
-            return not (self._is_abandoned and self._dismiss_spare_thread())
+        self._tell_loop(functools.partial(self._finish, resume, outcome))
+        return True
 
-    def _dismiss_spare_thread(self):
-        """Count one thread less if there are more than calls; return whether."""
-        with _lock:
-            is_spare = self._threads > self._undone
-            self._threads -= is_spare
-            return is_spare
+    def _tell_loop(self, note):
+        self._notes.put(note)
+        with contextlib.suppress(OSError, AttributeError):  # full: the loop is awake; closed
+            self._waker.send(b'.')
 
-    def _wake_loop(self):
-        with _lock, contextlib.suppress(OSError):  # full: the loop is awake
-            if self._pair:
-                self._waker.send(b'.')
+    # In the loop's thread:
+
+    def _finish(self, resume, outcome):
+        self._unfinished -= 1
+        resume(outcome)
+
+    def _replace_thread(self):
+        """A thread has ended; a call may have come just then."""
+        self._threads -= 1
+        try:
+            self._start_threads()
+        except Exception as error:
+            failure = functools.partial(_throw, _NoThread('no thread to be had: %s' % error))
+            while not self._calls.empty():
+                self._finish(self._calls.get()[1], failure)
+
+    def _take_notes(self):
+        try:
+            while not self._notes.empty():
+                self._notes.get()()
+        finally:
+            if not self._notes.empty():
+                self._tell_loop(self._leave_if_idle)
 
     def readable(self):
         if self.is_inherited():
-            self.close()
+            self.del_channel()
             return False
         return True
 
+    def writable(self):
+        return False
+
     def handle_read(self):
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):
             self.socket.recv(4096)
         try:
-            while self._ended:
-                take_outcome, outcome = self._ended.popleft()
-                take_outcome(outcome)
+            self._take_notes()
         finally:
-            if self._ended:
-                self._wake_loop()
-            self._leave_if_idle()
-
-    def close_when_idle(self):
-        """Close when all calls have ended; may be called from any thread."""
-        with _lock:
-            self._is_abandoned = True
-            if self.is_inherited():
-                self.close()
-                return
-            while self._dismiss_spare_thread():
-                self._calls.put(None)
             self._leave_if_idle()
 
     def _leave_if_idle(self):
-        with _lock:
-            if not self._undone and not self._ended:
-                self.del_channel()
-                if self._is_abandoned:
-                    self._close_pair()
+        if not self._unfinished:
+            self.del_channel()
+            if self._is_abandoned:
+                self.close()
+
+    def close_when_idle(self):
+        """Close when all calls have ended."""
+        self._is_abandoned = True
+        self._leave_if_idle()
+
+    def close_in_loop(self, loop):
+        """The same, from another thread than the loop's."""
+        if self._waker is not None:
+            loop.add(self)
+            self._fileno = self.socket.fileno()
+            self.add_channel()
+            self._tell_loop(self.close_when_idle)
 
     def close(self):
-        with _lock:
-            self.del_channel()
-            self._close_pair()
-
-    def _close_pair(self):
-        for each, identity in self._pair:
-            if _identity(each) == identity:
-                each.close()
-            else:  # the descriptor is something else by now
-                each.detach()
-        self._pair = ()
+        self.del_channel()
+        if self._waker is not None:
+            waker, self._waker = self._waker, None
+            for each in self.socket, waker:
+                if self.is_inherited():
+                    each.detach()  # the number may be something else by now
+                with contextlib.suppress(OSError):
+                    each.close()
 
 
-class _Selector(_Reader):
+class _Selector(_Dispatcher, asyncore.dispatcher):
     """Stands for all channels of a server in the socket map.
 
     asyncore asks every object in the map at every turn whether it wants to
@@ -1826,17 +1675,17 @@ class _Selector(_Reader):
                 epoll.close()
                 return False
             self._epoll = epoll
-            self._process = _this_process
+            self._process = os.getpid()
             self._fileno = epoll.fileno()
         self.add_channel()
         return True
 
     def _own_epoll(self):
         """The set; in a child after fork() a new one, since the parent still uses the old one."""
-        if self._process != _this_process:
+        if self._process != os.getpid():
             with select.epoll() as epoll:  # under the number by which the socket map knows it
                 os.dup2(epoll.fileno(), self._fileno, inheritable=False)
-            self._process = _this_process
+            self._process = os.getpid()
             for descriptor, events in self._events.items():
                 if events:
                     with contextlib.suppress(OSError):  # closed in the child
@@ -1845,33 +1694,29 @@ class _Selector(_Reader):
 
     def add(self, channel):
         """Watch a channel from now on; open() must have returned True."""
-        with _lock:
-            self._forget(channel._fileno)  # its socket was closed without a word to us
-            self._channels[channel._fileno] = channel
-            self.watch(channel)
+        self._forget(channel._fileno)  # of another, whose socket was closed without a word to us
+        self._channels[channel._fileno] = channel
+        self.watch(channel)
 
     def discard(self, channel):
-        with _lock:
-            if self._channels.get(channel._fileno) is channel:
-                self._forget(channel._fileno)
+        if self._channels.get(channel._fileno) is channel:
+            self._forget(channel._fileno)
             if not self._channels:
                 self._close_epoll()
 
     def _forget(self, descriptor):
         self._channels.pop(descriptor, None)
-        if self._events.pop(descriptor, 0) and self._process == _this_process:
-            with contextlib.suppress(OSError):  # it is closed
+        if self._events.pop(descriptor, 0) and self._process == os.getpid():
+            with contextlib.suppress(OSError, ValueError):  # one of the two is closed
                 self._epoll.unregister(descriptor)
 
     def watch(self, channel):
-        """Watch the channel for what it wants now; called from any thread."""
-        with _lock:
-            if self._epoll is not None and self._channels.get(channel._fileno) is channel:
-                self._set_events(channel._fileno, (
-                    (select.EPOLLIN if channel.readable() else 0)
-                    | (select.EPOLLOUT if channel.writable() else 0)))
-
-    def _set_events(self, descriptor, wanted):
+        """Watch the channel for what it wants now."""
+        descriptor = channel._fileno
+        if self._channels.get(descriptor) is not channel:
+            return
+        wanted = ((select.EPOLLIN if channel.readable() else 0)
+                  | (select.EPOLLOUT if channel.writable() else 0))
         watched = self._events.get(descriptor, 0)
         if wanted == watched:
             return
@@ -1885,19 +1730,21 @@ class _Selector(_Reader):
         self._events[descriptor] = wanted
 
     def readable(self):
-        with _lock:
-            if not self._channels:  # the client for whom it was opened got none
-                self._close_epoll()
-                return False
+        if not self._channels:  # the client for whom it was opened got none
+            self._close_epoll()
+            return False
         now = time.monotonic()
         if now >= self._next_look_for_idle:
             self._next_look_for_idle = now + 1
             for channel in list(self._channels.values()):
-                channel._look_for_idleness(now)
+                self.watch(channel)
         try:
             return self._own_epoll() is not None
         except OSError:  # a child's, without descriptors: at the next turn
             return False
+
+    def writable(self):
+        return False
 
     def handle_read(self):
         for descriptor, events in self._own_epoll().poll(0):
@@ -1907,12 +1754,15 @@ class _Selector(_Reader):
                 asyncore.read(channel)
             if watched & select.EPOLLOUT and events & ~select.EPOLLIN:
                 asyncore.write(channel)  # which does nothing if it was closed meanwhile
+            if channel is not None:
                 self.watch(channel)
 
     def close(self):
+        channels = list(self._channels.values())
         with contextlib.ExitStack() as closing:  # all of them, even if one raises
-            closing.callback(self._close_epoll)
-            for channel in list(self._channels.values()):
+            if not any(each._loop_elsewhere() for each in channels):
+                closing.callback(self._close_epoll)
+            for channel in channels:
                 closing.callback(channel.close)
 
     def _close_epoll(self):
@@ -1923,54 +1773,6 @@ class _Selector(_Reader):
             self._events.clear()
 
 
-class _ClosingSocket(_Reader):
-    """Closes the socket of a listener or a channel in the loop's own thread.
-
-    That thread may be about to wait for the descriptor, and must not find it
-    closed.  shutdown() wakes it, which close() alone would not; a listener that other
-    processes use is let go at once, and its number closed at the loop's next turn.
-    """
-
-    def __init__(self, owner, watcher, is_shared):
-        asyncore.dispatcher.__init__(self, map=owner._map)
-        self._watcher = watcher
-        theirs = owner.socket
-        self.socket = socket.socket(theirs.family, theirs.type, theirs.proto, theirs.detach())
-        self._fileno, owner._fileno = owner._fileno, None
-        if watcher is None:
-            self.add_channel()
-        else:
-            watcher.add(self)
-        try:
-            if is_shared:
-                self._let_go()
-            else:
-                self.socket.shutdown(_SHUT_BOTH)
-        except OSError:
-            if owner.accepting:  # macOS; what is not connected any more is readable, too
-                self.close()
-
-    def is_open(self):
-        return self._fileno is not None
-
-    def _let_go(self):
-        """Close a socket that other processes use; the loop finds its number readable."""
-        ended, other_end = _socketpair()
-        with ended, other_end:
-            os.dup2(ended.fileno(), self._fileno, inheritable=False)
-
-    def handle_read_event(self):
-        self.close()
-
-    def del_channel(self, map=None):
-        if self._watcher is not None:
-            self._watcher.discard(self)
-        super().del_channel(map)
-
-    def _look_for_idleness(self, now):
-        """Nothing to look for: the loop's next turn closes it."""
-
-
 # ---------------------------------------------------------------------------
 # The servers
 # ---------------------------------------------------------------------------
@@ -1979,7 +1781,7 @@ _PAUSE_SECONDS = 0.01  # between two looks for a descriptor
 _COMPLAINT_SECONDS = 60  # between two lines in the log about it
 
 
-class SMTPServer(_Reader):
+class SMTPServer(_Dispatcher, asyncore.dispatcher):
     """Listens, and gives each complete message to process_message().
 
     `localaddr` is the (host, port) to listen on: an empty host or None stands for
@@ -2026,19 +1828,19 @@ class SMTPServer(_Reader):
     _localaddr = None
     _remoteaddr = None
     _name_of_this_host = None
-    _loop_thread = None  # number of the one that asked us last
-    _closed_at_once = None  # a socket that was not left to the loop: it must not wait for that
+    _loop_thread = None  # a weak reference to the _LoopThread that asked us last
+    _is_opening = False  # the socket exists, but does not listen yet
     _own_listener = None  # the socket, where it is of our making ...
-    _forks_before_listener = 0  # ... after so many forks
+    _process = None  # ... in this process
     _complains_again_at = 0.0  # on the monotonic clock
     _threads_for_handlers = None
     _selector_of_channels = None
-    _relay_for = None  # PureProxy's: makes what takes a channel's steps upstream
 
     def __init__(self, localaddr, remoteaddr, data_size_limit=DATA_SIZE_DEFAULT,
                  map=None, enable_SMTPUTF8=False, decode_data=False):
         _check_modes(enable_SMTPUTF8, decode_data)
         asyncore.dispatcher.__init__(self, map=map)
+        _this_loop_thread().close_leftovers()  # of a loop that has ended
         self.data_size_limit = data_size_limit
         self._decode_data = decode_data
         self.enable_SMTPUTF8 = enable_SMTPUTF8
@@ -2055,11 +1857,19 @@ class SMTPServer(_Reader):
         family = socket.AF_INET
         if host:
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        self._is_opening = True
         self.create_socket(family, socket.SOCK_STREAM)
         self.set_reuse_addr()
         self.bind((host or '', port))
         self.listen(self.listen_backlog)
-        self._own_listener, self._forks_before_listener = self.socket, _forks
+        self._is_opening = False
+        self._own_listener, self._process = self.socket, os.getpid()
+        self.add_channel()
+
+    def add_channel(self, map=None):
+        # Another thread's loop in poll() would close a socket that does not listen yet.
+        if not self._is_opening:
+            super().add_channel(map)
 
     def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
         """Do something with a message: subclasses override this method.
@@ -2087,9 +1897,12 @@ class SMTPServer(_Reader):
     # ------------------------------------------------------------------
 
     def readable(self):
-        self._loop_thread = threading.get_ident()  # at once: close() in another thread needs it
-        with _lock:
-            return self.socket is not self._closed_at_once
+        last, self._loop_thread = self._loop_thread, _this_loop_thread().reference
+        # Closed by another thread just now: it left the socket to us only if it knew of us.
+        return self._fileno is not None or last is self._loop_thread
+
+    def writable(self):
+        return False
 
     def accept(self):
         """asyncore's accept(); returns None also if the connection cannot be served now."""
@@ -2106,8 +1919,9 @@ class SMTPServer(_Reader):
                 and not self._has_selector_for(self.channel_class)):
             _refuse(pair[0])
             return None
-        if pair is not None and self.process_message_threads:
-            self._own_threads().prepare()
+        if pair is not None and self.process_message_threads and self.accepting:
+            with contextlib.suppress(OSError):
+                self._own_threads().open()  # while there are descriptors
         return pair
 
     def _wait_for_resources(self, error):
@@ -2117,9 +1931,10 @@ class SMTPServer(_Reader):
         if now >= self._complains_again_at:
             self._complains_again_at = now + _COMPLAINT_SECONDS
             self.log_info('no resources to accept a connection: %s' % error, 'error')
-        speakers = [number for number, each in list(self._map.items()) if _may_speak(each)]
+        others = [number for number, each in list(self._map.items())
+                  if each is not self and each.readable()]
         try:
-            select.select(speakers, [], [], _PAUSE_SECONDS)
+            select.select(others, [], [], _PAUSE_SECONDS)
         except (OSError, ValueError):  # numbers over 1023; none, on Windows
             time.sleep(_PAUSE_SECONDS)
 
@@ -2165,39 +1980,20 @@ class SMTPServer(_Reader):
 
     def close(self):
         """Stop listening; may be called from any thread.  Channels stay open."""
-        with _lock:
-            is_shared = not self._may_shut_down()
-            if self._fileno is not None and not self._leave_to_loop(self, is_shared=is_shared):
-                self._closed_at_once = self.socket
+        loop = self._loop_elsewhere()
         super().close()
-        if self._threads_for_handlers is not None:
-            self._threads_for_handlers.close_when_idle()
+        threads = self._threads_for_handlers
+        if threads is not None and loop is None:
+            threads.close_when_idle()
+        elif threads is not None:
+            threads.close_in_loop(loop)
 
-    def del_channel(self, map=None):
-        with _lock:  # another thread may close it at the same moment
-            super().del_channel(map)
+    def _loop_elsewhere(self):
+        loop = self._loop_thread and self._loop_thread()
+        return None if loop is _this_loop_thread() else loop
 
     def _may_shut_down(self):
-        """Whether no other process shares the listener: shutdown() would end it for all."""
-        return self.socket is self._own_listener and self._forks_before_listener == _forks
-
-    def _leave_to_loop(self, owner, watcher=None, is_shared=False):
-        """Let another thread's loop close a dispatcher's socket; return whether it will.
-
-        Call this under _lock.
-        """
-        if not self._has_loop_elsewhere():
-            return False
-        if owner._fileno is None or not isinstance(owner.socket, socket.socket):
-            return False
-        if is_shared and os.name != 'posix':  # where dup2() takes no socket
-            return False
-        return _ClosingSocket(owner, watcher, is_shared).is_open()
-
-    def _has_loop_elsewhere(self):
-        """Whether the loop runs, or has run, in another thread that is alive."""
-        return (self._loop_thread not in (None, threading.get_ident())
-                and any(thread.ident == self._loop_thread for thread in threading.enumerate()))
+        return self.socket is self._own_listener and self._process == os.getpid()
 
     # ------------------------------------------------------------------
     # For the channels
@@ -2210,17 +2006,22 @@ class SMTPServer(_Reader):
 
     def _own_threads(self):
         threads = self._threads_for_handlers
-        if threads is None or threads.is_inherited():
-            if threads is not None:
-                threads.close()
+        if threads is not None and threads.is_inherited():
+            threads.close()
+            threads = None
+        if threads is None:
             threads = self._threads_for_handlers = _Threads(self._map)
         if not self.accepting:  # a session outlives its server
             threads.close_when_idle()
         return threads
 
-    def _run_in_thread(self, call, take_outcome):
-        """Run call() in a thread, then take_outcome(outcome) in the loop's: see _Threads."""
-        self._own_threads().run(self.process_message_threads, call, take_outcome)
+    def _run_in_thread(self, call, resume):
+        """Run call() in a thread, then resume(outcome) in the loop's: see _Threads."""
+        self._own_threads().run(max(1, self.process_message_threads), call, resume)
+
+    def _relay_for(self, channel):
+        """PureProxy's: what takes a channel's steps upstream."""
+        return None
 
     def _has_selector_for(self, channel_class):
         if not (self.channels_in_selector and _Selector.is_possible
@@ -2244,12 +2045,6 @@ def _positional_arguments(channel_class):
     if code is None or code.co_flags & _TAKES_ARGS:
         return None
     return code.co_argcount - 1
-
-
-def _may_speak(thing):
-    if isinstance(thing, SMTPChannel):
-        return thing._flow.gate <= _IDLE
-    return isinstance(thing, (_Threads, _Selector))
 
 
 def _leaves_events_alone(channel_class):
@@ -2315,24 +2110,10 @@ _TRACE_HEADER = re.compile(rb'^(?:received|x-peer)[ \t]*:', re.IGNORECASE | re.M
 _REPLY_LINE = re.compile(rb'([2-5][0-9][0-9])(?:([ -])(.*))?', re.DOTALL)
 _MOST_OF_A_REPLY = 65536  # octets; no real reply is as long
 _MOST_OF_A_LINE = 506  # octets of text; RFC 5321, 4.5.3.1.5: 512 with code and CRLF
-_MOST_DELIVERIES = 1000  # messages to remember
-_BLOCK = 65536  # octets of a message; a time limit holds for each
+_MOST_DELIVERIES = 1000  # messages to remember ...
+_DELIVERY_SECONDS = 5 * 86400  # ... for as long as Postfix tries again (maximal_queue_lifetime)
+_BLOCK = 32768  # octets of a message; at most 64 KB on the wire: a time limit holds for each
 _EXTENSIONS = {'SIZE': b'SIZE', 'BODY': b'8BITMIME'}  # which offer the parameter
-_A_MOMENT = 0.001  # seconds; the least that poll() can wait
-
-
-class _ThreadsUnlessOverridden:
-    """process_message_threads of the proxies.
-
-    0 if the program overrides process_message() or _deliver(), since its code may
-    not expect threads.
-    """
-
-    def __init__(self, threads):
-        self.threads = threads
-
-    def __get__(self, proxy, owner):
-        return self.threads if _relays_step_by_step(proxy, owner) else 0
 
 
 class PureProxy(SMTPServer):
@@ -2351,27 +2132,27 @@ class PureProxy(SMTPServer):
     returns {recipient: (code, text)} of those that were refused.
 
     Class attributes that a subclass may override, besides SMTPServer's; the time
-    limits are in seconds:
+    limits are in seconds, and the loop looks at them at each of its turns:
 
-    process_message_threads           threads that wait for upstreams (32); 0 in a
-                                      program that overrides process_message() or
-                                      _deliver(), unless it sets this too
-    upstream_timeout_seconds          to connect (60)
+    upstream_timeout_seconds          to connect, to all of the host's addresses
+                                      together (60)
     upstream_command_timeout_seconds  for the greeting and the replies to EHLO,
                                       MAIL, RCPT and RSET (300)
     upstream_data_timeout_seconds     for the reply to DATA (120)
     upstream_block_timeout_seconds    to send each 64 KB of a message (180)
     upstream_final_timeout_seconds    for the reply to a message (600)
+    upstream_connection_limit         to one upstream at a time (200), then 451; None
+                                      for no limit
     hop_limit                         X-Peer and Received headers that show a message
                                       to be in a loop (50), then 554
     """
 
-    process_message_threads = _ThreadsUnlessOverridden(32)
     upstream_timeout_seconds = 60  # an unreachable host should not take minutes
     upstream_command_timeout_seconds = 300
     upstream_data_timeout_seconds = 120
     upstream_block_timeout_seconds = 180
     upstream_final_timeout_seconds = 600
+    upstream_connection_limit = 200  # a circle of proxies ends before descriptors do (1024)
     hop_limit = 50  # Postfix: hopcount_limit
 
     def __init__(self, *args, **kwargs):
@@ -2387,41 +2168,35 @@ class PureProxy(SMTPServer):
         if self._has_too_many_hops(octets):
             return _reply_text(_TOO_MANY_HOPS)
         deliveries = _deliveries_of(self)
-        left = deliveries.left(mailfrom, rcpttos, octets)
+        left = deliveries.left(mailfrom, octets, rcpttos)
         traced = _with_peer_header(octets, peer)
         if isinstance(data, str):
             traced = traced.decode('utf-8', 'surrogateescape')
-        refused = self._deliver(mailfrom, left, traced) if left else None
-        code, text = _worst_of(refused) if refused else (250, b'OK')
-        reply = (451 if 400 <= code < 500 else code), text
-        deliveries.note(mailfrom, rcpttos, octets, refused or (), reply)
-        return _reply_text(reply) if refused else None
+        refused = (self._deliver(mailfrom, left, traced) if left else None) or {}
+        code, text = _reply_for_all(refused, rcpttos) if refused else (250, b'OK')
+        comes_again = 400 <= code < 500
+        deliveries.note(mailfrom, octets, rcpttos, refused, comes_again)
+        return _reply_text((451 if comes_again else code, text)) if refused else None
 
     def _deliver(self, mailfrom, rcpttos, data):
         """Send a message upstream; return {recipient: (code, text)} of those refused."""
-        octets = _as_octets(data)
-        session = self._new_upstream_session()
+        sockets = {}
+        session = self._new_upstream_session(sockets)
         try:
-            reply = session.mail(mailfrom, [] if octets.isascii() else ['BODY=8BITMIME'])
-            if not _is_success(reply):
-                return dict.fromkeys(rcpttos, reply)
-            replies = {each: session.rcpt(each) for each in dict.fromkeys(rcpttos)}
-            accepted = [each for each, reply in replies.items() if _is_success(reply)]
-            if accepted:
-                replies.update(session.deliver(octets, accepted))
-            return _refused_of(replies)
+            return _run(_deliver_whole(session, mailfrom, rcpttos, _as_octets(data)), sockets)
         finally:
             session.quit()
 
-    def _new_upstream_session(self):
-        return _UpstreamSession(self, self._remoteaddr)
+    def _new_upstream_session(self, sockets):
+        return _UpstreamSession(self, self._remoteaddr, sockets)
 
     def _relay_for(self, channel):
         """The relay of this channel; None if the program overrides what relays."""
-        if _relays_step_by_step(self, type(self)):
-            return channel._flow.relay or _Relay(self, channel)
-        if channel._flow.relay is not None:  # overridden since the last message
-            channel._flow.relay.end()
+        relay = channel._relay
+        if _relays_step_by_step(self):
+            return relay or _Relay(self, channel)
+        if relay is not None:  # overridden since the last message
+            relay.end()
         return None
 
     def _has_too_many_hops(self, octets):
@@ -2447,173 +2222,179 @@ class MailmanProxy(PureProxy):
 
     mailman_lmtp_address = ('localhost', 8024)  # Mailman's default
 
-    def _new_upstream_session(self):
-        return _MailmanSession(_UpstreamSession(self, self.mailman_lmtp_address, ['LHLO']),
-                               super()._new_upstream_session())
+    def _new_upstream_session(self, sockets):
+        return _MailmanSession(
+            _UpstreamSession(self, self.mailman_lmtp_address, sockets, ['LHLO']),
+            super()._new_upstream_session(sockets))
 
 
-_HANDLERS_OF_OURS = (
-    SMTPServer.process_message, PureProxy.process_message, PureProxy._deliver)
+_HANDLERS_OF_OURS = PureProxy.process_message, PureProxy._deliver  # before a program patches them
 
 
-def _relays_step_by_step(proxy, proxy_class):
+def _relays_step_by_step(proxy):
     """False if a class, a patch or the proxy itself overrides process_message() or _deliver()."""
-    places = proxy_class.__mro__ if proxy is None else (proxy, *proxy_class.__mro__)
-    return all(vars(place).get(name, PureProxy._deliver) in _HANDLERS_OF_OURS
-               for place in places for name in ('process_message', '_deliver'))
+    handlers = proxy.process_message, proxy._deliver
+    return tuple(getattr(each, '__func__', None) for each in handlers) == _HANDLERS_OF_OURS
 
 
 def _deliveries_of(proxy):
     return vars(proxy).setdefault('_deliveries', _Deliveries())
 
 
+def _run(steps, sockets):
+    """Run a generator to its end in a socket map of its own; return its result."""
+    outcomes = []
+    _advance(steps, outcomes.append)
+    while not outcomes:
+        asyncore.loop(timeout=1, use_poll=True, map=sockets, count=1)
+    return outcomes[0]()
+
+
+def _deliver_whole(session, mailfrom, rcpttos, octets):
+    """Send a message to all who are taken; return {recipient: (code, text)} of those refused."""
+    reply = yield from session.mail(mailfrom, [] if octets.isascii() else ['BODY=8BITMIME'])
+    if not _is_success(reply):
+        return dict.fromkeys(rcpttos, reply)
+    replies = {}
+    for each in dict.fromkeys(rcpttos):
+        replies[each] = yield from session.rcpt(each)
+    accepted = [each for each, reply in replies.items() if _is_success(reply)]
+    if accepted:
+        replies.update((yield from session.deliver(octets, accepted)))
+    return _refused_of(replies)
+
+
 class _Relay:
     """Takes the steps of one client's session to the upstream.
 
-    mail(), rcpt(), data() and deliver() return the reply to the client.  They
-    block, so they run in the server's threads.
+    mail(), rcpt(), data(), deliver() and reset() are generators that return the reply
+    to the client.
     """
 
     def __init__(self, proxy, channel):
         self._proxy = proxy
         self._channel = channel
-        self._session = proxy._new_upstream_session()
+        self._session = proxy._new_upstream_session(proxy._map)
         self._mailfrom = None  # what the upstream has agreed to
         self._rcpttos = []
-        self._lock = threading.RLock()  # one step at a time
-        self._is_hurried = False  # the client has just asked, and is not waited for
-        self._is_ended = False
-        self._is_delivering = False
+        self._message = None  # while it is delivered
+        self._is_ended = False  # the client has gone
 
     def knows(self, mailfrom, rcpttos):
         """False if the program has changed the transaction since the upstream saw it."""
         return mailfrom == self._mailfrom and rcpttos == self._rcpttos
 
-    def answer_at_once(self, step):
-        """The reply of an upstream that is quick; None if a thread must call step() again."""
-        # A thread takes longer than the reply of an upstream on this machine.
-        if not self._session.is_quick() or not self._lock.acquire(blocking=False):
-            return None
-        self._is_hurried = True
-        self._session.hurry(True)
-        try:
-            return step()
-        except _NotYet:
-            return None
-        finally:
-            self._is_hurried = False
-            self._session.hurry(False)
-            self._lock.release()
-
     def mail(self, mailfrom, options):
         self._mailfrom, self._rcpttos = mailfrom, []
         if not any(each.startswith('BODY=') for each in options):
             options = [*options, 'BODY=8BITMIME']  # the data may be 8-bit: it is still to come
-        return self._take(self._session.mail, mailfrom, options)
+        return self._take(self._session.mail(mailfrom, options))
 
     def rcpt(self, recipient):
-        reply = self._take(self._session.rcpt, recipient)
+        reply = yield from self._take(self._session.rcpt(recipient))
         if reply[:1] == '2':
             self._rcpttos.append(recipient)
         return reply
 
     def data(self):
-        return self._take(self._session.data)
+        return self._take(self._session.data())
 
     def deliver(self, message):
-        return self._take(self._deliver, _lf_lines(_as_octets(message)))
+        return self._take(self._deliver(_lf_lines(_as_octets(message))))
+
+    def reset(self):
+        return self._take(self._session.reset())
 
     def end(self):
-        """The client has gone: leave the upstream, unless it has the whole message."""
+        """The client has gone: leave the upstream, unless a message is on its way."""
         self._is_ended = True
-        if self._lock.acquire(blocking=False):
-            try:
-                self._session.quit()
-            finally:
-                self._lock.release()
-        elif not self._is_delivering:
-            self._session.interrupt()  # its thread gives up, and comes back here
+        if self._message is None:
+            self._session.quit()
 
-    def _take(self, step, *arguments):
+    def is_given_up(self, message):
+        """Whether this message is on its way for a client that did not wait for the reply."""
+        if message == self._message and _has_gone(self._channel):
+            self._is_ended = True
+        return message == self._message and self._is_ended
+
+    def _take(self, steps):
         try:
-            with self._lock:
-                if self._is_ended or not self._is_hurried and _has_gone(self._channel):
-                    return _reply_text((451, _NOT_AVAILABLE))
-                return _reply_text(step(*arguments))
+            return _reply_text((yield from steps))
         finally:
             if self._is_ended:
-                self.end()
+                self._session.quit()
 
     def _deliver(self, octets):
-        if self._proxy._has_too_many_hops(octets):
-            self._session.close()
-            return _TOO_MANY_HOPS
         deliveries = _deliveries_of(self._proxy)
-        left = deliveries.left(self._mailfrom, self._rcpttos, octets)
-        self._is_delivering = True
+        message = self._mailfrom, octets
+        if self._proxy._has_too_many_hops(octets):
+            self._session.quit()
+            return _TOO_MANY_HOPS
+        if any(each.is_given_up(message) for each in deliveries.under_way):
+            self._session.quit()
+            return 451, _NOT_AVAILABLE
+        self._message = message
+        deliveries.under_way.add(self)
         try:
-            replies = self._session.deliver(_with_peer_header(octets, self._channel.peer), left)
+            left = deliveries.left(*message, self._rcpttos)
+            replies = yield from self._session.deliver(
+                _with_peer_header(octets, self._channel.peer), left)
+            refused = _refused_of(replies)
+            reply = (_reply_for_all(refused, self._rcpttos) if refused
+                     else next(iter(replies.values()), (250, b'OK')))
+            comes_again = self._is_ended or 400 <= reply[0] < 500
+            deliveries.note(*message, self._rcpttos, refused, comes_again)
+            return reply
         finally:
-            self._is_delivering = False
-        refused = _refused_of(replies)
-        reply = next(iter(replies.values()), (250, b'OK'))
-        if refused:
-            code, text = _worst_of(refused)
-            reply = (code if len(refused) == len(replies) else 451), text
-        deliveries.note(self._mailfrom, self._rcpttos, octets, refused, reply)
-        return reply
+            self._message = None
+            deliveries.under_way.discard(self)
 
 
 def _has_gone(channel):
-    """Whether the client has closed the connection and left no command unread."""
-    if channel.ac_in_buffer:
-        return False
+    """Whether the client has closed the connection, and left nothing to be read."""
     try:
         return not channel.socket.recv(1, _PEEK)
-    except (BlockingIOError, ValueError, TypeError, AttributeError):  # TLS has no peek; a stub
-        return False
-    except OSError:
-        return True
+    except Exception as error:  # nothing there; TLS cannot peek; a stub
+        return isinstance(error, ConnectionError)
 
 
 class _Deliveries:
     """Remembers who got a message that the client will send again, since others did not."""
 
     def __init__(self):
-        self._lock = threading.Lock()
-        self._delivered = {}  # sets of recipients by message, the oldest first
+        self.under_way = set()  # relays
+        self._delivered = collections.OrderedDict()  # (recipients, when) by message
 
-    def left(self, mailfrom, rcpttos, octets):
+    def left(self, mailfrom, octets, rcpttos):
         """The recipients that have not got the message yet."""
         if not self._delivered:
             return rcpttos
-        delivered = self._delivered.get(_digest(mailfrom, octets), ())
+        delivered = self._recipients_of(_digest(mailfrom, octets))
         return [each for each in rcpttos if each not in delivered]
 
-    def note(self, mailfrom, rcpttos, octets, refused, reply):
-        """All but those refused have the message now, and the client gets that reply."""
-        comes_again = 400 <= reply[0] < 500
+    def note(self, mailfrom, octets, rcpttos, refused, comes_again):
+        """All but those refused have the message now."""
         delivered = {each for each in rcpttos if each not in refused}
         if not (self._delivered or comes_again and delivered):
             return
         message = _digest(mailfrom, octets)
-        with self._lock:
-            remembered = self._delivered.pop(message, set())
-            if comes_again:
-                remembered |= delivered
-            else:  # the next message that looks like this one is another
-                remembered.difference_update(rcpttos)
-            if remembered:
-                self._delivered[message] = remembered
-            if len(self._delivered) > _MOST_DELIVERIES:
-                del self._delivered[next(iter(self._delivered))]
+        recipients = self._recipients_of(message)
+        self._delivered.pop(message, None)
+        # Unless it comes again, the next message that looks like this one is another.
+        recipients = recipients | delivered if comes_again else recipients.difference(rcpttos)
+        if recipients:
+            self._delivered[message] = recipients, time.monotonic()
+        if len(self._delivered) > _MOST_DELIVERIES:
+            self._delivered.popitem(last=False)
+
+    def _recipients_of(self, message):
+        recipients, noted = self._delivered.get(message, (frozenset(), 0))
+        return recipients if time.monotonic() - noted < _DELIVERY_SECONDS else frozenset()
 
 
 def _digest(mailfrom, octets):
     import hashlib
-    digest = hashlib.sha256(mailfrom.encode('utf-8', 'surrogateescape') + b'\n')
-    digest.update(octets)
-    return digest.digest()
+    return hashlib.sha256(b'\n'.join((_as_octets(mailfrom), octets))).digest()
 
 
 class _MailmanSession:
@@ -2625,39 +2406,38 @@ class _MailmanSession:
     def __init__(self, mailman, upstream):
         self._mailman = mailman
         self._upstream = upstream
-        self.mail(None)
 
-    def mail(self, mailfrom, options=()):
+    def mail(self, mailfrom, options):
         # RCPT shows who must be asked: mail for lists alone needs no upstream.
         self._mail = mailfrom, options
-        self._replies_to_mail = {}
+        self._replies_to_mail = {}  # by session
         self._lists = {}  # by address in lower case: as the client wrote it first, reply
         self._upstream.accepted = {}
-        return 250, b'OK'
+        return _at_once(250, b'OK')
 
     def rcpt(self, recipient):
         address = recipient.lower()
         if address in self._lists:  # in any spelling it is posted once
             return self._lists[address][1]
-        reply = self._ask(self._mailman, recipient)
+        reply = yield from self._ask(self._mailman, recipient)
         if _is_success(reply):
             self._lists[address] = recipient, reply
-        return self._ask(self._upstream, recipient) if reply[0] >= 500 else reply
+        return (yield from self._ask(self._upstream, recipient)) if reply[0] >= 500 else reply
 
     def _ask(self, session, recipient):
         if session not in self._replies_to_mail:
-            self._replies_to_mail[session] = session.mail(*self._mail)
+            self._replies_to_mail[session] = yield from session.mail(*self._mail)
         reply = self._replies_to_mail[session]
-        return session.rcpt(recipient) if _is_success(reply) else reply
+        return (yield from session.rcpt(recipient)) if _is_success(reply) else reply
 
     def data(self):
         if self._upstream.accepted:
             return self._upstream.data()
-        return 354, b'End data with <CR><LF>.<CR><LF>'
+        return _at_once(354, b'End data with <CR><LF>.<CR><LF>')
 
     def deliver(self, octets, recipients):
         others = [each for each in recipients if each.lower() not in self._lists]
-        replies = self._upstream.deliver(octets, others)
+        replies = yield from self._upstream.deliver(octets, others)
         reply = replies[others[0]] if others else (250, b'OK')
         if not _is_success(reply):
             return dict.fromkeys(recipients, reply)
@@ -2669,21 +2449,14 @@ class _MailmanSession:
             if address in self._lists:
                 if address not in posts and not 400 <= reply[0] < 500:  # else at the next try
                     spelling = self._lists[address][0]
-                    reply = self._mailman.deliver(octets, [spelling])[spelling]
+                    reply = (yield from self._mailman.deliver(octets, [spelling]))[spelling]
                     posts[address] = reply
                 replies[each] = posts.get(address, reply)
         return replies
 
-    def is_quick(self):
-        return False
-
-    def interrupt(self):
-        self._mailman.interrupt()
-        self._upstream.interrupt()
-
-    def close(self):
-        self._mailman.close()
-        self._upstream.close()
+    def reset(self):
+        yield from self._mailman.reset()
+        return (yield from self._upstream.reset())
 
     def quit(self):
         self._mailman.quit()
@@ -2693,324 +2466,343 @@ class _MailmanSession:
 class _UpstreamSession:
     """One client's session with one upstream: its connection, its transaction.
 
-    Each step blocks, and returns the reply, (code, text): 451 if the upstream
+    Each step is a generator that returns the reply, (code, text): 451 if the upstream
     is lost, from there on until the next mail().
     """
 
-    def __init__(self, proxy, address, hellos=('EHLO', 'HELO')):
+    def __init__(self, proxy, address, sockets, hellos=('EHLO', 'HELO')):
         self._proxy = proxy
         self._address = address
+        self._sockets = sockets
         self._hellos = hellos
-        self._connection = None
-        self._is_interrupted = False
+        self._upstream = _Upstream(proxy, address, sockets)  # not connected yet
         self._mail = None  # reverse-path and parameters
         self.accepted = {}  # replies by recipient
 
-    def mail(self, mailfrom, options=()):
+    def mail(self, mailfrom, options):
         """Begin a transaction, on a new connection if the old one has ended."""
         self._mail = mailfrom, options
         self.accepted = {}
-        return self._guarded(self._begin)
-
-    def is_quick(self):
-        return self._connection is not None and self._connection.is_quick
-
-    def hurry(self, is_hurried):
-        if self._connection is not None:
-            self._connection.is_hurried = is_hurried
-
-    def _begin(self):
-        if self._connection is not None:
-            with contextlib.suppress(OSError):
-                reply = self._connection.mail(*self._mail)
-                if reply[0] != 421:
-                    return reply
-            is_hurried = self._connection.is_hurried
-            self.close()
-            if is_hurried:
-                raise _NotYet
-        self._connection = _Connection(self._proxy, self._address)
-        if self._is_interrupted:  # while there was no connection to cut
-            raise _UpstreamLost('not needed any more')
-        self._connection.greet(self._hellos)
-        return self._connection.mail(*self._mail)
+        return self._guarded(self._begin())
 
     def rcpt(self, recipient):
+        if not self._upstream.connected:
+            return 451, _NOT_AVAILABLE
         reply = self.accepted.get(recipient)
-        if self._connection is None:
-            reply = 451, _NOT_AVAILABLE
-        elif reply is None:
-            reply = self._guarded(self._connection.rcpt, recipient)
+        if reply is None:
+            line = 'RCPT TO:' + _in_brackets(recipient)
+            reply = yield from self._guarded(self._upstream.ask(line))
             if _is_success(reply):
                 self.accepted[recipient] = reply
         return reply
 
     def data(self):
-        if self._connection is None:
+        if not self._upstream.connected:
             return 451, _NOT_AVAILABLE
-        return self._guarded(self._connection.data)
+        seconds = self._proxy.upstream_data_timeout_seconds
+        reply = yield from self._guarded(self._upstream.ask('DATA', seconds, [354]))
+        self._upstream.is_in_data = reply[0] == 354
+        return reply
 
     def deliver(self, octets, recipients):
         """Send the message to those recipients; {recipient: reply}, the same for all."""
         recipients = list(dict.fromkeys(recipients))
         if not recipients:
+            if self._upstream.is_in_data:
+                self._upstream.close()
             return {}
-        reply = self._guarded(self._send, octets, recipients)
+        reply = yield from self._prepare(recipients)
+        if self._upstream.is_in_data:
+            reply = yield from self._guarded(self._upstream.send_message(octets))
         self.accepted = {}
         return dict.fromkeys(recipients, reply)
 
-    def _send(self, octets, recipients):
+    def _prepare(self, recipients):
         # It may have closed while the client sent its data, and may have more recipients
         # than are left: as nothing has been sent yet, another transaction does no harm.
-        if (self._connection is None or not self._connection.is_silent()
-                or list(self.accepted) != recipients):
-            replies = [self._begin(), *map(self._connection.rcpt, recipients)]
-            refusal = next((each for each in replies if not _is_success(each)), None)
-            if refusal:
-                return 451, refusal[1]
-        if not self._connection.is_in_data:
-            reply = self._connection.data()
-            if reply[0] != 354:
-                return reply
-        return self._connection.send_message(octets)
+        if not self._upstream.connected or list(self.accepted) != recipients:
+            reply = yield from self.mail(*self._mail)
+            for each in recipients:
+                if _is_success(reply):
+                    reply = yield from self.rcpt(each)
+            if not _is_success(reply):
+                return 451, reply[1]
+        return None if self._upstream.is_in_data else (yield from self.data())
 
-    def _guarded(self, step, *arguments):
+    def reset(self):
+        """Let the upstream forget the transaction, too."""
+        self.accepted = {}
+        if self._upstream.connected:
+            yield from self._guarded(self._end_transaction())
+        return 250, b'OK'
+
+    def quit(self):
+        """Take leave; a message under way gets no final dot, and is none."""
+        self._upstream.quit()
+
+    def _guarded(self, steps):
         try:
-            reply = step(*arguments)
-        except _RunsInCircle:
-            self.close()
-            reply = _TOO_MANY_HOPS
+            reply = yield from steps
         except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
-            self.close()
             self._proxy.log_info(
                 '%s:%s: mail from %s: %s' % (*self._address, self._mail[0], error), 'error')
-            reply = 451, _NOT_AVAILABLE
-        except _NotYet:
-            raise
+            reply = 421, _NOT_AVAILABLE
         except BaseException:  # a reply may be left unread
-            self.close()
+            self._upstream.close()
             raise
         if reply[0] == 421:
-            self.close()
+            self._upstream.close()
             reply = 451, reply[1]
         return reply
 
-    def interrupt(self):
-        """End what another thread waits for."""
-        self._is_interrupted = True
-        connection = self._connection
-        if connection is not None:
-            connection.interrupt()
+    def _begin(self):
+        if self._upstream.connected:
+            with contextlib.suppress(OSError):
+                reply = yield from self._ask_mail(*self._mail)
+                if reply[0] != 421:
+                    return reply
+            self._upstream.close()
+        greeting = yield from self._connect()
+        if _leads_to_itself(self._proxy, self._upstream.socket):
+            self._upstream.close()
+            return _TOO_MANY_HOPS
+        yield from self._greet(greeting)
+        return (yield from self._ask_mail(*self._mail))
 
-    def quit(self):
-        if self._connection is not None:
-            self._connection.quit()
-            self.close()
+    def _connect(self):
+        """Connect to one of the upstream's addresses; return the greeting."""
+        limit = self._proxy.upstream_connection_limit
+        others = [each for each in self._sockets.values()
+                  if isinstance(each, _Upstream) and each.host_and_port == self._address]
+        if limit is not None and len(others) >= limit:
+            raise _UpstreamLost('%d connections already' % len(others))
+        look_up = functools.partial(socket.getaddrinfo, *self._address, type=socket.SOCK_STREAM)
+        if self._sockets is self._proxy._map:
+            addresses = yield functools.partial(self._proxy._run_in_thread, look_up)
+        else:  # a loop that has nothing else to do
+            addresses = look_up()
+        ends = time.monotonic() + self._proxy.upstream_timeout_seconds
+        for left, (family, _, _, _, address) in zip(range(len(addresses), 0, -1), addresses):
+            self._upstream = _Upstream(self._proxy, self._address, self._sockets)
+            try:
+                seconds = (ends - time.monotonic()) / left
+                return (yield from self._upstream.open(family, address, seconds))
+            except OSError:
+                self._upstream.close()
+                if left == 1:
+                    raise
 
-    def close(self):
-        """Cut the connection: a message under way gets no final dot, and is none."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+    def _greet(self, reply):
+        for verb in self._hellos if _is_success(reply) else ():
+            reply = yield from self._upstream.ask('%s %s' % (verb, self._proxy._own_name()))
+            if _is_success(reply):
+                lines = reply[1].upper().split(b'\n')[1:]
+                self._upstream.extensions = {line.split()[0] for line in lines if line.strip()}
+                return
+        raise _UpstreamLost(_reply_text(reply))
+
+    def _ask_mail(self, mailfrom, options):
+        yield from self._end_transaction()
+        parameters = [' ' + each for each in options
+                      if _EXTENSIONS.get(each.partition('=')[0]) in self._upstream.extensions]
+        reply = yield from self._upstream.ask(
+            'MAIL FROM:%s%s' % (_in_brackets(mailfrom), ''.join(parameters)))
+        self._upstream.has_transaction = _is_success(reply)
+        return reply
+
+    def _end_transaction(self):
+        """Send RSET if there is one: a refused message need not have ended it."""
+        reply = 250, b'OK'
+        if self._upstream.has_transaction:
+            reply = yield from self._upstream.ask('RSET')
+        if not _is_success(reply):
+            raise _UpstreamLost('has not finished the message before')
+        self._upstream.has_transaction = False
+        return reply
+
+
+def _at_once(code, text):
+    """A step that waits for nothing."""
+    yield from ()
+    return code, text
 
 
 class _UpstreamLost(ConnectionError):
     """The upstream has closed, or its replies can no longer be told apart."""
 
 
-class _RunsInCircle(Exception):
-    """The upstream is the proxy itself."""
+class _Upstream(_Dispatcher, asynchat.async_chat):
+    """A connection to an SMTP or LMTP server, in the loop.
 
-
-class _NotYet(Exception):
-    """The reply did not come at once: call the same step again to wait for it."""
-
-
-class _Connection:
-    """A connection to an SMTP or LMTP server.
-
-    Not smtplib's: that waits for ever for a reply that never ends, takes a
+    Not smtplib's: that blocks, waits for ever for a reply that never ends, takes a
     reply to nothing for the next command's, changes paths, and leaves a bare
     CR in a message, after which a dot could end it.
 
-    Each method blocks for a limited time, and raises OSError if the server is
-    lost: nothing that it may still say counts.
+    open(), ask() and send_message() are generators that return a reply, (code, text), and
+    raise OSError if the server is lost: nothing that it may still say counts.
     """
 
-    def __init__(self, proxy, address):
+    ac_in_buffer_size = 4096  # replies are short
+    terminator = b'\n'
+    extensions = frozenset()
+    has_transaction = False
+    is_in_data = False  # it waits for a message, or the rest of it
+
+    _resume = None  # the step that waits for a reply ...
+    _deadline = math.inf  # ... until then, on the monotonic clock
+    _octets_read = 0  # of the reply that is being read
+    _blocks = iter(())  # of a message, to be sent
+    _fault = _UpstreamLost('closed the connection')  # what a step raises once it is closed
+
+    handle_expt = SMTPChannel.handle_expt
+
+    def __init__(self, proxy, host_and_port, sockets):
+        asynchat.async_chat.__init__(self, map=sockets)
+        self.host_and_port = host_and_port
         self._proxy = proxy
-        self._input = b''
-        self._awaited = None  # the command that has no reply yet, and when it was sent
-        self._extensions = frozenset()
-        self._has_transaction = False
-        self.is_in_data = False
-        self.is_quick = False  # it has replied to the last command within a moment
-        self.is_hurried = False  # to wait for a moment only, then raise _NotYet
-        self._socket = socket.create_connection(address, proxy.upstream_timeout_seconds)
-        self._socket.setsockopt(*_NO_DELAY)
-        self._socket.setblocking(False)  # to wait only where there is something to wait for
+        self._texts = []  # lines of the reply that is being read
+        self._replies = []  # that no step has taken yet
 
-    def greet(self, hellos):
-        if _leads_to_itself(self._proxy, self._socket):
-            raise _RunsInCircle
-        reply = self._read_reply(self._proxy.upstream_command_timeout_seconds)
-        if _is_success(reply):
-            for verb in hellos:
-                reply = self._command('%s %s' % (verb, self._proxy._own_name()))
-                if _is_success(reply):
-                    lines = reply[1].upper().split(b'\n')[1:]
-                    self._extensions = frozenset(line.split()[0] for line in lines if line.strip())
-                    return
-        raise _UpstreamLost(_reply_text(reply))
+    def open(self, family, address, seconds):
+        """Connect; return the greeting."""
+        self.create_socket(family)
+        self.socket.setsockopt(*_NO_DELAY)
+        self.connect(address)
+        return (yield from self._reply(seconds))
 
-    def mail(self, mailfrom, options):
-        if self.is_in_data or self._has_transaction and not _is_success(self._command('RSET')):
-            raise _UpstreamLost('has not finished the message before')
-        self._has_transaction = False
-        parameters = [' ' + each for each in options
-                      if _EXTENSIONS.get(each.partition('=')[0]) in self._extensions]
-        reply = self._command('MAIL FROM:%s%s' % (_in_brackets(mailfrom), ''.join(parameters)))
-        self._has_transaction = _is_success(reply)
-        return reply
-
-    def rcpt(self, recipient):
-        return self._command('RCPT TO:' + _in_brackets(recipient))
-
-    def data(self):
-        reply = self._command('DATA', self._proxy.upstream_data_timeout_seconds, [354])
-        self.is_in_data = reply[0] == 354
-        return reply
-
-    def send_message(self, octets):
-        """Send the message, after data(); return the reply to it."""
-        octets = _lf_lines(octets).replace(b'\n', b'\r\n').replace(b'\r\n.', b'\r\n..')
-        if octets[:1] == b'.':
-            octets = b'.' + octets
-        rest = len(octets) // _BLOCK * _BLOCK
-        for start in range(0, rest, _BLOCK):
-            if not self._has_sent(octets[start:start + _BLOCK]):
-                return self._early_refusal()
-        last = octets[rest:] + (b'.\r\n' if octets.endswith(_END_OF_LINE) else _END_OF_DATA)
-        if not self.is_silent():
-            return self._early_refusal()
-        try:
-            if not self._has_sent(last):
-                return self._early_refusal()
-            reply = self._read_reply(self._proxy.upstream_final_timeout_seconds)
-            _check(reply)
-        except OSError as error:  # RFC 1047
-            raise _UpstreamLost('lost after the final dot: the message may have been delivered, '
-                                'and will be once more: %s' % error) from error
-        self.is_in_data = self._has_transaction = False
-        return reply
-
-    def _has_sent(self, block):
-        """Send a block; return False if the server has said something, or has closed."""
-        if not self.is_silent():
-            return False
-        try:
-            self._send(block, self._proxy.upstream_block_timeout_seconds)
-        except ConnectionError:
-            return False
-        return True
-
-    def _early_refusal(self):
-        """The reply to a message that is not yet whole."""
-        reply = self._read_reply(self._proxy.upstream_block_timeout_seconds)
-        return _check(reply, [])
-
-    def _command(self, line, seconds=None, good=range(200, 300)):
+    def ask(self, line, seconds=None, good=range(200, 300)):
+        """Send a command; return the reply, a good one or a refusal."""
         if '\r' in line or '\n' in line:
             raise ValueError('a line end in %r' % line)
+        self.handle_read()
+        if self.is_in_data or self._replies or self._octets_read or self.ac_in_buffer:
+            raise _UpstreamLost('waits for a message, or talks unasked')
+        self.push(line.encode('utf-8', 'surrogateescape') + _END_OF_LINE)
         if seconds is None:
             seconds = self._proxy.upstream_command_timeout_seconds
-        if self._awaited is None:
-            if not self.is_silent():
-                raise _UpstreamLost('closed, or talks unasked: %r' % self._input[:100])
-            self._send(line.encode('utf-8', 'surrogateescape') + _END_OF_LINE, seconds)
-            self._awaited = line, time.monotonic()
-        elif self._awaited[0] != line:  # nobody came back for that reply
-            raise _UpstreamLost('no reply yet to %r' % self._awaited[0])
-        reply = self._read_reply(seconds)
-        self.is_quick = time.monotonic() - self._awaited[1] < _A_MOMENT
-        self._awaited = None
-        return _check(reply, good)
+        return _check((yield from self._reply(seconds)), good)
 
-    def is_silent(self):
-        """Whether the server is there, and has said nothing since its last reply."""
-        return not (self._input or _is_ready(self._socket, _READABLE, 0))
+    def send_message(self, octets):
+        """Send the message, after DATA; return the reply to it."""
+        final = self._proxy.upstream_final_timeout_seconds
+        self._blocks = _blocks(octets)
+        self.handle_read()
+        self.producer_fifo.append(self)  # asynchat asks more() for a block when it has sent one
+        try:
+            if not self._replies:  # else it refuses the message already
+                self.initiate_send()
+                if not self.producer_fifo:
+                    self._allow(final)
+                yield self._wait
+            reply = _check(self._replies.pop(), () if self.producer_fifo else range(200, 300))
+        except OSError as error:
+            if self.producer_fifo:
+                raise
+            raise _UpstreamLost('lost after the final dot: the message may have been delivered, '
+                                'and will be once more: %s' % error) from error  # RFC 1047
+        if self.producer_fifo:  # or the rest would follow the refusal
+            self.close()
+        self.is_in_data = False
+        self.has_transaction = not _is_success(reply)
+        return reply
 
-    def _send(self, octets, seconds):
-        deadline = time.monotonic() + seconds
-        sent = 0
-        while sent < len(octets):
-            try:
-                sent += self._socket.send(octets[sent:])
-            except BlockingIOError:
-                self._wait(_WRITABLE, deadline)
-
-    def _wait(self, event, deadline):
-        if self.is_hurried and event == _READABLE:
-            if not _is_ready(self._socket, event, _A_MOMENT):
-                raise _NotYet
-        elif not _is_ready(self._socket, event, max(0, deadline - time.monotonic())):
-            raise TimeoutError('timed out')
-
-    def _read_reply(self, seconds):
-        """(code, text); the lines of the text are joined by LF."""
-        deadline = time.monotonic() + seconds
-        texts = []
-        start = 0
-        while True:
-            end = self._input.find(b'\n', start)
-            if end < 0:
-                if len(self._input) > _MOST_OF_A_REPLY:
-                    raise _UpstreamLost('a reply without an end')
-                self._wait(_READABLE, deadline)
-                self._receive()
-                continue
-            line = self._input[start:end].rstrip(b'\r')
-            match = _REPLY_LINE.fullmatch(line)
-            if not match:
-                raise _UpstreamLost('no reply: %r' % line[:100])
-            code, mark, text = match.groups()
-            texts.append(text or b'')
-            start = end + 1
-            if mark != b'-':
-                self._input = self._input[start:]
-                return int(code), b'\n'.join(texts)
-
-    def _receive(self):
-        octets = self._socket.recv(4096)
-        if not octets:
-            raise _UpstreamLost('closed the connection')
-        self._input += octets
-
-    def interrupt(self):
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(_SHUT_BOTH)
+    def more(self):
+        """The next block of the message; with the last one the queue is empty."""
+        block, is_last = next(self._blocks)
+        seconds = self._proxy.upstream_block_timeout_seconds
+        if is_last:
+            self.producer_fifo.clear()
+            seconds += self._proxy.upstream_final_timeout_seconds
+        self._allow(seconds)
+        return block
 
     def quit(self):
-        if not (self.is_in_data or self._awaited):
-            with contextlib.suppress(OSError):
-                self._socket.send(b'QUIT\r\n')  # Postfix does not wait for the reply either
+        if self.connected and self._resume is None and not self.is_in_data:
+            self.push(b'QUIT\r\n')  # Postfix does not wait for the reply either
+        self.close()
 
     def close(self):
-        self._socket.close()
+        """Cut the connection; a step that waits is given up."""
+        self._resume = None
+        self.ac_in_buffer = b''
+        super().close()
+
+    def _reply(self, seconds):
+        self._allow(seconds)
+        yield self._wait
+        return self._replies.pop()
+
+    def _allow(self, seconds):
+        self._deadline = time.monotonic() + seconds
+
+    def _wait(self, resume):
+        if not (self.connected or self.connecting):
+            raise self._fault
+        self._resume = resume
+
+    # Events
+
+    def readable(self):
+        if self._resume is not None and time.monotonic() > self._deadline:
+            # The loop is collecting descriptors: none may be closed before its next event.
+            self._fault = TimeoutError('timed out')
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(_SHUT_BOTH)
+        return True
+
+    def handle_connect(self):
+        self._allow(self._proxy.upstream_command_timeout_seconds)
+
+    def collect_incoming_data(self, data):
+        self._collect_incoming_data(data)
+        self._octets_read += len(data)
+        if self._octets_read > _MOST_OF_A_REPLY:
+            raise _UpstreamLost('a reply without an end')
+
+    def found_terminator(self):
+        line = self._get_data().rstrip(b'\r')
+        match = _REPLY_LINE.fullmatch(line)
+        if not match or self._replies:
+            raise _UpstreamLost('no reply: %r' % line[:100])
+        code, mark, text = match.groups()
+        self._texts.append(text or b'')
+        if mark != b'-':
+            self._replies.append((int(code), b'\n'.join(self._texts)))
+            self._texts, self._octets_read = [], 0
+            resume, self._resume = self._resume, None
+            if resume is not None:
+                resume(functools.partial(_give, None))
+
+    def handle_close(self):
+        if self.connected:  # it could not be sent to: its last word may be left to read
+            self.connected = False
+            self.handle_read()
+        self._end(self._fault)
+
+    def handle_error(self):
+        self._end(sys.exc_info()[1])
+
+    def _end(self, error):
+        resume, self._resume = self._resume, None
+        self._fault = error
+        self.connected = self.connecting = False
+        self.del_channel()
+        if resume is not None:
+            resume(functools.partial(_throw, error))
+        self.close()  # only now: the loop may hold more events for its number
 
 
-_READABLE, _WRITABLE = 0, 1
-
-
-def _is_ready(sock, event, seconds):
-    """Wait until the socket is readable, or writable; return False if it takes too long."""
-    if not hasattr(select, 'poll'):  # Windows, whose select() takes any descriptor
-        sockets = [[], []]
-        sockets[event] = [sock]
-        return any(select.select(*sockets, [], seconds))
-    poll = select.poll()
-    poll.register(sock, select.POLLOUT if event else select.POLLIN)
-    return bool(poll.poll(math.ceil(seconds * 1000)))
+def _blocks(octets):
+    """The message as it goes over the wire, in blocks; and whether it is the last one."""
+    octets = _lf_lines(octets)
+    for start in range(0, len(octets) or 1, _BLOCK):
+        before = octets[start - 1:start] if start else b'\n'
+        block = (before + octets[start:start + _BLOCK]).replace(b'\n', b'\r\n')
+        block = block.replace(b'\r\n.', b'\r\n..')[2 if before == b'\n' else 1:]
+        is_last = start + _BLOCK >= len(octets)
+        if is_last:
+            block += b'.\r\n' if octets[-1:] == b'\n' else _END_OF_DATA
+        yield block, is_last
 
 
 def _leads_to_itself(proxy, connection):
@@ -3025,8 +2817,8 @@ def _leads_to_itself(proxy, connection):
 
 
 def _check(reply, good=range(200, 300)):
-    """The reply, if it is a good one or a refusal."""
-    if reply[0] < 400 and reply[0] not in good:
+    """The reply, if it is a good one or a refusal of what the client wants."""
+    if reply[0] < 400 and reply[0] not in good or reply[0] == 503:  # 503: our own fault
         raise _UpstreamLost('out of step: ' + _reply_text(reply))
     return reply
 
@@ -3039,11 +2831,17 @@ def _refused_of(replies):
     return {each: reply for each, reply in replies.items() if not _is_success(reply)}
 
 
-def _worst_of(refused):
-    """One reply for all: a "try again" if there is one, else the last."""
-    replies = [reply if 400 <= reply[0] < 600 else (451, _NOT_AVAILABLE)
-               for reply in refused.values()]
-    return next((reply for reply in replies if reply[0] < 500), replies[-1])
+def _reply_for_all(refused, recipients):
+    """One reply, where some are refused and the others have the message."""
+    replies = {each: reply if 400 <= reply[0] < 600 else (451, _NOT_AVAILABLE)
+               for each, reply in refused.items()}
+    for code, text in replies.values():
+        if code < 500:
+            return code, text
+    if len(refused) < len(set(recipients)):  # the sender must be able to tell who was
+        text = b'\n'.join(b'%.180s (%s)' % (b' '.join(_as_octets(said).split()), _as_octets(each))
+                          for each, (_, said) in replies.items())
+    return code, text
 
 
 @functools.lru_cache(maxsize=64)
@@ -3078,13 +2876,15 @@ def _with_peer_header(octets, peer):
     """The message with X-Peer after its headers."""
     headers_end = _end_of_headers(octets)
     peer_header = b'X-Peer: ' + _host_of(peer).encode('ascii', 'backslashreplace')
-    if octets[-1:] == b'\n':
-        octets += b'\n'  # otherwise _deliver() would take the last, empty line for a line end
-    if headers_end < len(octets):
+    # Otherwise _deliver() would take the last, empty line for a line end.
+    line_end = b'\n' if octets[-1:] == b'\n' else b''
+    if line_end or headers_end < len(octets):
         peer_header += b'\n'
     elif octets:
         peer_header = b'\n' + peer_header
-    return octets[:headers_end] + peer_header + octets[headers_end:]
+    # Joined, since the message may be large.
+    return b''.join((octets[:headers_end], peer_header, memoryview(octets)[headers_end:],
+                     line_end))
 
 
 # ---------------------------------------------------------------------------

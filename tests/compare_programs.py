@@ -241,9 +241,13 @@ def until_error(events):
 
 def failure_answered(case):
     """Ours says 451 to a command or a message that failed before it had an answer."""
-    if case.overrides('handle_error') or was_answered(case):
+    calls_ours = 'super().handle_error()' in case.source or '.handle_error(self)' in case.source
+    if case.overrides('handle_error') and not calls_ours or was_answered(case):
         return False
-    if case.old_rest[0] in (['closed'], ['close']) and case.old[case.at - 1][0] == 'error':
+    if (case.old_rest[0] in (['closed'], ['close'], ['handle_close'])
+            and case.old[case.at - 1][0] == 'error'):
+        if case.new_rest[0] == ['push', repr(FAILURE[:-2])]:
+            return True
         # What was sent is compared apart.
         return FAILURE[:5] in str([event for event in case.new_rest if event[0] == 'sent'])
     old_events, old_error = until_error(case.old_rest)
