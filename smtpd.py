@@ -273,8 +273,6 @@ _ASYNCORES_HANDLE_ERROR = asyncore.dispatcher.handle_error
 class _Dispatcher:
     """A mixin for dispatchers: the log goes to standard error, and any thread may close."""
 
-    _selector_of_this = None  # the _Selector that watches it, instead of the socket map
-
     def log_info(self, message, type='info'):
         """Write to standard error; never raises.
 
@@ -300,13 +298,11 @@ class _Dispatcher:
 
     def close(self):
         loop = self._loop_elsewhere()
-        if loop is not None:
-            loop.take_over(self)
+        if loop is not None and self._fileno is not None and isinstance(self.socket, _socket_type):
+            _Leftover(self, loop)
         super().close()
 
     def del_channel(self, map=None):
-        if self._selector_of_this is not None:
-            self._selector_of_this.discard(self)
         with contextlib.suppress(KeyError):  # another thread has closed it at the same moment
             super().del_channel(map)
 
@@ -314,9 +310,16 @@ class _Dispatcher:
         """The _LoopThread that may be waiting for this, if it is another thread; or None."""
         return None
 
-    def _may_shut_down(self):
-        """Whether no other process uses the socket: shutdown() would end it for all."""
-        return True
+    def _shares_socket(self):
+        """Whether other processes may use the socket: shutdown() would end it for all."""
+        return False
+
+
+class _Reader(_Dispatcher, asyncore.dispatcher):
+    """A dispatcher that is only read from."""
+
+    def writable(self):
+        return False
 
 
 class _LoopThread:
@@ -327,58 +330,38 @@ class _LoopThread:
 
     def __init__(self):
         self.reference = weakref.ref(self)
-        self._leftovers = set()
-
-    def take_over(self, owner):
-        """Close a dispatcher's socket at the loop's next turn, and wake the loop."""
-        if owner._fileno is not None and isinstance(owner.socket, _socket_type):
-            leftover = _Leftover(owner, self._leftovers)
-            if owner._may_shut_down():
-                leftover.shut_down()
-
-    def add(self, dispatcher):
-        self._leftovers.add(dispatcher)
+        self.ident = threading.get_ident()
+        self.leftovers = set()  # to be closed: the map may be cleared, as by asyncore.close_all()
 
     def close_leftovers(self):
-        for each in list(self._leftovers):
-            each.close()
+        while self.leftovers:
+            self.leftovers.pop().close()
 
     __del__ = close_leftovers
 
 
-class _Leftover(_Dispatcher, asyncore.dispatcher):
-    """The socket of a dispatcher that another thread has closed."""
+class _Leftover(_Reader):
+    """The socket of a dispatcher that another thread has closed, until the loop's next turn."""
 
-    def __init__(self, owner, leftovers):
+    def __init__(self, owner, loop):
         asyncore.dispatcher.__init__(self, map=owner._map)
         theirs = owner.socket
-        self.socket = _socket_type(theirs.family, theirs.type, theirs.proto, theirs.detach())
-        self._leftovers = leftovers
-        self._was_listening = owner.accepting
-        leftovers.add(self)  # the map may be cleared, as asyncore.close_all() does
-        self._fileno, owner._fileno = owner._fileno, None
-        self._selector_of_this, owner._selector_of_this = owner._selector_of_this, None
-        if self._selector_of_this is None:
-            self.add_channel()
-        else:
-            self._selector_of_this.add(self)
-
-    def shut_down(self):
-        """Wake the loop, which close() would not."""
-        try:
-            self.socket.shutdown(_SHUT_BOTH)
-        except OSError:
-            if self._was_listening:  # macOS
-                self.close()
+        owner._fileno = None  # its place in the map is ours
+        self.set_socket(_socket_type(theirs.family, theirs.type, theirs.proto, theirs.detach()))
+        self._leftovers = loop.leftovers
+        self._leftovers.add(self)
+        self._is_shared = owner._shares_socket()
+        if not self._is_shared:
+            try:
+                self.socket.shutdown(_SHUT_BOTH)  # wakes the loop, which close() would not
+            except OSError:
+                if owner.accepting:  # macOS
+                    self.close()
 
     def readable(self):
-        if self._selector_of_this is None:
-            self.close()  # nothing else in this turn of the loop waits for the descriptor
-            return False
-        return True
-
-    def writable(self):
-        return False
+        if self._is_shared:  # no event will come
+            self.close()
+        return not self._is_shared
 
     def handle_read_event(self):
         self.close()
@@ -517,6 +500,11 @@ def _standard_limit():
     return 512
 
 
+def _discard(items, item):
+    if item in items:
+        items.remove(item)
+
+
 class SMTPChannel(_Dispatcher, asynchat.async_chat):
     """The dialogue with one client (RFC 5321).
 
@@ -619,13 +607,15 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
     _last_sign_of_life = None  # of the client, on the monotonic clock
     _is_corked = False  # the kernel keeps replies until more come
     _sending = threading.RLock()  # one thread at a time sends; each channel has its own
+    _quiet_channels = None  # where it is kept, instead of the map, while it only waits for input
     _relay = None  # takes the steps of this session to a proxy's upstream
 
     def __init__(self, server, conn, addr, data_size_limit=DATA_SIZE_DEFAULT,
                  map=None, enable_SMTPUTF8=False, decode_data=False):
         _check_modes(enable_SMTPUTF8, decode_data)
         if self.smtp_server is not None:  # a second call
-            self._forget_session()
+            for name in _STATE_OF_A_SESSION:
+                vars(self).pop(name, None)
         self.smtp_server = server
         self.conn = conn
         if self.data_size_limit != data_size_limit:
@@ -638,6 +628,9 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
             self._emptystring, self._linesep, self._dotsep, self._newline = (
                 ('', '\r\n', '.', NEWLINE) if decode_data else (b'', b'\r\n', ord(b'.'), b'\n'))
         self.command_size_limits = type(self).command_size_limits.copy()
+        if getattr(self.command_size_limits, 'default_factory', None) is _standard_limit:
+            self.command_size_limits.default_factory = functools.partial(
+                _give, self.command_size_limit)
         self.received_lines = []
         self._begin_transaction()
         self._last_sign_of_life = time.monotonic()
@@ -655,12 +648,9 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
         _debug('Peer: %r', self.peer)
         # Sent now: TLS subclasses call async_chat.__init__() next, which drops what is queued.
         self.push('220 %s %s' % (self.fqdn, __version__))
-        self._tell_selector()
-
-    def _forget_session(self):
-        """Give the state of a session its defaults again."""
-        for name in _STATE_OF_A_SESSION:
-            vars(self).pop(name, None)
+        if _is_server(server) and server.channels_in_selector:
+            self._quiet_channels = server._quiet_channels_for(self)
+            self._settle()
 
     def _begin_transaction(self):
         """Set the state that RSET and the end of the data return to."""
@@ -694,7 +684,7 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
         self._unread = self.ac_in_buffer + self._unread
         self.ac_in_buffer = b''
         self._waits_for = waits_for
-        self._tell_selector()
+        self._settle()
 
     def _resume(self):
         self._waits_for = None
@@ -727,12 +717,13 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
         self._last_sign_of_life = time.monotonic()
         try:
             go_on(outcome)
-            self._is_unanswered = False
-        except _ENDS_OF_THE_LOOP:
-            raise
-        except BaseException:
+        except BaseException as error:
+            self._clean_up(error)
+            if isinstance(error, _ENDS_OF_THE_LOOP):
+                raise
             self.handle_error()
-        self._tell_selector()
+        self._is_unanswered = False
+        self._settle()
 
     def recv(self, buffer_size):
         """Return what was put aside, or else what the client has sent."""
@@ -755,9 +746,14 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
         return False
 
     def readable(self):
-        self._look_for_idleness()
-        return ((self._waits_for is None or self._waits_for is _GOODBYE)
-                and not (self.producer_fifo and self._must_send_first()) and super().readable())
+        limit, now = self.idle_timeout_seconds, time.monotonic()
+        if self._last_sign_of_life is None:
+            self._last_sign_of_life = now
+        elif limit is not None and now - self._last_sign_of_life >= limit:
+            self._end_idleness(limit)
+        if self._waits_for is not None and self._waits_for is not _GOODBYE:
+            return False
+        return not (self.producer_fifo and self._must_send_first()) and super().readable()
 
     def _must_send_first(self):
         """Whether nothing is executed before the client reads its replies, or at all."""
@@ -769,7 +765,8 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
             len(piece) for piece in waiting if isinstance(piece, bytes))
 
     def writable(self):
-        return self._waits_for in (_NEXT_TURN, _REPLIES_SENT, _GOODBYE) or super().writable()
+        # A step that waits for something else calls back.
+        return self._waits_for is not None and not callable(self._waits_for) or super().writable()
 
     def handle_read(self):
         try:
@@ -778,7 +775,8 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
             self._last_sign_of_life = time.monotonic()  # not before: a handler may take its time
         if self.producer_fifo and self.producer_fifo[0] is None:
             self.handle_write()  # asynchat would close at the loop's next turn
-        self._tell_selector()
+        elif self._quiet_channels is not None:
+            self._settle()
 
     def handle_write(self):
         if not self.connected:  # nothing can be sent, and writable() would be true for ever
@@ -797,15 +795,10 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
         if (self._waits_for is _NEXT_TURN
                 or self._waits_for is _REPLIES_SENT and not self.producer_fifo):
             self._resume()
-        self._tell_selector()
+        self._settle()
 
-    def _look_for_idleness(self):
+    def _end_idleness(self, limit):
         """Mark a session that was idle for too long, so that the loop's next turn ends it."""
-        limit = self.idle_timeout_seconds
-        if self._last_sign_of_life is None:
-            self._last_sign_of_life = time.monotonic()
-        if limit is None or time.monotonic() - self._last_sign_of_life < limit:
-            return
         # The loop is collecting descriptors: nothing here may raise, or close one.
         if callable(self._waits_for):  # for us, not for the client
             return
@@ -816,10 +809,10 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
         else:
             self._waits_for = _GOODBYE
 
-    def _tell_selector(self):
-        """Call this when the answer of readable() or writable() may have changed."""
-        if self._selector_of_this is not None:
-            self._selector_of_this.watch(self)
+    def _settle(self):
+        """Call this when what the channel waits for may have changed."""
+        if self._quiet_channels is not None:
+            self._quiet_channels.settle(self)
 
     # ------------------------------------------------------------------
     # asynchat's hooks: input, output, faults, the end
@@ -883,27 +876,34 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
         pieces, self.received_lines = self.received_lines, []
         if not isinstance(DEBUGSTREAM, Devnull):
             _debug('Data: %r', self._emptystring.join(pieces))
+        whole = self._emptystring.join(pieces)
+        del pieces  # they may be large
         self._is_unanswered = True
         try:
             if self.smtp_state == self.COMMAND:
                 octets, self.num_bytes = self.num_bytes, 0
-                line = _as_octets(pieces[0]) if len(pieces) == 1 else b''.join(
-                    map(_as_octets, pieces))
-                if self.terminator == b'\n':  # set by a program that also takes bare LF
-                    line = line.rstrip(b'\r')
-                self._execute_line(line, octets)
+                self._execute_line(_as_octets(whole), octets)
             elif self.smtp_state == self.DATA:
-                self._end_data(pieces)
+                self._end_data(_as_octets(whole))
             else:
                 self.push('451 Internal confusion')
         except BaseException as error:
-            if isinstance(error, _ENDS_OF_THE_LOOP):
-                self._is_unanswered = False
+            self._clean_up(error)
             raise
-        if not callable(self._waits_for):
+        if self._waits_for is None or not callable(self._waits_for):
             self._is_unanswered = False
             if self.producer_fifo and self.ac_in_buffer and self._must_send_first():
                 self._hold(_REPLIES_SENT)
+
+    def _clean_up(self, error):
+        """After a fault: what the client sends next is a command, at the loop's next turn."""
+        if isinstance(error, _ENDS_OF_THE_LOOP):
+            self._is_unanswered = False
+            return
+        if self._is_unanswered and self.smtp_state == self.DATA:
+            self._set_post_data_state()
+        if self.connected and self.ac_in_buffer:
+            self._hold(_NEXT_TURN)
 
     def push(self, msg):
         """Send one line of a reply; CRLF is added.  Every reply passes through this method.
@@ -929,18 +929,22 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
         with self._sending:
             super().initiate_send()
         if self.producer_fifo:
-            self._tell_selector()
+            self._settle()
 
     def send(self, data):
-        unread = self.ac_in_buffer
-        more_follows = len(self.producer_fifo) == 1 and (data[3:4] == b'-' or (
-            self.smtp_state == self.COMMAND and isinstance(unread, bytes) and b'\r\n' in unread))
+        more_follows = (self.ac_in_buffer or data[3:4] == b'-') and self._more_follows(data)
         if more_follows and not self._is_corked:
             self._cork(True)
         sent = super().send(data)
         if self._is_corked and not (more_follows and sent):  # or the kernel is full
             self._cork(False)
         return sent
+
+    def _more_follows(self, data):
+        """Whether another reply is sure to come."""
+        unread = self.ac_in_buffer
+        return len(self.producer_fifo) == 1 and (data[3:4] == b'-' or (
+            self.smtp_state == self.COMMAND and isinstance(unread, bytes) and b'\r\n' in unread))
 
     def _cork(self, is_corked):
         """Let the kernel keep replies, to join them with the next, or let it send them."""
@@ -954,8 +958,6 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
         if self._is_unanswered and self.connected:
             try:
                 self.push('451 Internal confusion')
-                if self.ac_in_buffer:
-                    self._hold(_NEXT_TURN)
                 return
             except _ENDS_OF_THE_LOOP:
                 raise
@@ -974,12 +976,16 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
         self.ac_in_buffer = self._unread = b''
 
     def add_channel(self, map=None):
-        server = self.smtp_server
-        if _is_server(server) and server._takes_into_selector(self, map):
-            self._selector_of_this = server._selector_of_channels
-            self._selector_of_this.add(self)
-        else:
-            super().add_channel(map)
+        self._stop_being_quiet()  # __init__() of async_chat may be called again
+        super().add_channel(map)
+
+    def del_channel(self, map=None):
+        self._stop_being_quiet()
+        super().del_channel(map)
+
+    def _stop_being_quiet(self):
+        if self._quiet_channels is not None:
+            self._quiet_channels.discard(self)
 
     def _loop_elsewhere(self):
         server = self.smtp_server
@@ -987,6 +993,7 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
 
     def close(self):
         """Close now: pending input and output are dropped."""
+        self._stop_being_quiet()
         super().close()
         self.ac_in_buffer = self._unread = b''
         if self._relay is not None:
@@ -1002,25 +1009,21 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
         if octets > limit and octets > self.max_command_size_limit:
             self.push('500 Error: line too long')
             return
+        if self.terminator == b'\n':  # set by a program that also takes bare LF
+            line = line.rstrip(b'\r')
         verb, method_name, argument = _parse_command(line)
         if verb is None:
             self.push('500 Error: bad syntax')
             return
         method = getattr(self, method_name, None)
-        if self.extended_smtp:
-            limit = self._limit_after_ehlo(verb, method)
+        if self.extended_smtp and method is not None:
+            limit = self.command_size_limits[verb]
         if octets > limit:
             self.push('500 Error: line too long')
         elif method is None:
             self.push('500 Error: command "%s" not recognized' % _printable(verb))
         else:
             method(argument)
-
-    def _limit_after_ehlo(self, verb, method):
-        limits = self.command_size_limits
-        if method is None or getattr(limits, 'default_factory', None) in (None, _standard_limit):
-            return limits.get(verb, self.command_size_limit)
-        return limits[verb]  # a program's own default; not for any verb, since it is kept
 
     @property
     def max_command_size_limit(self):
@@ -1057,35 +1060,26 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
                 self._message = message = _appendable(message)
             message.write(text)
 
-    def _end_data(self, pieces):
-        """Handle the message that has been collected."""
-        try:
-            size, limit = self.num_bytes, self.data_size_limit
-            if pieces and not (limit and size > limit):
-                self.num_bytes = 0
-                self._add_to_message(b''.join(map(_as_octets, pieces)))
-                size = self.num_bytes
-            if size:
-                size += len(_END_OF_LINE)  # RFC 1870 counts the last one, too
-            if limit and size > limit:
-                self._set_post_data_state()
-                self.push('552 Error: Too much mail data')
-                return
+    def _end_data(self, octets):
+        """Handle the message that these octets, if there are any, end."""
+        size, limit = self.num_bytes, self.data_size_limit
+        if octets and not (limit and size > limit):
+            self.num_bytes = 0
+            self._add_to_message(octets)
+            size = self.num_bytes
+        if size:
+            size += len(_END_OF_LINE)  # RFC 1870 counts the last one, too
+        if limit and size > limit:
+            self._set_post_data_state()
+            self.push('552 Error: Too much mail data')
+        else:
             self._handle_message(self._take_message())
-        except BaseException:  # what follows is a command, whatever happened
-            self._drop_data()
-            raise
 
     def _take_message(self):
         message, self._message = self._message or b'', None
         if isinstance(message, io.BytesIO):
             message = message.getvalue()
         return message.decode('utf-8', 'surrogateescape') if self._decode_data else message
-
-    def _drop_data(self):
-        """Read commands again, if data were being read."""
-        if self.smtp_state == self.DATA:
-            self._set_post_data_state()
 
     def _handle_message(self, message):
         self.received_data = message
@@ -1110,14 +1104,11 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
 
     def _end_message(self, outcome):
         """Reply to data with what the handler returned."""
-        try:
-            status = outcome()
-        except BaseException:
-            self._drop_data()
-            raise
+        status = outcome()
         takes_utf8 = self.require_SMTPUTF8
         self._set_post_data_state()
-        self._errors = 0
+        if self._errors:
+            self._errors = 0
         if not status:
             self.push('250 OK')
             return
@@ -1270,7 +1261,9 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
             self.push(refusal)
             return
         if _is_server(self.smtp_server):
-            self._relay = self.smtp_server._relay_for(self)
+            relay = self.smtp_server._relay_for(self)
+            if relay is not self._relay:
+                self._relay = relay
         self.mail_options = options
         if 'SMTPUTF8' in options:
             self.require_SMTPUTF8 = True
@@ -1312,7 +1305,7 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
             self.push('250 OK')
         else:
             self._ask_upstream(self._relay.rcpt(address), functools.partial(
-                self._take_back, address, self.rcpttos.count(address)))
+                _discard, self.rcpttos, address))
 
     def smtp_DATA(self, arg):
         """Read a message, up to a line with nothing but a dot (RFC 5321, 4.1.1.4)."""
@@ -1329,20 +1322,9 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
         self.smtp_state = self.DATA
         self.set_terminator(_END_OF_DATA)
         if self._is_relayed():
-            self._ask_upstream(self._relay.data(), self._drop_data)
-            return
-        try:
+            self._ask_upstream(self._relay.data(), self._set_post_data_state)
+        else:
             self.push('354 End data with <CR><LF>.<CR><LF>')
-        except BaseException:
-            if self._is_unanswered:
-                self._drop_data()
-            raise
-
-    def _take_back(self, address, count):
-        """Forget a recipient; once more does nothing, should its reply fail."""
-        if self.rcpttos.count(address) >= count:
-            # The last one: the same address may have been taken before.
-            del self.rcpttos[-1 - self.rcpttos[::-1].index(address)]
 
     def smtp_RSET(self, arg):
         """Forget the transaction and the message, but not the greeting (RFC 5321, 4.1.1.5)."""
@@ -1480,8 +1462,8 @@ class _NoThread(Exception):
     """No thread can be started, or there is no descriptor to wake the loop when it ends."""
 
 
-class _Threads(_Dispatcher, asyncore.dispatcher):
-    """Runs calls in threads; their outcomes come back in the loop's thread.
+class _Threads(_Reader):
+    """Runs a server's calls in threads; their outcomes come back in the loop's thread.
 
     A thread whose call has ended waits a while for the next, since starting one
     takes longer than most calls do.  The numbers are the loop's thread's alone: the
@@ -1492,16 +1474,15 @@ class _Threads(_Dispatcher, asyncore.dispatcher):
     when its servers and channels are closed.
     """
 
-    def __init__(self, map):
-        asyncore.dispatcher.__init__(self, map=map)
+    def __init__(self, server):
+        asyncore.dispatcher.__init__(self, map=server._map)
+        self._server = server
         self._process = os.getpid()
         self._calls = queue.SimpleQueue()  # (call, function for its outcome)
         self._notes = queue.SimpleQueue()
         self._unfinished = 0  # calls that wait for a thread, or run
         self._threads = 0
-        self._at_most = 0
         self._waker = None
-        self._is_abandoned = False
 
     def is_inherited(self):
         """Whether this is a child after fork(): the threads, and the pair, are its parent's."""
@@ -1511,23 +1492,18 @@ class _Threads(_Dispatcher, asyncore.dispatcher):
         """Make the pair; raises OSError."""
         if self._waker is not None:
             return
-        mine, self._waker = _socketpair()
-        for each in mine, self._waker:
+        self.socket, self._waker = _socketpair()
+        for each in self.socket, self._waker:
             each.setblocking(False)
-        self.socket = mine
-        if _is_too_much_for_select(mine.fileno()):
+        if _is_too_much_for_select(self.socket.fileno()):
             self.close()
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    def run(self, at_most, call, resume):
-        """Run call() as soon as one of `at_most` threads has time; then resume(outcome).
-
-        Raises _NoThread.
-        """
+    def run(self, call, resume):
+        """Run call() as soon as a thread has time for it, then resume(outcome); or raise."""
         if not self._unfinished:
             self._take_notes()  # of threads that have ended meanwhile
         self._unfinished += 1
-        self._at_most = at_most
         try:
             self.open()
             self._start_threads()
@@ -1535,12 +1511,16 @@ class _Threads(_Dispatcher, asyncore.dispatcher):
             self._unfinished -= 1
             self._leave_if_idle()
             raise _NoThread('no thread to be had: %s' % error) from None
-        self._fileno = self.socket.fileno()
-        self.add_channel()
+        self._stand_in_map()
         self._calls.put((call, resume))
 
+    def _stand_in_map(self):
+        self._fileno = self.socket.fileno()
+        self.add_channel()
+
     def _start_threads(self):
-        while self._threads < min(self._unfinished, self._at_most):
+        at_most = max(1, self._server.process_message_threads)
+        while self._threads < min(self._unfinished, at_most):
             try:
                 threading.Thread(target=self._serve, daemon=True).start()
             except Exception:
@@ -1604,9 +1584,6 @@ class _Threads(_Dispatcher, asyncore.dispatcher):
             return False
         return True
 
-    def writable(self):
-        return False
-
     def handle_read(self):
         with contextlib.suppress(OSError):
             self.socket.recv(4096)
@@ -1618,21 +1595,17 @@ class _Threads(_Dispatcher, asyncore.dispatcher):
     def _leave_if_idle(self):
         if not self._unfinished:
             self.del_channel()
-            if self._is_abandoned:
+            if not self._server.accepting:
                 self.close()
 
-    def close_when_idle(self):
-        """Close when all calls have ended."""
-        self._is_abandoned = True
-        self._leave_if_idle()
-
-    def close_in_loop(self, loop):
-        """The same, from another thread than the loop's."""
-        if self._waker is not None:
-            loop.add(self)
-            self._fileno = self.socket.fileno()
-            self.add_channel()
-            self._tell_loop(self.close_when_idle)
+    def server_has_closed(self, loop):
+        """Close as soon as all calls have ended; `loop` is the loop's thread, if another."""
+        if loop is None or self._waker is None:
+            self._leave_if_idle()
+        else:
+            loop.leftovers.add(self)
+            self._stand_in_map()
+            self._tell_loop(self._leave_if_idle)
 
     def close(self):
         self.del_channel()
@@ -1645,132 +1618,94 @@ class _Threads(_Dispatcher, asyncore.dispatcher):
                     each.close()
 
 
-class _Selector(_Dispatcher, asyncore.dispatcher):
-    """Stands for all channels of a server in the socket map.
+class _QuietChannels(_Reader):
+    """Stands in the socket map for those channels of a server that only wait for input.
 
     asyncore asks every object in the map at every turn whether it wants to
     read or write.  This one asks the kernel instead: its descriptor is an
-    epoll set, which is readable while one of its channels is ready.
-    The set is made for the first channel and closed with the last.
+    epoll set, which is readable while one of its channels is.
     """
 
     is_possible = hasattr(select, 'epoll')  # Linux; kqueue is untried
 
-    def __init__(self, map):
-        asyncore.dispatcher.__init__(self, map=map)
-        self._channels = {}  # by descriptor
-        self._events = {}  # what is watched, by descriptor
-        self._epoll = None
-        self._process = None  # the number of the one that made it
+    def __init__(self, server):
+        asyncore.dispatcher.__init__(self, map=server._map)
+        self._server = server
+        self.channels = {}  # by descriptor
+        self._epoll = select.epoll()
+        self._process = os.getpid()
         self._next_look_for_idle = 0.0  # on the monotonic clock
 
-    def open(self):
-        """Make the epoll set if there is none; return False if that fails."""
-        if self._epoll is None:
-            try:
-                epoll = select.epoll()
-            except OSError:
-                return False
-            if _is_too_much_for_select(epoll.fileno()):
-                epoll.close()
-                return False
-            self._epoll = epoll
-            self._process = os.getpid()
-            self._fileno = epoll.fileno()
-        self.add_channel()
-        return True
-
-    def _own_epoll(self):
-        """The set; in a child after fork() a new one, since the parent still uses the old one."""
-        if self._process != os.getpid():
-            with select.epoll() as epoll:  # under the number by which the socket map knows it
-                os.dup2(epoll.fileno(), self._fileno, inheritable=False)
-            self._process = os.getpid()
-            for descriptor, events in self._events.items():
-                if events:
-                    with contextlib.suppress(OSError):  # closed in the child
-                        self._epoll.register(descriptor, events)
-        return self._epoll
-
-    def add(self, channel):
-        """Watch a channel from now on; open() must have returned True."""
-        self._forget(channel._fileno)  # of another, whose socket was closed without a word to us
-        self._channels[channel._fileno] = channel
-        self.watch(channel)
+    def settle(self, channel):
+        """Take the channel out of the map while it only waits for input; else put it back."""
+        descriptor = channel._fileno
+        if channel.readable() and not channel.writable():
+            if self._map.get(descriptor) is channel and not self._epoll.closed:
+                self._epoll.register(descriptor, select.EPOLLIN)
+                self.channels[descriptor] = self._map.pop(descriptor)
+                self._fileno = self._epoll.fileno()
+                self.add_channel()
+        elif self.channels.get(descriptor) is channel:
+            self._map[descriptor] = channel
+            self.discard(channel)
 
     def discard(self, channel):
-        if self._channels.get(channel._fileno) is channel:
-            self._forget(channel._fileno)
-            if not self._channels:
-                self._close_epoll()
+        if self.channels.get(channel._fileno) is channel:
+            del self.channels[channel._fileno]
+            if self._server._loop_elsewhere() is None:  # else what happens to it wakes the loop
+                self._unregister(channel._fileno)
+                self._leave_if_empty()
 
-    def _forget(self, descriptor):
-        self._channels.pop(descriptor, None)
-        if self._events.pop(descriptor, 0) and self._process == os.getpid():
-            with contextlib.suppress(OSError, ValueError):  # one of the two is closed
-                self._epoll.unregister(descriptor)
+    def _unregister(self, descriptor):
+        with contextlib.suppress(OSError):
+            self._epoll.unregister(descriptor)
 
-    def watch(self, channel):
-        """Watch the channel for what it wants now."""
-        descriptor = channel._fileno
-        if self._channels.get(descriptor) is not channel:
-            return
-        wanted = ((select.EPOLLIN if channel.readable() else 0)
-                  | (select.EPOLLOUT if channel.writable() else 0))
-        watched = self._events.get(descriptor, 0)
-        if wanted == watched:
-            return
-        epoll = self._own_epoll()
-        if not watched:
-            epoll.register(descriptor, wanted)
-        elif wanted:
-            epoll.modify(descriptor, wanted)
-        else:  # epoll reports errors even if asked for nothing
-            epoll.unregister(descriptor)
-        self._events[descriptor] = wanted
+    def _leave_if_empty(self):
+        if not self.channels:
+            self.del_channel()
+            if not self._server.accepting:
+                self._epoll.close()
+
+    def server_has_closed(self, loop):
+        """Close when there are no channels left; `loop` is the loop's thread, if another."""
+        if loop is None:
+            self._leave_if_empty()
+        else:
+            loop.leftovers.add(self)
+
+    def is_inherited(self):
+        """Whether this is a child after fork(): the set is its parent's."""
+        return self._process != os.getpid()
 
     def readable(self):
-        if not self._channels:  # the client for whom it was opened got none
-            self._close_epoll()
+        if self.is_inherited():
+            self._map.update(self.channels)  # where they stay
+            self.channels.clear()
+            self.del_channel()
+            self._epoll.close()
             return False
         now = time.monotonic()
         if now >= self._next_look_for_idle:
             self._next_look_for_idle = now + 1
-            for channel in list(self._channels.values()):
-                self.watch(channel)
-        try:
-            return self._own_epoll() is not None
-        except OSError:  # a child's, without descriptors: at the next turn
-            return False
-
-    def writable(self):
-        return False
+            for channel in list(self.channels.values()):
+                self.settle(channel)
+        return bool(self.channels)
 
     def handle_read(self):
-        for descriptor, events in self._own_epoll().poll(0):
-            channel = self._channels.get(descriptor)
-            watched = self._events.get(descriptor, 0)
-            if watched & select.EPOLLIN and events & ~select.EPOLLOUT:
+        for descriptor, _ in self._epoll.poll(0):
+            channel = self.channels.get(descriptor)
+            if channel is None:
+                self._unregister(descriptor)
+            else:
                 asyncore.read(channel)
-            if watched & select.EPOLLOUT and events & ~select.EPOLLIN:
-                asyncore.write(channel)  # which does nothing if it was closed meanwhile
-            if channel is not None:
-                self.watch(channel)
+                self.settle(channel)
+        self._leave_if_empty()
 
     def close(self):
-        channels = list(self._channels.values())
         with contextlib.ExitStack() as closing:  # all of them, even if one raises
-            if not any(each._loop_elsewhere() for each in channels):
-                closing.callback(self._close_epoll)
-            for channel in channels:
+            closing.callback(self.server_has_closed, self._server._loop_elsewhere())
+            for channel in list(self.channels.values()):
                 closing.callback(channel.close)
-
-    def _close_epoll(self):
-        if self._epoll is not None:
-            self.del_channel()
-            self._epoll.close()
-            self._epoll = None
-            self._events.clear()
 
 
 # ---------------------------------------------------------------------------
@@ -1781,7 +1716,7 @@ _PAUSE_SECONDS = 0.01  # between two looks for a descriptor
 _COMPLAINT_SECONDS = 60  # between two lines in the log about it
 
 
-class SMTPServer(_Dispatcher, asyncore.dispatcher):
+class SMTPServer(_Reader):
     """Listens, and gives each complete message to process_message().
 
     `localaddr` is the (host, port) to listen on: an empty host or None stands for
@@ -1834,7 +1769,7 @@ class SMTPServer(_Dispatcher, asyncore.dispatcher):
     _process = None  # ... in this process
     _complains_again_at = 0.0  # on the monotonic clock
     _threads_for_handlers = None
-    _selector_of_channels = None
+    _quiet_channels = None
 
     def __init__(self, localaddr, remoteaddr, data_size_limit=DATA_SIZE_DEFAULT,
                  map=None, enable_SMTPUTF8=False, decode_data=False):
@@ -1901,9 +1836,6 @@ class SMTPServer(_Dispatcher, asyncore.dispatcher):
         # Closed by another thread just now: it left the socket to us only if it knew of us.
         return self._fileno is not None or last is self._loop_thread
 
-    def writable(self):
-        return False
-
     def accept(self):
         """asyncore's accept(); returns None also if the connection cannot be served now."""
         try:
@@ -1915,8 +1847,7 @@ class SMTPServer(_Dispatcher, asyncore.dispatcher):
                 raise
             self._wait_for_resources(error)
             return None
-        if (pair is not None and _is_too_much_for_select(pair[0].fileno(), self._map)
-                and not self._has_selector_for(self.channel_class)):
+        if pair is not None and _is_too_much_for_select(pair[0].fileno(), self._map):
             _refuse(pair[0])
             return None
         if pair is not None and self.process_message_threads and self.accepting:
@@ -1969,31 +1900,29 @@ class SMTPServer(_Dispatcher, asyncore.dispatcher):
     def _abandon_connection(self, connection):
         """Close a connection whose channel could not be made."""
         descriptor = connection.fileno()
+        quiet = self._quiet_channels.channels if self._quiet_channels is not None else {}
+        channel = self._map.get(descriptor, quiet.get(descriptor))
         with contextlib.closing(connection):
-            for channels in self._map, self._watched_channels():
-                channel = channels.get(descriptor)
-                if channel is not None and channel.socket is connection:
-                    try:
-                        channel.close()
-                    finally:  # a program's close() may raise, or leave it there
-                        channel.del_channel()
+            if channel is not None and channel.socket is connection:
+                try:
+                    channel.close()
+                finally:  # a program's close() may raise, or leave it there
+                    channel.del_channel()
 
     def close(self):
         """Stop listening; may be called from any thread.  Channels stay open."""
         loop = self._loop_elsewhere()
         super().close()
-        threads = self._threads_for_handlers
-        if threads is not None and loop is None:
-            threads.close_when_idle()
-        elif threads is not None:
-            threads.close_in_loop(loop)
+        for each in self._threads_for_handlers, self._quiet_channels:
+            if each is not None:
+                each.server_has_closed(loop)
 
     def _loop_elsewhere(self):
         loop = self._loop_thread and self._loop_thread()
-        return None if loop is _this_loop_thread() else loop
+        return loop if loop and loop.ident != threading.get_ident() else None
 
-    def _may_shut_down(self):
-        return self.socket is self._own_listener and self._process == os.getpid()
+    def _shares_socket(self):
+        return self.socket is not self._own_listener or self._process != os.getpid()
 
     # ------------------------------------------------------------------
     # For the channels
@@ -2006,37 +1935,30 @@ class SMTPServer(_Dispatcher, asyncore.dispatcher):
 
     def _own_threads(self):
         threads = self._threads_for_handlers
-        if threads is not None and threads.is_inherited():
-            threads.close()
-            threads = None
-        if threads is None:
-            threads = self._threads_for_handlers = _Threads(self._map)
-        if not self.accepting:  # a session outlives its server
-            threads.close_when_idle()
+        if threads is None or threads.is_inherited():
+            if threads is not None:
+                threads.close()
+            threads = self._threads_for_handlers = _Threads(self)
         return threads
 
     def _run_in_thread(self, call, resume):
-        """Run call() in a thread, then resume(outcome) in the loop's: see _Threads."""
-        self._own_threads().run(max(1, self.process_message_threads), call, resume)
+        """Run call() in a thread, then resume(outcome) in the loop's."""
+        self._own_threads().run(call, resume)
+
+    def _quiet_channels_for(self, channel):
+        """What keeps this channel while it only waits for input; None: the socket map does."""
+        quiet = self._quiet_channels
+        if not (_QuietChannels.is_possible and channel._map is self._map
+                and _leaves_events_alone(type(channel))):
+            return None
+        if quiet is None or quiet.is_inherited():
+            with contextlib.suppress(OSError):
+                quiet = self._quiet_channels = _QuietChannels(self)
+        return quiet
 
     def _relay_for(self, channel):
         """PureProxy's: what takes a channel's steps upstream."""
         return None
-
-    def _has_selector_for(self, channel_class):
-        if not (self.channels_in_selector and _Selector.is_possible
-                and _leaves_events_alone(channel_class)):
-            return False
-        if self._selector_of_channels is None:
-            self._selector_of_channels = _Selector(self._map)
-        return self._selector_of_channels.open()
-
-    def _takes_into_selector(self, channel, map):
-        return ((channel._map if map is None else map) is self._map
-                and self._has_selector_for(type(channel)))
-
-    def _watched_channels(self):
-        return {} if self._selector_of_channels is None else self._selector_of_channels._channels
 
 
 def _positional_arguments(channel_class):
@@ -2277,7 +2199,7 @@ class _Relay:
         self._session = proxy._new_upstream_session(proxy._map)
         self._mailfrom = None  # what the upstream has agreed to
         self._rcpttos = []
-        self._message = None  # while it is delivered
+        self._is_delivering = False
         self._is_ended = False  # the client has gone
 
     def knows(self, mailfrom, rcpttos):
@@ -2308,14 +2230,13 @@ class _Relay:
     def end(self):
         """The client has gone: leave the upstream, unless a message is on its way."""
         self._is_ended = True
-        if self._message is None:
+        if not self._is_delivering:
             self._session.quit()
 
-    def is_given_up(self, message):
-        """Whether this message is on its way for a client that did not wait for the reply."""
-        if message == self._message and _has_gone(self._channel):
-            self._is_ended = True
-        return message == self._message and self._is_ended
+    def is_given_up(self):
+        """Whether the client does not wait for the reply to the message that is on its way."""
+        self._is_ended = self._is_ended or _has_gone(self._channel)
+        return self._is_ended
 
     def _take(self, steps):
         try:
@@ -2325,16 +2246,17 @@ class _Relay:
                 self._session.quit()
 
     def _deliver(self, octets):
-        deliveries = _deliveries_of(self._proxy)
-        message = self._mailfrom, octets
         if self._proxy._has_too_many_hops(octets):
             self._session.quit()
             return _TOO_MANY_HOPS
-        if any(each.is_given_up(message) for each in deliveries.under_way):
+        deliveries = _deliveries_of(self._proxy)
+        message = self._mailfrom, octets
+        other = deliveries.under_way.get(message)
+        if other is not None and other.is_given_up():
             self._session.quit()
             return 451, _NOT_AVAILABLE
-        self._message = message
-        deliveries.under_way.add(self)
+        deliveries.under_way[message] = self
+        self._is_delivering = True
         try:
             left = deliveries.left(*message, self._rcpttos)
             replies = yield from self._session.deliver(
@@ -2346,8 +2268,8 @@ class _Relay:
             deliveries.note(*message, self._rcpttos, refused, comes_again)
             return reply
         finally:
-            self._message = None
-            deliveries.under_way.discard(self)
+            self._is_delivering = False
+            deliveries.under_way.pop(message, None)
 
 
 def _has_gone(channel):
@@ -2362,7 +2284,7 @@ class _Deliveries:
     """Remembers who got a message that the client will send again, since others did not."""
 
     def __init__(self):
-        self.under_way = set()  # relays
+        self.under_way = {}  # relays by message
         self._delivered = collections.OrderedDict()  # (recipients, when) by message
 
     def left(self, mailfrom, octets, rcpttos):
@@ -2508,8 +2430,6 @@ class _UpstreamSession:
         """Send the message to those recipients; {recipient: reply}, the same for all."""
         recipients = list(dict.fromkeys(recipients))
         if not recipients:
-            if self._upstream.is_in_data:
-                self._upstream.close()
             return {}
         reply = yield from self._prepare(recipients)
         if self._upstream.is_in_data:
@@ -2652,7 +2572,7 @@ class _Upstream(_Dispatcher, asynchat.async_chat):
     _deadline = math.inf  # ... until then, on the monotonic clock
     _octets_read = 0  # of the reply that is being read
     _blocks = iter(())  # of a message, to be sent
-    _fault = _UpstreamLost('closed the connection')  # what a step raises once it is closed
+    _fault = None  # why it is lost, if no step was told
 
     handle_expt = SMTPChannel.handle_expt
 
@@ -2666,6 +2586,8 @@ class _Upstream(_Dispatcher, asynchat.async_chat):
     def open(self, family, address, seconds):
         """Connect; return the greeting."""
         self.create_socket(family)
+        if _is_too_much_for_select(self.socket.fileno(), self._map):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         self.socket.setsockopt(*_NO_DELAY)
         self.connect(address)
         return (yield from self._reply(seconds))
@@ -2735,9 +2657,13 @@ class _Upstream(_Dispatcher, asynchat.async_chat):
     def _allow(self, seconds):
         self._deadline = time.monotonic() + seconds
 
+    def _why(self):
+        # Not kept: an exception refers to all that it went through, and so to the message.
+        return vars(self).pop('_fault', None) or _UpstreamLost('closed the connection')
+
     def _wait(self, resume):
         if not (self.connected or self.connecting):
-            raise self._fault
+            raise self._why()
         self._resume = resume
 
     # Events
@@ -2777,17 +2703,18 @@ class _Upstream(_Dispatcher, asynchat.async_chat):
         if self.connected:  # it could not be sent to: its last word may be left to read
             self.connected = False
             self.handle_read()
-        self._end(self._fault)
+        self._end(self._why())
 
     def handle_error(self):
         self._end(sys.exc_info()[1])
 
     def _end(self, error):
         resume, self._resume = self._resume, None
-        self._fault = error
         self.connected = self.connecting = False
         self.del_channel()
-        if resume is not None:
+        if resume is None:
+            self._fault = error
+        else:
             resume(functools.partial(_throw, error))
         self.close()  # only now: the loop may hold more events for its number
 

@@ -244,20 +244,12 @@ def failure_answered(case):
     calls_ours = 'super().handle_error()' in case.source or '.handle_error(self)' in case.source
     if case.overrides('handle_error') and not calls_ours or was_answered(case):
         return False
-    if (case.old_rest[0] in (['closed'], ['close'], ['handle_close'])
-            and case.old[case.at - 1][0] == 'error'):
-        if case.new_rest[0] == ['push', repr(FAILURE[:-2])]:
-            return True
-        # What was sent is compared apart.
-        return FAILURE[:5] in str([event for event in case.new_rest if event[0] == 'sent'])
-    old_events, old_error = until_error(case.old_rest)
-    new_events, new_error = until_error(case.new_rest)
-    says = case.new_says() + ''.join(
-        event[1] for event in case.new_rest[1:10] if event[0] == 'sent')
-    push_fails = new_error is not None and ['push', repr(FAILURE[:-2])] in case.new_rest[:3]
-    return ((new_error == old_error or push_fails) and old_error is not None
-            and all(event[0] in ('state', 'sent') for event in old_events)
-            and (says[:5] == FAILURE[:5] or '451 Internal confusion' in str(new_events)))
+    last = next((event[0] for event in reversed(case.old[:case.at])
+                 if event[0] not in ('state', 'sent', 'push', '_set_post_data_state',
+                                     'set_terminator', *SENDING)), None)
+    return (last in ('error', 'handle_error', 'log_info', 'patched handle_error',
+                     'replaced handle_error')
+            and FAILURE[:22] in str(case.new_rest[:8]))
 
 
 def failed_message_is_over(case):
