@@ -500,9 +500,8 @@ def _standard_limit():
     return 512
 
 
-def _discard(items, item):
-    if item in items:
-        items.remove(item)
+def _remove_last(items, item):
+    del items[-1 - items[::-1].index(item)]
 
 
 class SMTPChannel(_Dispatcher, asynchat.async_chat):
@@ -897,12 +896,11 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
 
     def _clean_up(self, error):
         """After a fault: what the client sends next is a command, at the loop's next turn."""
-        if isinstance(error, _ENDS_OF_THE_LOOP):
-            self._is_unanswered = False
-            return
         if self._is_unanswered and self.smtp_state == self.DATA:
             self._set_post_data_state()
-        if self.connected and self.ac_in_buffer:
+        if isinstance(error, _ENDS_OF_THE_LOOP):
+            self._is_unanswered = False
+        elif self.connected and self.ac_in_buffer:
             self._hold(_NEXT_TURN)
 
     def push(self, msg):
@@ -1132,18 +1130,20 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
 
     def _pass_on_reply(self, undo, outcome):
         """Reply as the upstream did; take the step back if that is a refusal, or fails."""
+        is_refused = False
         try:
             reply = outcome()
-            if reply[:1] not in '23':
-                undo()
+            is_refused = reply[:1] not in '23'
             if reply[:1] == '5':
                 self._errors -= 1  # how many may come is the upstream's business
             for line in _reply_lines(reply):
                 self.push(line)
         except BaseException:
-            if self._is_unanswered:  # what the client has been told stands
-                undo()
+            is_refused = is_refused or self._is_unanswered  # what the client was told stands
             raise
+        finally:
+            if is_refused:
+                undo()
 
     # ------------------------------------------------------------------
     # Arguments
@@ -1305,7 +1305,7 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
             self.push('250 OK')
         else:
             self._ask_upstream(self._relay.rcpt(address), functools.partial(
-                _discard, self.rcpttos, address))
+                _remove_last, self.rcpttos, address))
 
     def smtp_DATA(self, arg):
         """Read a message, up to a line with nothing but a dot (RFC 5321, 4.1.1.4)."""
