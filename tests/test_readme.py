@@ -1,4 +1,4 @@
-"""README.rst and the manual in docs/: each code block is run from the page itself."""
+"""README.rst and the manual in docs/: what they show is run from the page itself."""
 import configparser
 import contextlib
 import inspect
@@ -9,7 +9,6 @@ import os
 import re
 import runpy
 import shlex
-import shutil
 import signal
 import smtplib
 import socket
@@ -62,15 +61,6 @@ def read_blocks():
 
 
 BLOCKS = read_blocks()
-EXECUTED = {'mypy-ini'}  # by test_types.py; each test below adds what it executes
-
-
-def executes(*names):
-    """Says which blocks the decorated test executes, or compares with what really comes out."""
-    EXECUTED.update(names)
-    return lambda test: test
-
-
 def block(name, **ports):
     """A block's text, with the ports of a test.
 
@@ -79,11 +69,6 @@ def block(name, **ports):
     """
     return re.sub(r'\b(25|1025|2501|2502)\b',
                   lambda port: str(ports.get('port_' + port[0], 0)), BLOCKS[name][1])
-
-
-def commands(name):
-    """The commands of a block that runs one after the other."""
-    return re.split(r'[\s\\]+&& ', block(name).strip())
 
 
 def save_block(directory, name, **ports):
@@ -127,9 +112,13 @@ if 'TELL_PORT_OF_ASYNCIO' in os.environ:
     create_server = asyncio.BaseEventLoop.create_server
     asyncio.BaseEventLoop.create_server = telling_create_server
 else:
-    import asyncore
-    loop = asyncore.loop
-    asyncore.loop = telling_loop
+    try:
+        import asyncore
+    except ImportError:  # a virtual environment that is new
+        pass
+    else:
+        loop = asyncore.loop
+        asyncore.loop = telling_loop
 '''
 
 
@@ -156,12 +145,12 @@ class Program:
             command = [sys.executable] + command[1:]
         self.process = subprocess.Popen(
             command, cwd=directory, env=environment, bufsize=0, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
         self.output = open(self.process.stdout.fileno(), 'rb', closefd=False)
         self.errors = b''
         self.port = None
         # A test that waits in vain for a line gets the end of the file instead.
-        self.last_resort = threading.Timer(100, self.process.kill)
+        self.last_resort = threading.Timer(300, self.send, [signal.SIGKILL])
         self.last_resort.start()
 
     def __enter__(self):
@@ -179,8 +168,7 @@ class Program:
     def __exit__(self, *exc):
         self.last_resort.cancel()
         self.last_resort.join()
-        if self.process.poll() is None:
-            self.process.kill()
+        self.send(signal.SIGKILL)
         self.process.wait()
         self.errors += self.process.stderr.read()
         print('%s ended with %s:\n%s' % (  # pytest shows it if the test fails
@@ -200,9 +188,14 @@ class Program:
             lines.append(self.line())
         return lines
 
+    def send(self, number):
+        """Send a signal to the program and to what it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
     def interrupt(self):
         """Ctrl-C; returns the exit status, what it printed and what it complained of."""
-        self.process.send_signal(signal.SIGINT)
+        self.send(signal.SIGINT)
         return (self.process.wait(60), self.output.read().decode(),
                 self.process.stderr.read().decode())
 
@@ -225,21 +218,6 @@ def run_python(tmp_path, user_environment):
     return run
 
 
-def test_every_code_block_is_executed_here():
-    assert set(BLOCKS) - EXECUTED == set()
-    assert EXECUTED - set(BLOCKS) == set()
-
-
-def test_no_document_shows_other_code():
-    blocks = 0
-    for document in DOCUMENTS:
-        text = read(document)
-        blocks += len(re.findall(r'^ *\.\. (?:code(?:-block)?|sourcecode|literalinclude)::', text,
-                                 re.MULTILINE))
-        assert not re.search(r'^(?!\.\.).*::$|^ *>>> ', text, re.MULTILINE), document
-    assert blocks == len(BLOCKS)
-
-
 def test_the_readme_renders_without_a_warning():
     need_module('docutils')
     import docutils.core
@@ -251,24 +229,11 @@ def test_the_readme_renders_without_a_warning():
     assert warnings_given.getvalue() == ''
 
 
-def test_the_readme_is_short_and_its_links_lead_somewhere():
-    text = read(README)
-    assert len(text.splitlines()) <= 250
-    links = re.findall(r'`([^`<]+) <([^`>]+)>`_', text)
-    inside = {target for name, target in links if not target.startswith('https:')}
-    assert all(os.path.isfile(os.path.join(HERE, target)) for target in inside)
-    assert inside == {target for name, target in links if name.startswith('docs/')}
-
-
-def test_the_readme_keeps_the_order_of_a_readers_questions():
-    expected = [
-        'pip install pysmtpd\n', 'pysmtpd; python_version >= "3.12"', 'asyncore.loop()',
-        'Which Pythons', 'What it is not', 'python3 -m venv', 'What it does better\n==',
-        'What you may notice\n==', 'The manual\n==', 'Test it\n==', 'MIT']
-    text = read(README)
-    positions = [text.find(each) for each in expected]
-    assert -1 not in positions
-    assert positions == sorted(positions)
+def test_the_links_of_the_readme_lead_somewhere():
+    links = re.findall(r'`[^`<]+<([^`>]+)>`_', read(README))
+    assert links
+    for target in links:
+        assert target.startswith('https:') or os.path.isfile(os.path.join(HERE, target))
 
 
 def columns_of(docstring):
@@ -344,17 +309,6 @@ def test_the_newest_heading_of_the_changes_is_the_version():
     assert newest[1] == read_setup()['metadata']['version']
 
 
-@executes('requirements')
-def test_the_requirement_names_this_package_from_3_12_on():
-    name, marker = block('requirements').strip().split('; ')
-    assert name == read_setup()['metadata']['name']
-    for version, wanted in {'3.9': False, '3.11': False, '3.12': True, '3.15': True}.items():
-        words = marker.replace('python_version', repr(version))
-        if version == '3.9':  # markers compare versions, not text
-            words = words.replace("'3.9'", "'3.09'")
-        assert eval(words) is wanted
-
-
 RECIPE_MESSAGE = b'''\
 From: =?utf-8?q?J=C3=BCrgen?= <j@example.com>
 To: you@example.com
@@ -373,14 +327,11 @@ def post_message(address, recipients=('you@example.com',), message=RECIPE_MESSAG
         return client.sendmail('j@example.com', list(recipients), message)
 
 
-@executes('five-lines')
-def test_the_server_in_five_lines_prints_a_message(start, tmp_path):
-    lines = [line for line in block('five-lines').splitlines() if line]
-    assert len(lines) == 5
-    (tmp_path / 'server.py').write_text(block('five-lines'))
-    with_port = start('python -u server.py')
-    post_message(with_port.address)
-    assert with_port.line() == repr(HANDLERS_DATA)
+def test_the_server_in_the_readme_prints_a_message_and_ends_at_ctrl_c(start, tmp_path):
+    program = start(['python', '-u', save_block(tmp_path, 'own-server')])
+    post_message(program.address)
+    assert program.line() == "j@example.com ['you@example.com'] %r" % HANDLERS_DATA
+    assert program.interrupt() == (0, '', '')
 
 
 def test_the_example_in_the_module_s_docstring_runs(start, tmp_path):
@@ -400,18 +351,7 @@ def said_by(program, last):
 END_OF_MESSAGE = '------------ END MESSAGE ------------'
 
 
-@executes('try-it', 'send-one', 'printed')
-def test_the_transcript_in_the_readme_is_what_comes_out(start, run_python):
-    program = start(commands('try-it')[2].replace('smtpd-env/bin/', ''))
-    python, *arguments = shlex.split(block('send-one', port_1025=program.port))
-    assert python == 'python3'
-    assert run_python(*arguments).stdout == ''
-    assert said_by(program, END_OF_MESSAGE) == block('printed')
-    assert program.interrupt() == (0, '', '')
-
-
 class TestTutorial:
-    @executes('debugging', 'tutorial-send', 'tutorial-send-command', 'tutorial-printed')
     def test_see_a_message(self, start, run_python, tmp_path):
         program = start(block('debugging'))
         name = save_block(tmp_path, 'tutorial-send', port_1025=program.port)
@@ -420,14 +360,12 @@ class TestTutorial:
         assert said_by(program, END_OF_MESSAGE) == block('tutorial-printed')
         assert program.interrupt() == (0, '', '')
 
-    @executes('tutorial-subjects', 'tutorial-subjects-command', 'tutorial-subjects-printed')
     def test_do_something_with_messages(self, start, run_python, tmp_path):
         save_block(tmp_path, 'tutorial-subjects')
         program = start(block('tutorial-subjects-command'))
         run_python(save_block(tmp_path, 'tutorial-send', port_1025=program.port))
         assert program.line() + '\n' == block('tutorial-subjects-printed')
 
-    @executes('tutorial-channel', 'tutorial-channel-command')
     def test_change_the_dialogue(self, start, tmp_path):
         save_block(tmp_path, 'tutorial-subjects')
         save_block(tmp_path, 'tutorial-channel')
@@ -436,7 +374,6 @@ class TestTutorial:
             'nobody@example.com': (550, b'No such user here')}
         assert program.line() == "j@example.com to ['you@example.com'] about Café"
 
-    @executes('recipe-pytest', 'tutorial-pytest', 'tutorial-pytest-printed')
     def test_catch_mail_in_a_test_suite(self, run_python, tmp_path):
         name = save_block(tmp_path, 'recipe-pytest')
         install, run = block('tutorial-pytest').splitlines()
@@ -447,7 +384,6 @@ class TestTutorial:
         assert block('tutorial-pytest-printed').strip() in outcome.stdout
 
 
-@executes('wrong-arguments')
 def test_wrong_arguments_get_the_lines_that_the_manual_shows(run_python):
     lines = block('wrong-arguments').splitlines()
     for command, complaint in zip(lines[::2], lines[1::2]):
@@ -456,103 +392,94 @@ def test_wrong_arguments_get_the_lines_that_the_manual_shows(run_python):
         assert run_python('-W', 'ignore', *arguments).stdout == complaint + '\n'
 
 
-@executes('which-one')
-def test_one_line_tells_which_module_it_is(run_python):
-    command = shlex.split(block('which-one'))
-    assert command[0] == 'python'
-    outcome = run_python('-W', 'ignore', *command[1:])
-    assert os.path.samefile(outcome.stdout.strip(), smtpd.__file__)
-
-
 @pytest.fixture
-def wheel(tmp_path):
-    """The directory of a wheel built from a copy of the source."""
-    source = copy_of_the_source(tmp_path / 'source')
-    subprocess.run([sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check', 'wheel',
-                    '--no-deps', '--wheel-dir', str(tmp_path / 'wheel'), str(source)],
-                   check=True, timeout=300)
-    return tmp_path / 'wheel'
+def shell(tmp_path, user_environment):
+    """shell(commands, directory): what a newcomer pastes, and what it prints.
 
-
-@pytest.fixture
-def fresh(wheel, tmp_path, user_environment):
-    """The environment variables of a shell in a new virtual environment, tmp_path / 'env'.
-
-    Its pip finds the wheel of this source, and Python our sitecustomize, but not the source.
+    The source is in tmp_path / 'pysmtpd'; the pip of this machine knows where dependencies are.
     """
-    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', str(tmp_path / 'env')],
-                   check=True)
-    scripts = tmp_path / 'env' / 'bin'
-    pip = scripts / 'pip'  # Debian's Pythons have none to put there
-    pip.write_text('#!/bin/sh\nPYTHONPATH= exec %s -m pip --python %s "$@"\n'
-                   % (sys.executable, scripts / 'python'))
-    pip.chmod(0o755)
-    return dict(user_environment, PIP_QUIET='1', PIP_FIND_LINKS=str(wheel),
-                PIP_DISABLE_PIP_VERSION_CHECK='1',
-                PYTHONPATH=user_environment['PYTHONPATH'].split(os.pathsep)[0],
-                PATH=str(scripts) + os.pathsep + os.environ['PATH'])
+    need_module('ensurepip')
+    copy_of_the_source(tmp_path / 'pysmtpd')
+    scripts = tmp_path / 'scripts'
+    scripts.mkdir()
+    for name in 'python', 'python3':
+        (scripts / name).write_text('#!/bin/sh\nexec %s "$@"\n' % sys.executable)
+        (scripts / name).chmod(0o755)
+
+    def run(commands, directory='pysmtpd'):
+        (tmp_path / directory).mkdir(exist_ok=True)
+        outcome = subprocess.run(
+            ['sh', '-ec', commands], cwd=tmp_path / directory, env=run.environment, timeout=600,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            encoding='utf-8')
+        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+        return outcome.stdout
+
+    site = user_environment['PYTHONPATH'].split(os.pathsep)[0]
+    run.environment = {name: value for name, value in user_environment.items()
+                       if not name.startswith('PYSMTPD')}
+    run.environment.update(
+        PATH=os.pathsep.join([str(scripts), os.environ['PATH']]), PYTHONPATH=site, PIP_QUIET='1',
+        PIP_DISABLE_PIP_VERSION_CHECK='1', PYTEST_ADDOPTS='-k TestModule')
+    return run
 
 
-def which_smtpd(environment, directory):
-    return subprocess.run(
-        ['python', '-W', 'ignore', *shlex.split(block('which-one'))[1:]], check=True,
-        cwd=directory, env=environment, stdout=subprocess.PIPE, encoding='utf-8').stdout.strip()
-
-
-@pytest.mark.slow
-@executes('install', 'tutorial-install')
-def test_a_new_user_installs_and_runs_it(fresh, tmp_path):
-    make, install, run = commands('try-it')
-    make_there, activate, install_there = block('tutorial-install').splitlines()
-    assert (make, make_there) == ('python3 -m venv smtpd-env', 'python3 -m venv env')
-    assert activate == '. env/bin/activate'
-    assert install == 'smtpd-env/bin/' + install_there
-    assert install_there == block('install').strip()
-    assert run == 'smtpd-env/bin/' + block('debugging').strip()
-    subprocess.run(install_there, shell=True, check=True, cwd=tmp_path, timeout=300, env=fresh)
-    # Breakpoint: 3.12. Below it the standard library's own wins, as README says.
-    assert ('site-packages' in which_smtpd(fresh, tmp_path)) is (sys.version_info >= (3, 12))
-    if sys.version_info >= (3, 12):
-        python = shutil.which('python', path=fresh['PATH'])
-        with Program([python, *shlex.split(run)[1:]], tmp_path, fresh) as program:
-            post_message(program.address)
-            program.lines_to(END_OF_MESSAGE)
+ENTER = 'python3 -m venv env\n. env/bin/activate\n'
+# Breakpoint: 3.12. Below it the standard library's own wins.
+OURS = os.path.join('site-packages', 'smtpd.py') if sys.version_info >= (3, 12) else (
+    os.path.join('python%d.%d' % sys.version_info[:2], 'smtpd.py'))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.version_info < (3, 12), reason='there is no standard-smtpd')
-@executes('move')
-def test_one_line_moves_from_standard_smtpd(fresh, tmp_path):
-    # Both: who moves may have seen already that the old one hides the new one.
-    subprocess.run('pip install pysmtpd standard-smtpd', shell=True, check=True, timeout=300,
-                   env=fresh)
-    assert which_smtpd(fresh, tmp_path).endswith(os.path.join('smtpd', '__init__.py'))
-    subprocess.run(block('move'), shell=True, check=True, timeout=300, env=fresh)
-    assert which_smtpd(fresh, tmp_path).endswith(os.path.join('site-packages', 'smtpd.py'))
+class TestInstall:
+    def test_the_first_line_of_the_readme_starts_a_server(self, shell, tmp_path):
+        with Program(['sh', '-c', block('try-it')], tmp_path / 'pysmtpd',
+                     shell.environment) as program:
+            assert shell(block('send-one', port_1025=program.port)) == ''
+            assert said_by(program, END_OF_MESSAGE) == block('printed')
+            assert program.interrupt()[1:] == ('', '')
+
+    def test_the_second_line_of_the_readme_tests_it(self, shell):
+        assert re.search(r' [1-9]\d* passed', shell(block('test-it')))
+
+    def test_the_tutorial_installs_it(self, shell):
+        assert shell(block('tutorial-install') + block('which-one'), 'new').strip().endswith(OURS)
+
+    def test_a_program_s_environment_gets_it(self, shell):
+        assert shell(ENTER + block('install') + 'cd env\n' + block('which-one')
+                     ).strip().endswith(OURS)
+
+    def test_a_requirements_file_gets_it_from_a_repository(self, shell, tmp_path):
+        find_tool('git', 'git')
+        shell('git init -q; git add .;'
+              'git -c user.name=x -c user.email=x@example.com commit -qm x')
+        place = 'https://ADDRESS-OF-THE-REPOSITORY'
+        assert place in block('requirements')
+        (tmp_path / 'requirements.txt').write_text(
+            block('requirements').replace(place, 'file://%s/pysmtpd' % tmp_path))
+        assert shell(ENTER + 'pip install -r ../requirements.txt\n' + block('which-one'), 'new'
+                     ).strip().endswith(OURS)
+
+    @pytest.mark.skipif(sys.version_info < (3, 12), reason='there is no standard-smtpd')
+    def test_one_line_moves_from_standard_smtpd(self, shell):
+        # Both: who moves may have seen already that the old one hides the new one.
+        which = '(cd env && %s)\n' % block('which-one').strip()
+        old, new = shell(ENTER + 'pip install . standard-smtpd\n' + which + block('move') + which
+                         ).splitlines()
+        assert old.endswith(os.path.join('smtpd', '__init__.py'))
+        assert new.endswith(OURS)
+
+    # Breakpoint: 3.12.
+    @pytest.mark.skipif(sys.version_info < (3, 12), reason='it has them')
+    def test_the_error_messages_are_those_that_people_see(self):
+        for message in block('error-texts').splitlines():
+            outcome = subprocess.run(
+                [sys.executable, '-I', '-S', '-c', 'import ' + message.split("'")[1]],
+                stderr=subprocess.PIPE, encoding='utf-8')
+            assert outcome.stderr.splitlines()[-1] == message
 
 
 @pytest.mark.slow
-@executes('test-it', 'test-quickly')
-def test_the_command_lines_that_test_know_what_to_do():
-    need_module('tox')
-    make, install, run = commands('test-it')
-    assert install == 'test-env/bin/pip install tox'
-    listed = subprocess.run([sys.executable, '-m', run.rpartition('/')[2], 'list', '--no-desc'],
-                            cwd=HERE, check=True, stdout=subprocess.PIPE,
-                            encoding='utf-8').stdout.split()
-    assert {'py39', 'py310', 'py311', 'py312', 'py313', 'py314', 'py315', 'docs'} <= set(listed)
-    make_too, install, run = commands('test-quickly')
-    assert make == make_too == 'python3 -m venv test-env'
-    assert install == "test-env/bin/pip install '.[test]'"
-    listed = subprocess.run([sys.executable, '-m', *shlex.split(run.rpartition('/')[2]),
-                             '--collect-only', '-q'], cwd=HERE, check=True,
-                            env=dict(os.environ, PYTEST_ADDOPTS=''),
-                            stdout=subprocess.PIPE, encoding='utf-8').stdout
-    assert 'test_smtpd.py::' in listed
-
-
-@pytest.mark.slow
-@executes('benchmark')
 def test_the_benchmark_is_where_the_manual_says():
     command = shlex.split(block('benchmark'))
     subprocess.run([sys.executable, *command[1:], '--help'], cwd=HERE, check=True, timeout=60,
@@ -561,7 +488,6 @@ def test_the_benchmark_is_where_the_manual_says():
 
 # The recipes
 
-@executes('change-limits')
 def test_limits_are_changed_as_the_manual_says(start, tmp_path):
     save_block(tmp_path, 'change-limits')
     program = start('python -m smtpd -n -c patient.PatientServer localhost:0')
@@ -572,7 +498,6 @@ def test_limits_are_changed_as_the_manual_says(start, tmp_path):
     assert [code for code, text in answers] == [250] * 5 + [452]
 
 
-@executes('recipe-list')
 def test_the_recipe_with_a_list_ends_after_three_messages(start, tmp_path):
     program = start(['python', save_block(tmp_path, 'recipe-list')])
     for name in 'abc':
@@ -582,7 +507,6 @@ def test_the_recipe_with_a_list_ends_after_three_messages(start, tmp_path):
         'j@example.com -> %s@example.com, d@example.com 5 octets' % name for name in 'abc']
 
 
-@executes('recipe-maildir', 'recipe-maildir-command')
 def test_the_recipe_with_a_maildir_keeps_messages(start, tmp_path):
     save_block(tmp_path, 'recipe-maildir')
     program = start(block('recipe-maildir-command'))
@@ -592,7 +516,6 @@ def test_the_recipe_with_a_maildir_keeps_messages(start, tmp_path):
     assert kept.get_payload(decode=True) == 'Zwei Cafés, bitte.'.encode('iso-8859-1')
 
 
-@executes('recipe-readable', 'recipe-readable-command')
 def test_the_recipe_for_people_prints_decoded_text(start, tmp_path):
     save_block(tmp_path, 'recipe-readable')
     program = start(block('recipe-readable-command'))
@@ -608,7 +531,6 @@ def test_the_recipe_for_people_prints_decoded_text(start, tmp_path):
     program.lines_to('Hello.')
 
 
-@executes('recipe-refuse', 'recipe-refuse-command')
 def test_the_recipe_that_refuses_does_so(start, tmp_path):
     save_block(tmp_path, 'recipe-refuse')
     program = start(block('recipe-refuse-command'))
@@ -623,7 +545,6 @@ def test_the_recipe_that_refuses_does_so(start, tmp_path):
     assert refusal.value.args == (550, b'We do not want this')
 
 
-@executes('recipe-command', 'recipe-command-command')
 def test_the_recipe_with_an_own_command_answers_it(start, tmp_path):
     save_block(tmp_path, 'recipe-command')
     program = start(block('recipe-command-command'))
@@ -634,7 +555,6 @@ def test_the_recipe_with_an_own_command_answers_it(start, tmp_path):
         assert client.say(b'XBAR') == b'500 Error: command "XBAR" not recognized\r\n'
 
 
-@executes('recipe-auth', 'recipe-auth-command')
 class TestRecipeAuth:
     @pytest.fixture
     def program(self, start, tmp_path):
@@ -685,7 +605,6 @@ def certificate(tmp_path):
     return ssl.create_default_context(cafile=str(tmp_path / 'cert.pem'))
 
 
-@executes('recipe-starttls', 'recipe-starttls-command', 'recipe-starttls-certificate')
 class TestRecipeStartTLS:
     @pytest.fixture
     def program(self, certificate, start, tmp_path):
@@ -763,7 +682,6 @@ class TestRecipeStartTLS:
             post_message(program.address)
 
 
-@executes('recipe-starttls-auth')
 def test_the_recipe_for_both_wants_tls_before_passwords(certificate, start, tmp_path):
     for name in 'recipe-auth', 'recipe-starttls', 'recipe-starttls-auth':
         save_block(tmp_path, name)
@@ -778,7 +696,6 @@ def test_the_recipe_for_both_wants_tls_before_passwords(certificate, start, tmp_
         assert client.sendmail('j@example.com', ['you@example.com'], RECIPE_MESSAGE) == {}
 
 
-@executes('recipe-proxy-command')
 def test_the_command_for_a_proxy_relays(start):
     with serving(localaddr=('localhost', 0)) as upstream:
         program = start(block('recipe-proxy-command', port_25=upstream.port_number))
@@ -789,7 +706,6 @@ def test_the_command_for_a_proxy_relays(start):
     assert data.endswith(b'\n\nZwei Caf=E9s, bitte.')
 
 
-@executes('recipe-gateway')
 def test_the_recipe_for_a_gateway_is_no_open_relay(start, tmp_path):
     with serving(localaddr=('localhost', 0)) as upstream:
         program = start(['python', save_block(tmp_path, 'recipe-gateway',
@@ -815,7 +731,6 @@ def test_the_recipe_for_a_gateway_is_no_open_relay(start, tmp_path):
     pytest.param('recipe-flask', 'flask_mail', 'Flask-Mail', 'Hello from Flask',
                  marks=pytest.mark.real),
     ('recipe-logging', 'logging', 'logging', 'Hello from logging')])
-@executes('recipe-django', 'recipe-flask', 'recipe-logging')
 def test_mail_of_frameworks_arrives(name, module, package, subject, start, tmp_path, run_python):
     need_module(module, package)
     program = start(block('debugging'))
@@ -826,7 +741,6 @@ def test_mail_of_frameworks_arrives(name, module, package, subject, start, tmp_p
     assert "b'It works.'" in lines
 
 
-@executes('recipe-aiosmtpd-old', 'recipe-aiosmtpd-new')
 @pytest.mark.parametrize('which', ['old', 'new'])
 def test_old_and_new_do_the_same(which, start, tmp_path):
     with held_port() as port:
@@ -846,7 +760,6 @@ def test_old_and_new_do_the_same(which, start, tmp_path):
         assert refusal.value.smtp_code == 552
 
 
-@executes('recipe-asyncio')
 class TestRecipeAsyncio:
     def test_a_coroutine_takes_the_message(self, start, tmp_path):
         program = start(['python', save_block(tmp_path, 'recipe-asyncio')])
@@ -904,7 +817,6 @@ class TestRecipeAsyncio:
 
 
 @pytest.mark.real
-@executes('recipe-systemd', 'recipe-systemd-command')
 def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path):
     analyze = find_tool('systemd-analyze', 'systemd')
     verify, *_, enable = block('recipe-systemd-command').splitlines()
@@ -918,18 +830,6 @@ def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path):
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert unit.name not in outcome.stdout
     assert outcome.returncode == 0, outcome.stdout
-
-
-def post_until_accepted(address, message):
-    """What a mail program does: 4yz and a lost connection mean "try again"."""
-    for _ in range(50):
-        try:
-            return post_message(address, message=message)
-        except (smtplib.SMTPServerDisconnected, ConnectionError):
-            pass
-        except smtplib.SMTPResponseException as refusal:
-            assert 400 <= refusal.smtp_code < 500
-    pytest.fail('tried 50 times')
 
 
 class HAProxy:
@@ -967,7 +867,6 @@ class HAProxy:
 
 
 @pytest.mark.real
-@executes('recipe-haproxy-cfg', 'recipe-haproxy-command')
 class TestRecipeHAProxy:
     @pytest.fixture
     def proxy(self, start, tmp_path):
@@ -990,32 +889,3 @@ class TestRecipeHAProxy:
                     answers.append(b'')
             assert set(answers) == {b'', b'250 OK\r\n'}  # each process had some
         post_message(proxy.address)
-
-    def test_no_message_is_lost_when_a_process_is_killed_in_mid_load(self, proxy, tmp_path):
-        numbers = iter(range(400))
-        accepted = []
-        turn = threading.Lock()
-        half = threading.Event()
-
-        def send_many():
-            while True:
-                with turn:
-                    number = next(numbers, None)
-                if number is None:
-                    return
-                post_until_accepted(proxy.address, b'Subject: %d\r\n\r\n' % number)
-                accepted.append(number)
-                if len(accepted) > 200:
-                    half.set()
-
-        threads = [threading.Thread(target=send_many) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        assert half.wait(60)
-        proxy.backends[0].process.kill()
-        for thread in threads:
-            thread.join(120)
-        assert sorted(accepted) == list(range(400))
-        arrived = [int(message['Subject']) for message in
-                   mailbox.Maildir(str(tmp_path / 'mail'), create=False)]
-        assert set(arrived) == set(range(400))
