@@ -8,8 +8,10 @@ import sys
 import pytest
 
 import smtpd
+from tests.pages import BLOCKS, block, save_block
 from tests.support import need_module
-from tests.test_readme import BLOCKS, STUBS, block, save_block
+
+STUBS = os.path.join(os.path.dirname(os.path.abspath(smtpd.__file__)), 'smtpd-stubs')
 
 SAMPLE = '''
 from typing import Any, Optional
