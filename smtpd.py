@@ -58,6 +58,8 @@ __version__ = 'Python SMTP proxy version 0.3'
 
 #: The name of the program in the usage text.
 program = sys.argv[0] if sys.argv else 'smtpd'
+if __name__ == '__main__' and __spec__:
+    program = 'python -m smtpd'  # not the file's path
 
 NEWLINE = '\n'  #: For programs that use it.
 COMMASPACE = ', '  #: For programs that use it.
@@ -2825,22 +2827,23 @@ An RFC 5321 smtp proxy with optional RFC 1870 and RFC 6531 extensions.
 
 Usage: %(program)s [options] [localhost:localport [remotehost:remoteport]]
 
-    -n, --nosetuid    stay the user who started it; otherwise, after binding
-                      the port, switch to user `nobody' (needs root)
-    -c, --class NAME  the server class: one of this module (%(classes)s)
-                      or package.module.Class; %(default)s if not given
+    -n, --nosetuid    do not switch to user nobody; without this, root must
+                      start the server, which switches once it listens
+    -c, --class NAME  the server class: package.module.Class, or one of
+                      %(classes)s;
+                      %(default)s if not given
     -s, --size LIMIT  the most octets that a message may have; 0: no limit;
                       %(size)d if not given
-    -u, --smtputf8    offer the SMTPUTF8 extension (RFC 6531)
+    -u, --smtputf8    offer the SMTPUTF8 extension (RFC 6531); not for proxies
     -d, --debug       print each dialogue to standard error
-    -V, --version     print the version and exit
+    -V, --version     print the version that the banner shows and exit
     -h, --help        print this and exit
-
-Version: %(version)s
 
 Listens on localhost:8025 and relays to localhost:25 unless told otherwise.
 An IPv6 address stands in brackets: [::1]:8025.  Without a host (:8025) it
 listens on all interfaces (IPv4).
+
+Version: %(distribution)s; in the banner: %(version)s
 """
 
 
@@ -2864,17 +2867,33 @@ class Options:
 
 
 def usage(code, msg=''):
-    """Print the message, or the usage if there is none, to standard error; exit with `code`."""
+    """Print the message, or the usage if there is none; exit with `code`.
+
+    It goes to standard output if `code` is 0, else to standard error.
+    """
     print(msg or _USAGE % {'program': program, 'version': __version__,
-                           'classes': _BUILT_IN_CLASSES,
+                           'distribution': _distribution(), 'classes': _BUILT_IN_CLASSES,
                            'default': Options.classname, 'size': DATA_SIZE_DEFAULT},
-          file=sys.stderr)
+          file=sys.stderr if code else sys.stdout)
     sys.exit(code)
 
 
+def _distribution():
+    from importlib import metadata  # for the usage text alone
+    try:
+        return 'pysmtpd ' + metadata.version('pysmtpd')
+    except metadata.PackageNotFoundError:
+        return 'pysmtpd, not installed'
+
+
 def _give_up(form, *values):
-    """Exit with status 1 and one line that says what is wrong, and what was wanted."""
-    usage(1, 'smtpd: %s; try --help' % (form % values))
+    """Exit with status 1 and one line that says what is wrong."""
+    usage(1, 'smtpd: ' + form % values)
+
+
+def _refuse_argument(form, *values):
+    """The same for what --help explains."""
+    _give_up(form + '; try --help', *values)
 
 
 def parseargs():
@@ -2885,7 +2904,7 @@ def parseargs():
             sys.argv[1:], 'nVhc:s:du',
             ['class=', 'nosetuid', 'version', 'help', 'size=', 'debug', 'smtputf8'])
     except getopt.error as error:
-        _give_up('%s', error)
+        _refuse_argument('%s', error)
     options = Options()
     for name, value in given:
         if name in ('-h', '--help'):
@@ -2904,9 +2923,9 @@ def parseargs():
         else:
             options.size_limit = _natural_number(value)
             if options.size_limit is None:
-                _give_up('%s %s: want a number of octets', name, value)
+                _refuse_argument('%s %s: want a number of octets, digits only', name, value)
     if len(arguments) > 2:
-        _give_up('%s: want two addresses at most', ' '.join(arguments))
+        _refuse_argument('%s: want two addresses at most', ' '.join(arguments))
     local, remote = (arguments + ['localhost:8025', 'localhost:25'][len(arguments):])
     options.localhost, options.localport = _parse_address(local)
     options.remotehost, options.remoteport = _parse_address(remote)
@@ -2916,12 +2935,12 @@ def parseargs():
 def _parse_address(text):
     host, colon, port = text.rpartition(':')
     if not colon:
-        _give_up('%s: want HOST:PORT', text)
+        _refuse_argument('%s: want HOST:PORT', text)
     if host[:1] == '[' and host[-1:] == ']':
         host = host[1:-1]
     number = _natural_number(port)
     if number is None or number > 65535:
-        _give_up('%s: want a port from 0 to 65535', text)
+        _refuse_argument('%s: want a port from 0 to 65535', text)
     return host, number
 
 
@@ -2949,7 +2968,11 @@ def _find_class(name):
 
 
 def _refuse_class(name, reason):
-    _give_up('%s: %s; want %s or package.module.Class', name, reason, _BUILT_IN_CLASSES)
+    file_name = re.fullmatch(r'(.+)\.py(?:\.(\w+))?', name)
+    if file_name:
+        _give_up('%s: want %s.%s, without .py', name, file_name[1], file_name[2] or 'Server')
+    _refuse_argument(
+        '%s: %s; want %s or package.module.Class', name, reason, _BUILT_IN_CLASSES)
 
 
 def _import_for_tracebacks():

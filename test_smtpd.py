@@ -3120,10 +3120,11 @@ CLASSES = 'want DebuggingServer, PureProxy, MailmanProxy or package.module.Class
 WRONG_ARGUMENTS = {
     'an unknown option': (['--foo'], 'option --foo not recognized'),
     'an unknown letter': (['-x'], 'option -x not recognized'),
-    'a size that is no number': (['-s', 'x'], '-s x: want a number of octets'),
-    'a negative size': (['-s', '-1'], '-s -1: want a number of octets'),
+    'a size that is no number': (['-s', 'x'], '-s x: want a number of octets, digits only'),
+    'a negative size': (['-s', '-1'], '-s -1: want a number of octets, digits only'),
     'a size of thousands of digits':
-        (['--size', '9' * 5000], '--size %s: want a number of octets' % ('9' * 5000)),
+        (['--size', '9' * 5000],
+         '--size %s: want a number of octets, digits only' % ('9' * 5000)),
     'a size without a value': (['-s'], 'option -s requires argument'),
     'a local address without a colon': (['1025'], '1025: want HOST:PORT'),
     'an empty local address': ([''], ': want HOST:PORT'),
@@ -3157,14 +3158,14 @@ WRONG_ARGUMENTS = {
     'an empty class': (['-c', ''], ': no such class; ' + CLASSES),
     'a class without a module': (['-c', '.Class'], '.Class: no such module; ' + CLASSES),
     'a class of dots': (['-c', '..'], '..: no such module; ' + CLASSES),
-    'SMTPUTF8 with a class that refuses it':
-        (['-u', '-c', 'PureProxy', '127.0.0.1:0'], 'PureProxy does not support SMTPUTF8'),
 }
 
-# The system's or the interpreter's own words stand in these.
+# --help does not help with these. Some end in the system's or the interpreter's own words.
 FAILED_STARTS = {
-    'a class that is no server':
-        (['-c', 'smtpd.Devnull', '127.0.0.1:0'], 'smtpd.Devnull: not a server class: '),
+    'SMTPUTF8 with a class that refuses it':
+        (['-u', '-c', 'PureProxy', '127.0.0.1:0'], 'PureProxy does not support SMTPUTF8'),
+    'a file': (['-c', 'mine.py'], 'mine.py: want mine.Server, without .py'),
+    'a class of a file': (['-c', 'mine.py.Own'], 'mine.py.Own: want mine.Own, without .py'),
     'an unknown host': (['no.such.host.invalid:0'], 'no.such.host.invalid:0: '),
     'an address that is not ours': (['192.0.2.1:0'], '192.0.2.1:0: '),
     'a host that is no name': (['a..b:0'], 'a..b:0: '),
@@ -3180,12 +3181,26 @@ class TestCommandLine:
     @pytest.mark.parametrize('option', ['-h', '--help'])
     def test_help_names_all_options(self, option):
         done = run_smtpd(option)
-        assert (done.returncode, done.stdout) == (0, '')
-        assert done.stderr.startswith('An RFC 5321 smtp proxy')
-        assert 'Traceback' not in done.stderr and smtpd.__version__ in done.stderr
+        assert (done.returncode, done.stderr) == (0, '')
+        assert done.stdout.startswith('An RFC 5321 smtp proxy')
+        assert 'Usage: python -m smtpd ' in done.stdout and smtpd.__version__ in done.stdout
+        assert max(map(len, done.stdout.splitlines())) <= 80
         for word in ('--nosetuid --version --class --size --smtputf8 --debug --help -n -V -c -s '
                      '-u -d -h 33554432 8025 localhost:localport remotehost:remoteport').split():
-            assert word in done.stderr
+            assert word in done.stdout
+
+    @pytest.mark.parametrize('installed', [True, False])
+    def test_help_names_the_distribution(self, installed, monkeypatch, tmp_path, capsys):
+        import importlib.metadata  # not from there
+        assert importlib.metadata
+        if installed:
+            (tmp_path / 'pysmtpd-9.8.dist-info').mkdir()
+            (tmp_path / 'pysmtpd-9.8.dist-info' / 'METADATA').write_text('Version: 9.8\n')
+        monkeypatch.setattr(sys, 'path', [str(tmp_path)])
+        with pytest.raises(SystemExit) as ended:
+            smtpd.usage(0)
+        assert not ended.value.code
+        assert 'pysmtpd' + (' 9.8' if installed else ', not installed') in capsys.readouterr().out
 
     @pytest.mark.parametrize('arguments, complaint', WRONG_ARGUMENTS.values(),
                              ids=WRONG_ARGUMENTS.keys())
@@ -3199,21 +3214,22 @@ class TestCommandLine:
     def test_a_failed_start_gets_one_line(self, arguments, beginning):
         done = run_smtpd('-n', *arguments)
         assert (done.returncode, done.stdout) == (1, '')
-        assert re.fullmatch('smtpd: %s.*; try --help\n' % re.escape(beginning), done.stderr)
+        assert re.fullmatch('smtpd: %s.*\n' % re.escape(beginning), done.stderr)
+        assert '--help' not in done.stderr
 
     def test_a_class_whose_module_imports_what_is_not_there(self, tmp_path):
         (tmp_path / 'keep.py').write_text('import no_such_module\n')
         done = run_briefly([*SMTPD, '-n', '-c', 'keep.Server'], env=environment(tmp_path))
         assert (done.returncode, done.stdout) == (1, '')
         assert done.stderr == ("smtpd: keep.Server: cannot import keep: No module named "
-                               "'no_such_module'; try --help\n")
+                               "'no_such_module'\n")
 
     def test_a_port_in_use_gets_one_line(self):
         with socket.create_server(('127.0.0.1', 0)) as used:
             address = '127.0.0.1:%d' % used.getsockname()[1]
             done = run_smtpd('-n', '-c', 'DebuggingServer', address)
         assert (done.returncode, done.stdout) == (1, '')
-        assert done.stderr == 'smtpd: %s: %s; try --help\n' % (
+        assert done.stderr == 'smtpd: %s: %s\n' % (
             address, os.strerror(errno.EADDRINUSE))
 
     def test_each_message_is_seen_at_once_through_a_pipe(self):
@@ -3379,7 +3395,7 @@ class TestCommandLine:
         done = run_briefly([*command, '-c', 'DebuggingServer', '127.0.0.1:0'], env=env)
         assert (done.returncode, done.stdout) == (1, '')
         assert done.stderr == (
-            'smtpd: cannot switch to user nobody: want root, or option -n; try --help\n')
+            'smtpd: cannot switch to user nobody: want root, or option -n\n')
 
     def test_default_class_of_the_command_line_relays(self, upstream):
         with command_line(remote='%s:%d' % upstream.address) as (_, address):
@@ -3486,11 +3502,11 @@ class TestBecomingNobody:
             smtpd._become_nobody()
         assert ended.value.code == 1
         assert capsys.readouterr().err == (
-            'smtpd: cannot switch to user nobody: want root, or option -n; try --help\n')
+            'smtpd: cannot switch to user nobody: want root, or option -n\n')
 
     def test_without_users_one_line_says_so(self, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, 'pwd', None)
         with pytest.raises(SystemExit):
             smtpd._become_nobody()
         assert capsys.readouterr().err == (
-            'smtpd: no user nobody on this system: want option -n; try --help\n')
+            'smtpd: no user nobody on this system: want option -n\n')

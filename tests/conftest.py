@@ -1,1 +1,1 @@
-pytest_plugins = ['tests.support']  # its fixtures; and it chooses the module before any test
+pytest_plugins = ['tests.support', 'tests.pages']  # fixtures; the first chooses the module

@@ -1032,7 +1032,7 @@ def copy_of_the_source(directory):
     """Builds litter it.  As the source distribution has it, but for what is made from it."""
     shutil.copytree(HERE, str(directory), ignore=lambda _, names: {
         name for name in names
-        if name in MADE_HERE | IN_A_REPOSITORY_ONLY or name.startswith('test-env')})
+        if name in MADE_HERE | IN_A_REPOSITORY_ONLY or name.endswith('-env')})
     return directory
 
 
