@@ -1138,9 +1138,10 @@ class SMTPChannel(_Transport):
         if self._decode_data:
             message = message.decode('utf-8', 'surrogateescape')
         self.received_data = message
-        call = (functools.partial(self._flow.relay.deliver, message) if self._is_relayed()
-                else self._handler_call(message))
-        self._run_aside(call, self._end_message, self._drop_data)
+        if self._is_relayed():
+            self._wait_for(self._flow.relay.deliver(message), self._end_message, self._drop_data)
+        else:
+            self._run_aside(self._handler_call(message), self._end_message, self._drop_data)
 
     def _drop_data(self):
         """Read commands again, if data were being read."""
@@ -1169,12 +1170,25 @@ class SMTPChannel(_Transport):
             server = self.smtp_server
             if _is_server(server) and server.process_message_threads:
                 self._set_gate(_BUSY)
-                server._run_in_thread(call, functools.partial(self._take_outcome, answer, undo))
+                take_outcome = functools.partial(self._take_outcome, answer, undo)
+                try:
+                    server._run_in_thread(call, take_outcome)
+                except _NoThread as error:
+                    take_outcome(functools.partial(_throw, error))
             else:
                 answer(call)
         except BaseException:
             undo()
             raise
+
+    def _wait_for(self, steps, answer, undo):
+        """Let a generator run, whose end is then the outcome: see _advance()."""
+        if self._flow.holds_replies:
+            self._send_held_replies()
+            if self._flow.gate == _CLOSING:  # the client has gone
+                return undo()
+        self._set_gate(_BUSY)
+        _advance(steps, functools.partial(self._take_outcome, answer, undo))
 
     def _take_outcome(self, answer, undo, outcome):
         """Go on in the loop's thread."""
@@ -1404,31 +1418,21 @@ class SMTPChannel(_Transport):
 
     def _ask_upstream(self, step, *arguments):
         """Let a proxy's upstream reply to a step that we accept."""
-        call = functools.partial(getattr(self._flow.relay, step), *arguments)
         count = self.rcpttos.count(arguments[0]) if step == 'rcpt' else 0
         undo = functools.partial(self._take_back, step, arguments, count)
-        undo_after_fault = functools.partial(self._undo_unless_told, undo)
-        pass_on = functools.partial(self._pass_on_reply, undo)
-        try:
-            is_answered = pass_on(functools.partial(self._flow.relay.answer_at_once, call))
-        except BaseException:
-            undo_after_fault()
-            raise
-        if not is_answered:
-            self._run_aside(call, pass_on, undo_after_fault)
+        self._wait_for(getattr(self._flow.relay, step)(*arguments),
+                       functools.partial(self._pass_on_reply, undo),
+                       functools.partial(self._undo_unless_told, undo))
 
     def _pass_on_reply(self, undo, outcome):
-        """Reply as the upstream did; return False if there is no reply yet."""
+        """Reply as the upstream did."""
         reply = outcome()
-        if reply is None:
-            return False
         if reply[:1] not in '23':
             undo()
         if reply[:1] == '5':
             self._flow.errors_since_message -= 1  # how many may come is the upstream's business
         for line in _reply_lines(reply) if NEWLINE in reply else [reply]:
             self.push(line)
-        return True
 
     def _undo_unless_told(self, undo):
         """After a fault: what the client has been told stands."""
@@ -1441,7 +1445,7 @@ class SMTPChannel(_Transport):
             self._begin_transaction()
         elif step == 'data':
             self._drop_data()
-        elif self.rcpttos.count(arguments[0]) >= count:
+        elif step == 'rcpt' and self.rcpttos.count(arguments[0]) >= count:
             # The last one: the same address may have been taken before.
             del self.rcpttos[-1 - self.rcpttos[::-1].index(arguments[0])]
 
@@ -1451,7 +1455,10 @@ class SMTPChannel(_Transport):
             self.push('501 Syntax: RSET')
             return
         self._set_rset_state()
-        self.push('250 OK')
+        if self._flow.relay is None:
+            self.push('250 OK')
+        else:
+            self._ask_upstream('reset')
 
     def smtp_NOOP(self, arg):
         """Do nothing (RFC 5321, 4.1.1.9); an argument is refused, as in the standard library."""
@@ -1624,6 +1631,30 @@ def _throw(error):
     raise error
 
 
+def _advance(steps, ended, outcome=lambda: None):
+    """Let a generator go on with the outcome of what it waited for; ended(outcome) at its end.
+
+    It yields starters: start(resume) raises at once, or returns and later calls
+    resume(outcome), in the loop's thread.
+    """
+    while True:
+        try:
+            try:
+                value = outcome()
+            except BaseException as error:
+                start = steps.throw(error)
+            else:
+                start = steps.send(value)
+        except StopIteration as end:
+            return ended(functools.partial(_give, end.value))
+        except BaseException as error:
+            return ended(functools.partial(_throw, error))
+        try:
+            return start(functools.partial(_advance, steps, ended))
+        except Exception as error:
+            outcome = functools.partial(_throw, error)
+
+
 class _Reader(asyncore.dispatcher):
     """A dispatcher that is only read from, and survives its faults."""
 
@@ -1648,8 +1679,7 @@ class _Threads(_Reader):
     when its servers and channels are closed.
 
     An outcome is a function that returns or raises what the call did.  If there
-    is no thread, and none can be started, it raises _NoThread, and comes before
-    run() returns.
+    is no thread, and none can be started, run() raises _NoThread.
     """
 
     def __init__(self, map):
@@ -1678,8 +1708,7 @@ class _Threads(_Reader):
                 self._undone += 1
         except Exception as error:
             self._leave_if_idle()
-            failure = _NoThread('no thread to be had: %s' % error)
-            take_outcome(functools.partial(_throw, failure))
+            raise _NoThread('no thread to be had: %s' % error)
 
     def _start_thread_if_needed(self, at_most):
         if self._undone < self._threads or self._threads >= at_most:
@@ -2220,7 +2249,7 @@ class SMTPServer(_Reader):
 
     def _run_in_thread(self, call, take_outcome):
         """Run call() in a thread, then take_outcome(outcome) in the loop's: see _Threads."""
-        self._own_threads().run(self.process_message_threads, call, take_outcome)
+        self._own_threads().run(self.process_message_threads or 1, call, take_outcome)
 
     def _has_selector_for(self, channel_class):
         if not (self.channels_in_selector and _Selector.is_possible
@@ -2315,24 +2344,10 @@ _TRACE_HEADER = re.compile(rb'^(?:received|x-peer)[ \t]*:', re.IGNORECASE | re.M
 _REPLY_LINE = re.compile(rb'([2-5][0-9][0-9])(?:([ -])(.*))?', re.DOTALL)
 _MOST_OF_A_REPLY = 65536  # octets; no real reply is as long
 _MOST_OF_A_LINE = 506  # octets of text; RFC 5321, 4.5.3.1.5: 512 with code and CRLF
-_MOST_DELIVERIES = 1000  # messages to remember
-_BLOCK = 65536  # octets of a message; a time limit holds for each
+_MOST_DELIVERIES = 1000  # messages to remember ...
+_DELIVERY_SECONDS = 5 * 86400  # ... for as long as Postfix tries again (maximal_queue_lifetime)
+_BLOCK = 32768  # octets of a message; at most 64 KB on the wire: a time limit holds for each
 _EXTENSIONS = {'SIZE': b'SIZE', 'BODY': b'8BITMIME'}  # which offer the parameter
-_A_MOMENT = 0.001  # seconds; the least that poll() can wait
-
-
-class _ThreadsUnlessOverridden:
-    """process_message_threads of the proxies.
-
-    0 if the program overrides process_message() or _deliver(), since its code may
-    not expect threads.
-    """
-
-    def __init__(self, threads):
-        self.threads = threads
-
-    def __get__(self, proxy, owner):
-        return self.threads if _relays_step_by_step(proxy, owner) else 0
 
 
 class PureProxy(SMTPServer):
@@ -2351,27 +2366,27 @@ class PureProxy(SMTPServer):
     returns {recipient: (code, text)} of those that were refused.
 
     Class attributes that a subclass may override, besides SMTPServer's; the time
-    limits are in seconds:
+    limits are in seconds, and the loop looks at them at each of its turns:
 
-    process_message_threads           threads that wait for upstreams (32); 0 in a
-                                      program that overrides process_message() or
-                                      _deliver(), unless it sets this too
-    upstream_timeout_seconds          to connect (60)
+    upstream_timeout_seconds          to connect, to all of the host's addresses
+                                      together (60)
     upstream_command_timeout_seconds  for the greeting and the replies to EHLO,
                                       MAIL, RCPT and RSET (300)
     upstream_data_timeout_seconds     for the reply to DATA (120)
     upstream_block_timeout_seconds    to send each 64 KB of a message (180)
     upstream_final_timeout_seconds    for the reply to a message (600)
+    upstream_connection_limit         to one upstream at a time (200), then 451; None
+                                      for no limit
     hop_limit                         X-Peer and Received headers that show a message
                                       to be in a loop (50), then 554
     """
 
-    process_message_threads = _ThreadsUnlessOverridden(32)
     upstream_timeout_seconds = 60  # an unreachable host should not take minutes
     upstream_command_timeout_seconds = 300
     upstream_data_timeout_seconds = 120
     upstream_block_timeout_seconds = 180
     upstream_final_timeout_seconds = 600
+    upstream_connection_limit = 200  # a circle of proxies ends before descriptors do (1024)
     hop_limit = 50  # Postfix: hopcount_limit
 
     def __init__(self, *args, **kwargs):
@@ -2391,37 +2406,30 @@ class PureProxy(SMTPServer):
         traced = _with_peer_header(octets, peer)
         if isinstance(data, str):
             traced = traced.decode('utf-8', 'surrogateescape')
-        refused = self._deliver(mailfrom, left, traced) if left else None
-        code, text = _worst_of(refused) if refused else (250, b'OK')
-        reply = (451 if 400 <= code < 500 else code), text
-        deliveries.note(mailfrom, rcpttos, octets, refused or (), reply)
+        refused = (self._deliver(mailfrom, left, traced) if left else None) or {}
+        reply = _reply_for_all(refused, rcpttos)
+        deliveries.note(mailfrom, rcpttos, octets, refused, 400 <= reply[0] < 500)
         return _reply_text(reply) if refused else None
 
     def _deliver(self, mailfrom, rcpttos, data):
         """Send a message upstream; return {recipient: (code, text)} of those refused."""
-        octets = _as_octets(data)
-        session = self._new_upstream_session()
+        sockets = {}
+        session = self._new_upstream_session(sockets)
         try:
-            reply = session.mail(mailfrom, [] if octets.isascii() else ['BODY=8BITMIME'])
-            if not _is_success(reply):
-                return dict.fromkeys(rcpttos, reply)
-            replies = {each: session.rcpt(each) for each in dict.fromkeys(rcpttos)}
-            accepted = [each for each, reply in replies.items() if _is_success(reply)]
-            if accepted:
-                replies.update(session.deliver(octets, accepted))
-            return _refused_of(replies)
+            return _run(_deliver_whole(session, mailfrom, rcpttos, _as_octets(data)), sockets)
         finally:
             session.quit()
 
-    def _new_upstream_session(self):
-        return _UpstreamSession(self, self._remoteaddr)
+    def _new_upstream_session(self, sockets):
+        return _UpstreamSession(self, self._remoteaddr, sockets)
 
     def _relay_for(self, channel):
         """The relay of this channel; None if the program overrides what relays."""
-        if _relays_step_by_step(self, type(self)):
-            return channel._flow.relay or _Relay(self, channel)
-        if channel._flow.relay is not None:  # overridden since the last message
-            channel._flow.relay.end()
+        relay = channel._flow.relay  # FOUNDER: the channel's attribute
+        if _relays_step_by_step(self):
+            return relay or _Relay(self, channel)
+        if relay is not None:  # overridden since the last message
+            relay.end()
         return None
 
     def _has_too_many_hops(self, octets):
@@ -2447,127 +2455,137 @@ class MailmanProxy(PureProxy):
 
     mailman_lmtp_address = ('localhost', 8024)  # Mailman's default
 
-    def _new_upstream_session(self):
-        return _MailmanSession(_UpstreamSession(self, self.mailman_lmtp_address, ['LHLO']),
-                               super()._new_upstream_session())
+    def _new_upstream_session(self, sockets):
+        return _MailmanSession(
+            _UpstreamSession(self, self.mailman_lmtp_address, sockets, ['LHLO']),
+            super()._new_upstream_session(sockets))
 
 
 _HANDLERS_OF_OURS = (
     SMTPServer.process_message, PureProxy.process_message, PureProxy._deliver)
 
 
-def _relays_step_by_step(proxy, proxy_class):
+def _relays_step_by_step(proxy):
     """False if a class, a patch or the proxy itself overrides process_message() or _deliver()."""
-    places = proxy_class.__mro__ if proxy is None else (proxy, *proxy_class.__mro__)
     return all(vars(place).get(name, PureProxy._deliver) in _HANDLERS_OF_OURS
-               for place in places for name in ('process_message', '_deliver'))
+               for place in (proxy, *type(proxy).__mro__)
+               for name in ('process_message', '_deliver'))
 
 
 def _deliveries_of(proxy):
     return vars(proxy).setdefault('_deliveries', _Deliveries())
 
 
+def _run(steps, sockets):
+    """Run a generator to its end in a socket map of its own; return its result."""
+    outcomes = []
+    _advance(steps, outcomes.append)
+    while not outcomes:
+        asyncore.loop(timeout=1, use_poll=True, map=sockets, count=1)
+    return outcomes[0]()
+
+
+def _deliver_whole(session, mailfrom, rcpttos, octets):
+    """Send a message to all who are taken; return {recipient: (code, text)} of those refused."""
+    reply = yield from session.mail(mailfrom, [] if octets.isascii() else ['BODY=8BITMIME'])
+    if not _is_success(reply):
+        return dict.fromkeys(rcpttos, reply)
+    replies = {}
+    for each in dict.fromkeys(rcpttos):
+        replies[each] = yield from session.rcpt(each)
+    accepted = [each for each, reply in replies.items() if _is_success(reply)]
+    if accepted:
+        replies.update((yield from session.deliver(octets, accepted)))
+    return _refused_of(replies)
+
+
 class _Relay:
     """Takes the steps of one client's session to the upstream.
 
-    mail(), rcpt(), data() and deliver() return the reply to the client.  They
-    block, so they run in the server's threads.
+    mail(), rcpt(), data(), deliver() and reset() are generators that return the reply
+    to the client.
     """
 
     def __init__(self, proxy, channel):
         self._proxy = proxy
         self._channel = channel
-        self._session = proxy._new_upstream_session()
+        self._session = proxy._new_upstream_session(proxy._map)
         self._mailfrom = None  # what the upstream has agreed to
         self._rcpttos = []
-        self._lock = threading.RLock()  # one step at a time
-        self._is_hurried = False  # the client has just asked, and is not waited for
-        self._is_ended = False
-        self._is_delivering = False
+        self._message = None  # while it is delivered
+        self._comes_again = False  # the message, since the client does not hear the reply
 
     def knows(self, mailfrom, rcpttos):
         """False if the program has changed the transaction since the upstream saw it."""
         return mailfrom == self._mailfrom and rcpttos == self._rcpttos
 
-    def answer_at_once(self, step):
-        """The reply of an upstream that is quick; None if a thread must call step() again."""
-        # A thread takes longer than the reply of an upstream on this machine.
-        if not self._session.is_quick() or not self._lock.acquire(blocking=False):
-            return None
-        self._is_hurried = True
-        self._session.hurry(True)
-        try:
-            return step()
-        except _NotYet:
-            return None
-        finally:
-            self._is_hurried = False
-            self._session.hurry(False)
-            self._lock.release()
-
     def mail(self, mailfrom, options):
         self._mailfrom, self._rcpttos = mailfrom, []
         if not any(each.startswith('BODY=') for each in options):
             options = [*options, 'BODY=8BITMIME']  # the data may be 8-bit: it is still to come
-        return self._take(self._session.mail, mailfrom, options)
+        return _reply_text((yield from self._session.mail(mailfrom, options)))
 
     def rcpt(self, recipient):
-        reply = self._take(self._session.rcpt, recipient)
-        if reply[:1] == '2':
+        reply = yield from self._session.rcpt(recipient)
+        if _is_success(reply):
             self._rcpttos.append(recipient)
-        return reply
+        return _reply_text(reply)
 
     def data(self):
-        return self._take(self._session.data)
+        return _reply_text((yield from self._session.data()))
+
+    def reset(self):
+        self._mailfrom, self._rcpttos = None, []
+        return _reply_text((yield from self._session.reset()))
 
     def deliver(self, message):
-        return self._take(self._deliver, _lf_lines(_as_octets(message)))
-
-    def end(self):
-        """The client has gone: leave the upstream, unless it has the whole message."""
-        self._is_ended = True
-        if self._lock.acquire(blocking=False):
-            try:
-                self._session.quit()
-            finally:
-                self._lock.release()
-        elif not self._is_delivering:
-            self._session.interrupt()  # its thread gives up, and comes back here
-
-    def _take(self, step, *arguments):
-        try:
-            with self._lock:
-                if self._is_ended or not self._is_hurried and _has_gone(self._channel):
-                    return _reply_text((451, _NOT_AVAILABLE))
-                return _reply_text(step(*arguments))
-        finally:
-            if self._is_ended:
-                self.end()
-
-    def _deliver(self, octets):
+        octets = _lf_lines(_as_octets(message))
         if self._proxy._has_too_many_hops(octets):
-            self._session.close()
-            return _TOO_MANY_HOPS
+            self._session.quit()
+            return _reply_text(_TOO_MANY_HOPS)
         deliveries = _deliveries_of(self._proxy)
-        left = deliveries.left(self._mailfrom, self._rcpttos, octets)
-        self._is_delivering = True
+        if any(each.is_given_up((self._mailfrom, octets)) for each in deliveries.under_way):
+            self._session.quit()
+            return _reply_text((451, _NOT_AVAILABLE))
+        self._message, self._comes_again = (self._mailfrom, octets), False
+        deliveries.under_way.add(self)
         try:
-            replies = self._session.deliver(_with_peer_header(octets, self._channel.peer), left)
+            return _reply_text((yield from self._deliver(octets, deliveries)))
         finally:
-            self._is_delivering = False
+            self._message = None
+            deliveries.under_way.discard(self)
+            if self._comes_again:
+                self._session.quit()
+
+    def _deliver(self, octets, deliveries):
+        left = deliveries.left(self._mailfrom, self._rcpttos, octets)
+        replies = yield from self._session.deliver(
+            _with_peer_header(octets, self._channel.peer), left)
         refused = _refused_of(replies)
         reply = next(iter(replies.values()), (250, b'OK'))
         if refused:
             code, text = _worst_of(refused)
             reply = (code if len(refused) == len(replies) else 451), text
-        deliveries.note(self._mailfrom, self._rcpttos, octets, refused, reply)
+        deliveries.note(self._mailfrom, self._rcpttos, octets, refused,
+                        400 <= reply[0] < 500 or self._comes_again)
         return reply
+
+    def is_given_up(self, message):
+        """Whether this message is on its way, and its client did not wait for the reply."""
+        if message == self._message and not self._comes_again:
+            self._comes_again = _has_gone(self._channel)
+        return message == self._message and self._comes_again
+
+    def end(self):
+        """The client has gone: leave the upstream, unless a message is on its way."""
+        if self._message is None:
+            self._session.quit()
+        else:
+            self._comes_again = True
 
 
 def _has_gone(channel):
-    """Whether the client has closed the connection and left no command unread."""
-    if channel.ac_in_buffer:
-        return False
+    """Whether the client has closed the connection, and left nothing to be read."""
     try:
         return not channel.socket.recv(1, _PEEK)
     except (BlockingIOError, ValueError, TypeError, AttributeError):  # TLS has no peek; a stub
@@ -2580,33 +2598,35 @@ class _Deliveries:
     """Remembers who got a message that the client will send again, since others did not."""
 
     def __init__(self):
-        self._lock = threading.Lock()
-        self._delivered = {}  # sets of recipients by message, the oldest first
+        self.under_way = set()  # relays
+        # (recipients, when noted) by message, the oldest first.
+        self._delivered = collections.OrderedDict()
 
     def left(self, mailfrom, rcpttos, octets):
         """The recipients that have not got the message yet."""
         if not self._delivered:
             return rcpttos
-        delivered = self._delivered.get(_digest(mailfrom, octets), ())
+        delivered = self._recipients_of(_digest(mailfrom, octets))
         return [each for each in rcpttos if each not in delivered]
 
-    def note(self, mailfrom, rcpttos, octets, refused, reply):
-        """All but those refused have the message now, and the client gets that reply."""
-        comes_again = 400 <= reply[0] < 500
+    def note(self, mailfrom, rcpttos, octets, refused, comes_again):
+        """All but those refused have the message now."""
         delivered = {each for each in rcpttos if each not in refused}
         if not (self._delivered or comes_again and delivered):
             return
         message = _digest(mailfrom, octets)
-        with self._lock:
-            remembered = self._delivered.pop(message, set())
-            if comes_again:
-                remembered |= delivered
-            else:  # the next message that looks like this one is another
-                remembered.difference_update(rcpttos)
-            if remembered:
-                self._delivered[message] = remembered
-            if len(self._delivered) > _MOST_DELIVERIES:
-                del self._delivered[next(iter(self._delivered))]
+        # Unless it comes again, the next message that looks like this one is another.
+        recipients = self._recipients_of(message)
+        recipients = recipients | delivered if comes_again else recipients.difference(rcpttos)
+        self._delivered.pop(message, None)
+        if recipients:
+            self._delivered[message] = recipients, time.monotonic()
+        if len(self._delivered) > _MOST_DELIVERIES:
+            self._delivered.popitem(last=False)
+
+    def _recipients_of(self, message):
+        recipients, noted = self._delivered.get(message, (frozenset(), 0))
+        return recipients if time.monotonic() - noted < _DELIVERY_SECONDS else frozenset()
 
 
 def _digest(mailfrom, octets):
@@ -2625,39 +2645,42 @@ class _MailmanSession:
     def __init__(self, mailman, upstream):
         self._mailman = mailman
         self._upstream = upstream
-        self.mail(None)
+        self._begin(None, ())
 
-    def mail(self, mailfrom, options=()):
-        # RCPT shows who must be asked: mail for lists alone needs no upstream.
+    def _begin(self, mailfrom, options):
         self._mail = mailfrom, options
-        self._replies_to_mail = {}
+        self._replies_to_mail = {}  # by session
         self._lists = {}  # by address in lower case: as the client wrote it first, reply
         self._upstream.accepted = {}
-        return 250, b'OK'
+
+    def mail(self, mailfrom, options):
+        # RCPT shows who must be asked: mail for lists alone needs no upstream.
+        self._begin(mailfrom, options)
+        return (yield from _at_once(250, b'OK'))
 
     def rcpt(self, recipient):
         address = recipient.lower()
         if address in self._lists:  # in any spelling it is posted once
             return self._lists[address][1]
-        reply = self._ask(self._mailman, recipient)
+        reply = yield from self._ask(self._mailman, recipient)
         if _is_success(reply):
             self._lists[address] = recipient, reply
-        return self._ask(self._upstream, recipient) if reply[0] >= 500 else reply
+        return (yield from self._ask(self._upstream, recipient)) if reply[0] >= 500 else reply
 
     def _ask(self, session, recipient):
         if session not in self._replies_to_mail:
-            self._replies_to_mail[session] = session.mail(*self._mail)
+            self._replies_to_mail[session] = yield from session.mail(*self._mail)
         reply = self._replies_to_mail[session]
-        return session.rcpt(recipient) if _is_success(reply) else reply
+        return (yield from session.rcpt(recipient)) if _is_success(reply) else reply
 
     def data(self):
         if self._upstream.accepted:
             return self._upstream.data()
-        return 354, b'End data with <CR><LF>.<CR><LF>'
+        return _at_once(354, b'End data with <CR><LF>.<CR><LF>')
 
     def deliver(self, octets, recipients):
         others = [each for each in recipients if each.lower() not in self._lists]
-        replies = self._upstream.deliver(octets, others)
+        replies = yield from self._upstream.deliver(octets, others)
         reply = replies[others[0]] if others else (250, b'OK')
         if not _is_success(reply):
             return dict.fromkeys(recipients, reply)
@@ -2669,21 +2692,15 @@ class _MailmanSession:
             if address in self._lists:
                 if address not in posts and not 400 <= reply[0] < 500:  # else at the next try
                     spelling = self._lists[address][0]
-                    reply = self._mailman.deliver(octets, [spelling])[spelling]
+                    reply = (yield from self._mailman.deliver(octets, [spelling]))[spelling]
                     posts[address] = reply
                 replies[each] = posts.get(address, reply)
         return replies
 
-    def is_quick(self):
-        return False
-
-    def interrupt(self):
-        self._mailman.interrupt()
-        self._upstream.interrupt()
-
-    def close(self):
-        self._mailman.close()
-        self._upstream.close()
+    def reset(self):
+        self._begin(None, ())
+        yield from self._mailman.reset()
+        return (yield from self._upstream.reset())
 
     def quit(self):
         self._mailman.quit()
@@ -2693,125 +2710,152 @@ class _MailmanSession:
 class _UpstreamSession:
     """One client's session with one upstream: its connection, its transaction.
 
-    Each step blocks, and returns the reply, (code, text): 451 if the upstream
+    Each step is a generator that returns the reply, (code, text): 451 if the upstream
     is lost, from there on until the next mail().
     """
 
-    def __init__(self, proxy, address, hellos=('EHLO', 'HELO')):
+    def __init__(self, proxy, address, sockets, hellos=('EHLO', 'HELO')):
         self._proxy = proxy
         self._address = address
+        self._sockets = sockets
         self._hellos = hellos
-        self._connection = None
-        self._is_interrupted = False
+        self._upstream = None
+        self._is_wanted = True  # no quit() since the look-up began
         self._mail = None  # reverse-path and parameters
         self.accepted = {}  # replies by recipient
 
-    def mail(self, mailfrom, options=()):
+    def mail(self, mailfrom, options):
         """Begin a transaction, on a new connection if the old one has ended."""
         self._mail = mailfrom, options
         self.accepted = {}
-        return self._guarded(self._begin)
-
-    def is_quick(self):
-        return self._connection is not None and self._connection.is_quick
-
-    def hurry(self, is_hurried):
-        if self._connection is not None:
-            self._connection.is_hurried = is_hurried
+        return self._guarded(self._begin())
 
     def _begin(self):
-        if self._connection is not None:
+        if self._upstream is not None:
             with contextlib.suppress(OSError):
-                reply = self._connection.mail(*self._mail)
+                reply = yield from self._upstream.mail(*self._mail)
                 if reply[0] != 421:
                     return reply
-            is_hurried = self._connection.is_hurried
-            self.close()
-            if is_hurried:
-                raise _NotYet
-        self._connection = _Connection(self._proxy, self._address)
-        if self._is_interrupted:  # while there was no connection to cut
+            self._close()
+        greeting = yield from self._connect()
+        yield from self._upstream.greet(greeting, self._hellos)
+        return (yield from self._upstream.mail(*self._mail))
+
+    def _connect(self):
+        """Connect to one of the upstream's addresses; return the greeting."""
+        limit = self._proxy.upstream_connection_limit
+        others = [each for each in self._sockets.values()
+                  if isinstance(each, _Upstream) and each.host_and_port == self._address]
+        if limit is not None and len(others) >= limit:
+            raise _UpstreamLost('%d connections already' % len(others))
+        addresses = yield from self._look_up()
+        ends = time.monotonic() + self._proxy.upstream_timeout_seconds
+        for left, (family, _, _, _, address) in zip(range(len(addresses), 0, -1), addresses):
+            self._upstream = _Upstream(self._proxy, self._address, self._sockets)
+            try:
+                return (yield from self._upstream.open(
+                    family, address, (ends - time.monotonic()) / left))
+            except OSError:
+                self._upstream.close()
+                if left == 1:
+                    raise
+
+    def _look_up(self):
+        look_up = functools.partial(socket.getaddrinfo, *self._address, type=socket.SOCK_STREAM)
+        if self._sockets is not self._proxy._map:  # a loop that has nothing else to do
+            return look_up()
+        self._is_wanted = True
+        addresses = yield functools.partial(self._proxy._run_in_thread, look_up)
+        if not self._is_wanted:
             raise _UpstreamLost('not needed any more')
-        self._connection.greet(self._hellos)
-        return self._connection.mail(*self._mail)
+        return addresses
 
     def rcpt(self, recipient):
         reply = self.accepted.get(recipient)
-        if self._connection is None:
+        if self._upstream is None:
             reply = 451, _NOT_AVAILABLE
         elif reply is None:
-            reply = self._guarded(self._connection.rcpt, recipient)
+            reply = yield from self._guarded(self._upstream.rcpt(recipient))
             if _is_success(reply):
                 self.accepted[recipient] = reply
         return reply
 
     def data(self):
-        if self._connection is None:
-            return 451, _NOT_AVAILABLE
-        return self._guarded(self._connection.data)
+        if self._upstream is None:
+            return _at_once(451, _NOT_AVAILABLE)
+        return self._guarded(self._upstream.data())
 
     def deliver(self, octets, recipients):
         """Send the message to those recipients; {recipient: reply}, the same for all."""
         recipients = list(dict.fromkeys(recipients))
         if not recipients:
+            if self._upstream is not None and self._upstream.is_in_data:
+                self._close()
             return {}
-        reply = self._guarded(self._send, octets, recipients)
+        reply = yield from self._guarded(self._send(octets, recipients))
         self.accepted = {}
         return dict.fromkeys(recipients, reply)
 
     def _send(self, octets, recipients):
         # It may have closed while the client sent its data, and may have more recipients
         # than are left: as nothing has been sent yet, another transaction does no harm.
-        if (self._connection is None or not self._connection.is_silent()
+        if (self._upstream is None or not self._upstream.connected
                 or list(self.accepted) != recipients):
-            replies = [self._begin(), *map(self._connection.rcpt, recipients)]
+            replies = [(yield from self._begin())]
+            for each in recipients:
+                replies.append((yield from self._upstream.rcpt(each)))
             refusal = next((each for each in replies if not _is_success(each)), None)
             if refusal:
                 return 451, refusal[1]
-        if not self._connection.is_in_data:
-            reply = self._connection.data()
+        if not self._upstream.is_in_data:
+            reply = yield from self._upstream.data()
             if reply[0] != 354:
                 return reply
-        return self._connection.send_message(octets)
+        return (yield from self._upstream.send_message(octets))
 
-    def _guarded(self, step, *arguments):
+    def reset(self):
+        """Let the upstream forget the transaction, too."""
+        self.accepted = {}
+        if self._upstream is not None and self._upstream.connected:
+            yield from self._guarded(self._upstream.reset())
+        return 250, b'OK'
+
+    def _guarded(self, steps):
         try:
-            reply = step(*arguments)
+            reply = yield from steps
         except _RunsInCircle:
-            self.close()
+            self._close()
             reply = _TOO_MANY_HOPS
         except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
-            self.close()
+            self._close()
             self._proxy.log_info(
                 '%s:%s: mail from %s: %s' % (*self._address, self._mail[0], error), 'error')
             reply = 451, _NOT_AVAILABLE
-        except _NotYet:
-            raise
         except BaseException:  # a reply may be left unread
-            self.close()
+            self._close()
             raise
         if reply[0] == 421:
-            self.close()
+            self._close()
             reply = 451, reply[1]
         return reply
 
-    def interrupt(self):
-        """End what another thread waits for."""
-        self._is_interrupted = True
-        connection = self._connection
-        if connection is not None:
-            connection.interrupt()
-
     def quit(self):
-        if self._connection is not None:
-            self._connection.quit()
-            self.close()
+        """Take leave; a message under way gets no final dot, and is none."""
+        self._is_wanted = False
+        if self._upstream is not None:
+            self._upstream.quit()
+            self._upstream = None
 
-    def close(self):
-        """Cut the connection: a message under way gets no final dot, and is none."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+    def _close(self):
+        if self._upstream is not None:
+            self._upstream.close()
+            self._upstream = None
+
+
+def _at_once(code, text):
+    """A step that waits for nothing."""
+    yield from ()
+    return code, text
 
 
 class _UpstreamLost(ConnectionError):
@@ -2822,41 +2866,53 @@ class _RunsInCircle(Exception):
     """The upstream is the proxy itself."""
 
 
-class _NotYet(Exception):
-    """The reply did not come at once: call the same step again to wait for it."""
+class _Upstream(asynchat.async_chat):
+    """A connection to an SMTP or LMTP server, in the loop.
 
-
-class _Connection:
-    """A connection to an SMTP or LMTP server.
-
-    Not smtplib's: that waits for ever for a reply that never ends, takes a
+    Not smtplib's: that blocks, waits for ever for a reply that never ends, takes a
     reply to nothing for the next command's, changes paths, and leaves a bare
     CR in a message, after which a dot could end it.
 
-    Each method blocks for a limited time, and raises OSError if the server is
-    lost: nothing that it may still say counts.
+    The steps are generators that return replies, (code, text), and raise OSError if the
+    server is lost: nothing that it may still say counts.
     """
 
-    def __init__(self, proxy, address):
+    ac_in_buffer_size = 4096  # replies are short
+    log_info = _log_info
+    handle_expt = _Transport.handle_expt  # FOUNDER: the channel's
+
+    def __init__(self, proxy, host_and_port, sockets):
+        asynchat.async_chat.__init__(self, map=sockets)
+        self.set_terminator(b'\n')
+        self.host_and_port = host_and_port
+        self.is_in_data = False
         self._proxy = proxy
-        self._input = b''
-        self._awaited = None  # the command that has no reply yet, and when it was sent
+        self._resume = None  # the step that waits ...
+        self._deadline = math.inf  # ... until then, on the monotonic clock ...
+        self._waits_for_room = False  # ... until all is sent, or else for a reply
+        self._texts = []  # lines of the reply that is being read
+        self._octets_read = 0  # of that reply
+        self._replies = []  # those that no step has taken: one, if all is well
+        self._fault = _UpstreamLost('closed the connection')  # raised once it is lost
         self._extensions = frozenset()
         self._has_transaction = False
-        self.is_in_data = False
-        self.is_quick = False  # it has replied to the last command within a moment
-        self.is_hurried = False  # to wait for a moment only, then raise _NotYet
-        self._socket = socket.create_connection(address, proxy.upstream_timeout_seconds)
-        self._socket.setsockopt(*_NO_DELAY)
-        self._socket.setblocking(False)  # to wait only where there is something to wait for
 
-    def greet(self, hellos):
-        if _leads_to_itself(self._proxy, self._socket):
+    # The steps
+
+    def open(self, family, address, seconds):
+        """Connect; return the greeting."""
+        self.create_socket(family)
+        self.socket.setsockopt(*_NO_DELAY)
+        self.connect(address)
+        return (yield from self._reply(seconds))
+
+    def greet(self, greeting, hellos):
+        if _leads_to_itself(self._proxy, self.socket):
             raise _RunsInCircle
-        reply = self._read_reply(self._proxy.upstream_command_timeout_seconds)
+        reply = greeting
         if _is_success(reply):
             for verb in hellos:
-                reply = self._command('%s %s' % (verb, self._proxy._own_name()))
+                reply = yield from self._command('%s %s' % (verb, self._proxy._own_name()))
                 if _is_success(reply):
                     lines = reply[1].upper().split(b'\n')[1:]
                     self._extensions = frozenset(line.split()[0] for line in lines if line.strip())
@@ -2864,12 +2920,11 @@ class _Connection:
         raise _UpstreamLost(_reply_text(reply))
 
     def mail(self, mailfrom, options):
-        if self.is_in_data or self._has_transaction and not _is_success(self._command('RSET')):
-            raise _UpstreamLost('has not finished the message before')
-        self._has_transaction = False
+        yield from self.reset()
         parameters = [' ' + each for each in options
                       if _EXTENSIONS.get(each.partition('=')[0]) in self._extensions]
-        reply = self._command('MAIL FROM:%s%s' % (_in_brackets(mailfrom), ''.join(parameters)))
+        reply = yield from self._command(
+            'MAIL FROM:%s%s' % (_in_brackets(mailfrom), ''.join(parameters)))
         self._has_transaction = _is_success(reply)
         return reply
 
@@ -2877,140 +2932,160 @@ class _Connection:
         return self._command('RCPT TO:' + _in_brackets(recipient))
 
     def data(self):
-        reply = self._command('DATA', self._proxy.upstream_data_timeout_seconds, [354])
+        reply = yield from self._command(
+            'DATA', self._proxy.upstream_data_timeout_seconds, [354])
         self.is_in_data = reply[0] == 354
         return reply
 
+    def reset(self):
+        """End the transaction, if there is one: a refused message need not have ended it."""
+        if self.is_in_data or (
+                self._has_transaction and not _is_success((yield from self._command('RSET')))):
+            raise _UpstreamLost('has not finished the message before')
+        self._has_transaction = False
+        return 250, b'OK'
+
     def send_message(self, octets):
         """Send the message, after data(); return the reply to it."""
-        octets = _lf_lines(octets).replace(b'\n', b'\r\n').replace(b'\r\n.', b'\r\n..')
-        if octets[:1] == b'.':
-            octets = b'.' + octets
-        rest = len(octets) // _BLOCK * _BLOCK
-        for start in range(0, rest, _BLOCK):
-            if not self._has_sent(octets[start:start + _BLOCK]):
-                return self._early_refusal()
-        last = octets[rest:] + (b'.\r\n' if octets.endswith(_END_OF_LINE) else _END_OF_DATA)
-        if not self.is_silent():
-            return self._early_refusal()
+        for block, is_last in _blocks(octets):
+            self._take_input()
+            if not self._replies:
+                self.push(block)
+                if self.producer_fifo or not is_last:
+                    yield functools.partial(
+                        self._wait, self._proxy.upstream_block_timeout_seconds, True)
+            if self._replies:  # a refusal, before the message is whole
+                return _check(self._replies[0], [])
         try:
-            if not self._has_sent(last):
-                return self._early_refusal()
-            reply = self._read_reply(self._proxy.upstream_final_timeout_seconds)
+            reply = yield from self._reply(self._proxy.upstream_final_timeout_seconds)
             _check(reply)
         except OSError as error:  # RFC 1047
             raise _UpstreamLost('lost after the final dot: the message may have been delivered, '
                                 'and will be once more: %s' % error) from error
-        self.is_in_data = self._has_transaction = False
+        self.is_in_data = False
+        self._has_transaction = not _is_success(reply)
         return reply
-
-    def _has_sent(self, block):
-        """Send a block; return False if the server has said something, or has closed."""
-        if not self.is_silent():
-            return False
-        try:
-            self._send(block, self._proxy.upstream_block_timeout_seconds)
-        except ConnectionError:
-            return False
-        return True
-
-    def _early_refusal(self):
-        """The reply to a message that is not yet whole."""
-        reply = self._read_reply(self._proxy.upstream_block_timeout_seconds)
-        return _check(reply, [])
 
     def _command(self, line, seconds=None, good=range(200, 300)):
         if '\r' in line or '\n' in line:
             raise ValueError('a line end in %r' % line)
+        self._take_input()
+        if self._replies or self._octets_read or self.ac_in_buffer:
+            raise _UpstreamLost('talks unasked')
+        self.push(line.encode('utf-8', 'surrogateescape') + _END_OF_LINE)
         if seconds is None:
             seconds = self._proxy.upstream_command_timeout_seconds
-        if self._awaited is None:
-            if not self.is_silent():
-                raise _UpstreamLost('closed, or talks unasked: %r' % self._input[:100])
-            self._send(line.encode('utf-8', 'surrogateescape') + _END_OF_LINE, seconds)
-            self._awaited = line, time.monotonic()
-        elif self._awaited[0] != line:  # nobody came back for that reply
-            raise _UpstreamLost('no reply yet to %r' % self._awaited[0])
-        reply = self._read_reply(seconds)
-        self.is_quick = time.monotonic() - self._awaited[1] < _A_MOMENT
-        self._awaited = None
-        return _check(reply, good)
+        return _check((yield from self._reply(seconds)), good)
 
-    def is_silent(self):
-        """Whether the server is there, and has said nothing since its last reply."""
-        return not (self._input or _is_ready(self._socket, _READABLE, 0))
+    def _take_input(self):
+        if self.connected:
+            self.handle_read()
 
-    def _send(self, octets, seconds):
-        deadline = time.monotonic() + seconds
-        sent = 0
-        while sent < len(octets):
-            try:
-                sent += self._socket.send(octets[sent:])
-            except BlockingIOError:
-                self._wait(_WRITABLE, deadline)
+    def _reply(self, seconds):
+        yield functools.partial(self._wait, seconds, False)
+        return self._replies.pop()
 
-    def _wait(self, event, deadline):
-        if self.is_hurried and event == _READABLE:
-            if not _is_ready(self._socket, event, _A_MOMENT):
-                raise _NotYet
-        elif not _is_ready(self._socket, event, max(0, deadline - time.monotonic())):
-            raise TimeoutError('timed out')
-
-    def _read_reply(self, seconds):
-        """(code, text); the lines of the text are joined by LF."""
-        deadline = time.monotonic() + seconds
-        texts = []
-        start = 0
-        while True:
-            end = self._input.find(b'\n', start)
-            if end < 0:
-                if len(self._input) > _MOST_OF_A_REPLY:
-                    raise _UpstreamLost('a reply without an end')
-                self._wait(_READABLE, deadline)
-                self._receive()
-                continue
-            line = self._input[start:end].rstrip(b'\r')
-            match = _REPLY_LINE.fullmatch(line)
-            if not match:
-                raise _UpstreamLost('no reply: %r' % line[:100])
-            code, mark, text = match.groups()
-            texts.append(text or b'')
-            start = end + 1
-            if mark != b'-':
-                self._input = self._input[start:]
-                return int(code), b'\n'.join(texts)
-
-    def _receive(self):
-        octets = self._socket.recv(4096)
-        if not octets:
-            raise _UpstreamLost('closed the connection')
-        self._input += octets
-
-    def interrupt(self):
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(_SHUT_BOTH)
+    def _wait(self, seconds, for_room, resume):
+        if not (self.connected or self.connecting):
+            raise self._fault
+        self._resume, self._deadline = resume, time.monotonic() + seconds
+        self._waits_for_room = for_room
 
     def quit(self):
-        if not (self.is_in_data or self._awaited):
-            with contextlib.suppress(OSError):
-                self._socket.send(b'QUIT\r\n')  # Postfix does not wait for the reply either
+        if self.connected and self._resume is None and not self.is_in_data:
+            self.push(b'QUIT\r\n')  # Postfix does not wait for the reply either
+        self.close()
 
     def close(self):
-        self._socket.close()
+        """Cut the connection; a step that waits is given up."""
+        self._resume = None
+        self.discard_buffers()
+        super().close()
+
+    # Events
+
+    def readable(self):
+        if time.monotonic() > self._deadline:
+            # The loop is collecting descriptors: none may be closed before its next event.
+            self._deadline = math.inf
+            self._fault = TimeoutError('timed out')
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(_SHUT_BOTH)
+        return True
+
+    def writable(self):
+        return self._waits_for_room or super().writable()
+
+    def handle_connect(self):
+        self._deadline = time.monotonic() + self._proxy.upstream_command_timeout_seconds
+
+    def handle_write(self):
+        super().handle_write()
+        if self._waits_for_room and not self.producer_fifo:
+            self._go_on()
+
+    def collect_incoming_data(self, data):
+        self._collect_incoming_data(data)
+        self._octets_read += len(data)
+        if self._octets_read > _MOST_OF_A_REPLY:
+            raise _UpstreamLost('a reply without an end')
+
+    def found_terminator(self):
+        line = self._get_data().rstrip(b'\r')
+        match = _REPLY_LINE.fullmatch(line)
+        if not match:
+            raise _UpstreamLost('no reply: %r' % line[:100])
+        code, mark, text = match.groups()
+        self._texts.append(text or b'')
+        if mark == b'-':
+            return
+        reply, self._texts, self._octets_read = (int(code), b'\n'.join(self._texts)), [], 0
+        self._replies.append(reply)
+        if len(self._replies) > 1:
+            raise _UpstreamLost('talks unasked')
+        if self._resume is not None:
+            self._go_on()
+
+    def _go_on(self):
+        resume, self._resume = self._resume, None
+        self._deadline, self._waits_for_room = math.inf, False
+        resume(functools.partial(_give, None))
+
+    def handle_close(self):
+        self._end(self._fault)
+
+    def handle_error(self):
+        error = sys.exc_info()[1]
+        if self._resume is None and not isinstance(error, OSError):
+            _log_exception(self)  # nobody else will
+        self._end(error)
+
+    def _end(self, error):
+        resume, self._resume = self._resume, None
+        self._fault = error
+        self.connected = self.connecting = self._waits_for_room = False
+        self.del_channel()
+        try:
+            if resume is not None:
+                resume(functools.partial(_throw, error))
+        finally:
+            self.close()  # now: the loop may hold more events for this number
 
 
-_READABLE, _WRITABLE = 0, 1
-
-
-def _is_ready(sock, event, seconds):
-    """Wait until the socket is readable, or writable; return False if it takes too long."""
-    if not hasattr(select, 'poll'):  # Windows, whose select() takes any descriptor
-        sockets = [[], []]
-        sockets[event] = [sock]
-        return any(select.select(*sockets, [], seconds))
-    poll = select.poll()
-    poll.register(sock, select.POLLOUT if event else select.POLLIN)
-    return bool(poll.poll(math.ceil(seconds * 1000)))
+def _blocks(octets):
+    """The message as it goes over the wire: blocks, and whether it is the last one."""
+    octets = _lf_lines(octets)
+    is_line_start = True
+    for start in range(0, len(octets) or 1, _BLOCK):
+        block = octets[start:start + _BLOCK]
+        stuffed = block.replace(b'\n', b'\r\n').replace(b'\r\n.', b'\r\n..')
+        if is_line_start and block[:1] == b'.':
+            stuffed = b'.' + stuffed
+        is_line_start = block[-1:] == b'\n'
+        is_last = start + _BLOCK >= len(octets)
+        if is_last:
+            stuffed += b'.\r\n' if is_line_start else _END_OF_DATA
+        yield stuffed, is_last
 
 
 def _leads_to_itself(proxy, connection):
@@ -3025,8 +3100,8 @@ def _leads_to_itself(proxy, connection):
 
 
 def _check(reply, good=range(200, 300)):
-    """The reply, if it is a good one or a refusal."""
-    if reply[0] < 400 and reply[0] not in good:
+    """The reply, if it is a good one or a refusal of what the client wants."""
+    if reply[0] < 400 and reply[0] not in good or reply[0] == 503:  # 503: our own fault
         raise _UpstreamLost('out of step: ' + _reply_text(reply))
     return reply
 
@@ -3044,6 +3119,20 @@ def _worst_of(refused):
     replies = [reply if 400 <= reply[0] < 600 else (451, _NOT_AVAILABLE)
                for reply in refused.values()]
     return next((reply for reply in replies if reply[0] < 500), replies[-1])
+
+
+def _reply_for_all(refused, recipients):
+    """One reply for those refused and the other recipients, who have the message."""
+    if not refused:
+        return 250, b'OK'
+    code, text = _worst_of(refused)
+    if code < 500:
+        return 451, text
+    if len(refused) < len(set(recipients)):  # the sender must be able to tell who was
+        text = b'\n'.join(
+            b'%.180s (%s)' % (b' '.join(_as_octets(text).split()), _as_octets(each))
+            for each, (_, text) in refused.items())
+    return code, text
 
 
 @functools.lru_cache(maxsize=64)
@@ -3078,13 +3167,15 @@ def _with_peer_header(octets, peer):
     """The message with X-Peer after its headers."""
     headers_end = _end_of_headers(octets)
     peer_header = b'X-Peer: ' + _host_of(peer).encode('ascii', 'backslashreplace')
-    if octets[-1:] == b'\n':
-        octets += b'\n'  # otherwise _deliver() would take the last, empty line for a line end
-    if headers_end < len(octets):
+    # Otherwise _deliver() would take the last, empty line for a line end.
+    line_end = b'\n' if octets[-1:] == b'\n' else b''
+    if line_end or headers_end < len(octets):
         peer_header += b'\n'
     elif octets:
         peer_header = b'\n' + peer_header
-    return octets[:headers_end] + peer_header + octets[headers_end:]
+    # Joined, since the message may be large.
+    return b''.join((octets[:headers_end], peer_header, memoryview(octets)[headers_end:],
+                     line_end))
 
 
 # ---------------------------------------------------------------------------
