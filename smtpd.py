@@ -2402,14 +2402,15 @@ class PureProxy(SMTPServer):
         if self._has_too_many_hops(octets):
             return _reply_text(_TOO_MANY_HOPS)
         deliveries = _deliveries_of(self)
-        left = deliveries.left(mailfrom, rcpttos, octets)
+        left = deliveries.left(mailfrom, octets, rcpttos)
         traced = _with_peer_header(octets, peer)
         if isinstance(data, str):
             traced = traced.decode('utf-8', 'surrogateescape')
         refused = (self._deliver(mailfrom, left, traced) if left else None) or {}
-        reply = _reply_for_all(refused, rcpttos)
-        deliveries.note(mailfrom, rcpttos, octets, refused, 400 <= reply[0] < 500)
-        return _reply_text(reply) if refused else None
+        code, text = _reply_for_all(refused, rcpttos) if refused else (250, b'OK')
+        comes_again = 400 <= code < 500
+        deliveries.note(mailfrom, octets, rcpttos, refused, comes_again)
+        return _reply_text((451 if comes_again else code, text)) if refused else None
 
     def _deliver(self, mailfrom, rcpttos, data):
         """Send a message upstream; return {recipient: (code, text)} of those refused."""
@@ -2461,15 +2462,13 @@ class MailmanProxy(PureProxy):
             super()._new_upstream_session(sockets))
 
 
-_HANDLERS_OF_OURS = (
-    SMTPServer.process_message, PureProxy.process_message, PureProxy._deliver)
+_HANDLERS_OF_OURS = PureProxy.process_message, PureProxy._deliver  # before a program patches them
 
 
 def _relays_step_by_step(proxy):
     """False if a class, a patch or the proxy itself overrides process_message() or _deliver()."""
-    return all(vars(place).get(name, PureProxy._deliver) in _HANDLERS_OF_OURS
-               for place in (proxy, *type(proxy).__mro__)
-               for name in ('process_message', '_deliver'))
+    handlers = proxy.process_message, proxy._deliver
+    return tuple(getattr(each, '__func__', None) for each in handlers) == _HANDLERS_OF_OURS
 
 
 def _deliveries_of(proxy):
@@ -2513,7 +2512,7 @@ class _Relay:
         self._mailfrom = None  # what the upstream has agreed to
         self._rcpttos = []
         self._message = None  # while it is delivered
-        self._comes_again = False  # the message, since the client does not hear the reply
+        self._is_ended = False  # the client has gone
 
     def knows(self, mailfrom, rcpttos):
         """False if the program has changed the transaction since the upstream saw it."""
@@ -2523,75 +2522,74 @@ class _Relay:
         self._mailfrom, self._rcpttos = mailfrom, []
         if not any(each.startswith('BODY=') for each in options):
             options = [*options, 'BODY=8BITMIME']  # the data may be 8-bit: it is still to come
-        return _reply_text((yield from self._session.mail(mailfrom, options)))
+        return self._take(self._session.mail(mailfrom, options))
 
     def rcpt(self, recipient):
-        reply = yield from self._session.rcpt(recipient)
-        if _is_success(reply):
+        reply = yield from self._take(self._session.rcpt(recipient))
+        if reply[:1] == '2':
             self._rcpttos.append(recipient)
-        return _reply_text(reply)
-
-    def data(self):
-        return _reply_text((yield from self._session.data()))
-
-    def reset(self):
-        self._mailfrom, self._rcpttos = None, []
-        return _reply_text((yield from self._session.reset()))
-
-    def deliver(self, message):
-        octets = _lf_lines(_as_octets(message))
-        if self._proxy._has_too_many_hops(octets):
-            self._session.quit()
-            return _reply_text(_TOO_MANY_HOPS)
-        deliveries = _deliveries_of(self._proxy)
-        if any(each.is_given_up((self._mailfrom, octets)) for each in deliveries.under_way):
-            self._session.quit()
-            return _reply_text((451, _NOT_AVAILABLE))
-        self._message, self._comes_again = (self._mailfrom, octets), False
-        deliveries.under_way.add(self)
-        try:
-            return _reply_text((yield from self._deliver(octets, deliveries)))
-        finally:
-            self._message = None
-            deliveries.under_way.discard(self)
-            if self._comes_again:
-                self._session.quit()
-
-    def _deliver(self, octets, deliveries):
-        left = deliveries.left(self._mailfrom, self._rcpttos, octets)
-        replies = yield from self._session.deliver(
-            _with_peer_header(octets, self._channel.peer), left)
-        refused = _refused_of(replies)
-        reply = next(iter(replies.values()), (250, b'OK'))
-        if refused:
-            code, text = _worst_of(refused)
-            reply = (code if len(refused) == len(replies) else 451), text
-        deliveries.note(self._mailfrom, self._rcpttos, octets, refused,
-                        400 <= reply[0] < 500 or self._comes_again)
         return reply
 
-    def is_given_up(self, message):
-        """Whether this message is on its way, and its client did not wait for the reply."""
-        if message == self._message and not self._comes_again:
-            self._comes_again = _has_gone(self._channel)
-        return message == self._message and self._comes_again
+    def data(self):
+        return self._take(self._session.data())
+
+    def deliver(self, message):
+        return self._take(self._deliver(_lf_lines(_as_octets(message))))
+
+    def reset(self):
+        return self._take(self._session.reset())
 
     def end(self):
         """The client has gone: leave the upstream, unless a message is on its way."""
+        self._is_ended = True
         if self._message is None:
             self._session.quit()
-        else:
-            self._comes_again = True
+
+    def is_given_up(self, message):
+        """Whether this message is on its way for a client that did not wait for the reply."""
+        if message == self._message and _has_gone(self._channel):
+            self._is_ended = True
+        return message == self._message and self._is_ended
+
+    def _take(self, steps):
+        try:
+            return _reply_text((yield from steps))
+        finally:
+            if self._is_ended:
+                self._session.quit()
+
+    def _deliver(self, octets):
+        deliveries = _deliveries_of(self._proxy)
+        message = self._mailfrom, octets
+        if self._proxy._has_too_many_hops(octets):
+            self._session.quit()
+            return _TOO_MANY_HOPS
+        if any(each.is_given_up(message) for each in deliveries.under_way):
+            self._session.quit()
+            return 451, _NOT_AVAILABLE
+        self._message = message
+        deliveries.under_way.add(self)
+        try:
+            left = deliveries.left(*message, self._rcpttos)
+            replies = yield from self._session.deliver(
+                _with_peer_header(octets, self._channel.peer), left)
+            refused = _refused_of(replies)
+            reply = (_reply_for_all(refused, self._rcpttos) if refused
+                     else next(iter(replies.values()), (250, b'OK')))
+            comes_again = self._is_ended or 400 <= reply[0] < 500
+            deliveries.note(*message, self._rcpttos, refused, comes_again)
+            return reply
+        finally:
+            self._message = None
+            deliveries.under_way.discard(self)
 
 
 def _has_gone(channel):
     """Whether the client has closed the connection, and left nothing to be read."""
     try:
         return not channel.socket.recv(1, _PEEK)
-    except (BlockingIOError, ValueError, TypeError, AttributeError):  # TLS has no peek; a stub
-        return False
-    except OSError:
-        return True
+    except Exception as error:  # nothing there; TLS cannot peek; a stub
+        return isinstance(error, ConnectionError)
 
 
 class _Deliveries:
@@ -2599,26 +2597,25 @@ class _Deliveries:
 
     def __init__(self):
         self.under_way = set()  # relays
-        # (recipients, when noted) by message, the oldest first.
-        self._delivered = collections.OrderedDict()
+        self._delivered = collections.OrderedDict()  # (recipients, when) by message
 
-    def left(self, mailfrom, rcpttos, octets):
+    def left(self, mailfrom, octets, rcpttos):
         """The recipients that have not got the message yet."""
         if not self._delivered:
             return rcpttos
         delivered = self._recipients_of(_digest(mailfrom, octets))
         return [each for each in rcpttos if each not in delivered]
 
-    def note(self, mailfrom, rcpttos, octets, refused, comes_again):
+    def note(self, mailfrom, octets, rcpttos, refused, comes_again):
         """All but those refused have the message now."""
         delivered = {each for each in rcpttos if each not in refused}
         if not (self._delivered or comes_again and delivered):
             return
         message = _digest(mailfrom, octets)
-        # Unless it comes again, the next message that looks like this one is another.
         recipients = self._recipients_of(message)
-        recipients = recipients | delivered if comes_again else recipients.difference(rcpttos)
         self._delivered.pop(message, None)
+        # Unless it comes again, the next message that looks like this one is another.
+        recipients = recipients | delivered if comes_again else recipients.difference(rcpttos)
         if recipients:
             self._delivered[message] = recipients, time.monotonic()
         if len(self._delivered) > _MOST_DELIVERIES:
@@ -2631,9 +2628,7 @@ class _Deliveries:
 
 def _digest(mailfrom, octets):
     import hashlib
-    digest = hashlib.sha256(mailfrom.encode('utf-8', 'surrogateescape') + b'\n')
-    digest.update(octets)
-    return digest.digest()
+    return hashlib.sha256(b'\n'.join((_as_octets(mailfrom), octets))).digest()
 
 
 class _MailmanSession:
@@ -2645,18 +2640,14 @@ class _MailmanSession:
     def __init__(self, mailman, upstream):
         self._mailman = mailman
         self._upstream = upstream
-        self._begin(None, ())
 
-    def _begin(self, mailfrom, options):
+    def mail(self, mailfrom, options):
+        # RCPT shows who must be asked: mail for lists alone needs no upstream.
         self._mail = mailfrom, options
         self._replies_to_mail = {}  # by session
         self._lists = {}  # by address in lower case: as the client wrote it first, reply
         self._upstream.accepted = {}
-
-    def mail(self, mailfrom, options):
-        # RCPT shows who must be asked: mail for lists alone needs no upstream.
-        self._begin(mailfrom, options)
-        return (yield from _at_once(250, b'OK'))
+        return _at_once(250, b'OK')
 
     def rcpt(self, recipient):
         address = recipient.lower()
@@ -2698,7 +2689,6 @@ class _MailmanSession:
         return replies
 
     def reset(self):
-        self._begin(None, ())
         yield from self._mailman.reset()
         return (yield from self._upstream.reset())
 
@@ -2719,8 +2709,7 @@ class _UpstreamSession:
         self._address = address
         self._sockets = sockets
         self._hellos = hellos
-        self._upstream = None
-        self._is_wanted = True  # no quit() since the look-up began
+        self._upstream = _Upstream(proxy, address, sockets)  # not connected yet
         self._mail = None  # reverse-path and parameters
         self.accepted = {}  # replies by recipient
 
@@ -2730,16 +2719,89 @@ class _UpstreamSession:
         self.accepted = {}
         return self._guarded(self._begin())
 
+    def rcpt(self, recipient):
+        if not self._upstream.connected:
+            return 451, _NOT_AVAILABLE
+        reply = self.accepted.get(recipient)
+        if reply is None:
+            line = 'RCPT TO:' + _in_brackets(recipient)
+            reply = yield from self._guarded(self._upstream.ask(line))
+            if _is_success(reply):
+                self.accepted[recipient] = reply
+        return reply
+
+    def data(self):
+        if not self._upstream.connected:
+            return 451, _NOT_AVAILABLE
+        seconds = self._proxy.upstream_data_timeout_seconds
+        reply = yield from self._guarded(self._upstream.ask('DATA', seconds, [354]))
+        self._upstream.is_in_data = reply[0] == 354
+        return reply
+
+    def deliver(self, octets, recipients):
+        """Send the message to those recipients; {recipient: reply}, the same for all."""
+        recipients = list(dict.fromkeys(recipients))
+        if not recipients:
+            if self._upstream.is_in_data:
+                self._upstream.close()
+            return {}
+        reply = yield from self._prepare(recipients)
+        if self._upstream.is_in_data:
+            reply = yield from self._guarded(self._upstream.send_message(octets))
+        self.accepted = {}
+        return dict.fromkeys(recipients, reply)
+
+    def _prepare(self, recipients):
+        # It may have closed while the client sent its data, and may have more recipients
+        # than are left: as nothing has been sent yet, another transaction does no harm.
+        if not self._upstream.connected or list(self.accepted) != recipients:
+            reply = yield from self.mail(*self._mail)
+            for each in recipients:
+                if _is_success(reply):
+                    reply = yield from self.rcpt(each)
+            if not _is_success(reply):
+                return 451, reply[1]
+        return None if self._upstream.is_in_data else (yield from self.data())
+
+    def reset(self):
+        """Let the upstream forget the transaction, too."""
+        self.accepted = {}
+        if self._upstream.connected:
+            yield from self._guarded(self._end_transaction())
+        return 250, b'OK'
+
+    def quit(self):
+        """Take leave; a message under way gets no final dot, and is none."""
+        self._upstream.quit()
+
+    def _guarded(self, steps):
+        try:
+            reply = yield from steps
+        except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
+            self._proxy.log_info(
+                '%s:%s: mail from %s: %s' % (*self._address, self._mail[0], error), 'error')
+            reply = 421, _NOT_AVAILABLE
+        except BaseException:  # a reply may be left unread
+            self._upstream.close()
+            raise
+        if reply[0] == 421:
+            self._upstream.close()
+            reply = 451, reply[1]
+        return reply
+
     def _begin(self):
-        if self._upstream is not None:
+        if self._upstream.connected:
             with contextlib.suppress(OSError):
-                reply = yield from self._upstream.mail(*self._mail)
+                reply = yield from self._ask_mail(*self._mail)
                 if reply[0] != 421:
                     return reply
-            self._close()
+            self._upstream.close()
         greeting = yield from self._connect()
-        yield from self._upstream.greet(greeting, self._hellos)
-        return (yield from self._upstream.mail(*self._mail))
+        if _leads_to_itself(self._proxy, self._upstream.socket):
+            self._upstream.close()
+            return _TOO_MANY_HOPS
+        yield from self._greet(greeting)
+        return (yield from self._ask_mail(*self._mail))
 
     def _connect(self):
         """Connect to one of the upstream's addresses; return the greeting."""
@@ -2748,108 +2810,49 @@ class _UpstreamSession:
                   if isinstance(each, _Upstream) and each.host_and_port == self._address]
         if limit is not None and len(others) >= limit:
             raise _UpstreamLost('%d connections already' % len(others))
-        addresses = yield from self._look_up()
+        look_up = functools.partial(socket.getaddrinfo, *self._address, type=socket.SOCK_STREAM)
+        if self._sockets is self._proxy._map:
+            addresses = yield functools.partial(self._proxy._run_in_thread, look_up)
+        else:  # a loop that has nothing else to do
+            addresses = look_up()
         ends = time.monotonic() + self._proxy.upstream_timeout_seconds
         for left, (family, _, _, _, address) in zip(range(len(addresses), 0, -1), addresses):
             self._upstream = _Upstream(self._proxy, self._address, self._sockets)
             try:
-                return (yield from self._upstream.open(
-                    family, address, (ends - time.monotonic()) / left))
+                seconds = (ends - time.monotonic()) / left
+                return (yield from self._upstream.open(family, address, seconds))
             except OSError:
                 self._upstream.close()
                 if left == 1:
                     raise
 
-    def _look_up(self):
-        look_up = functools.partial(socket.getaddrinfo, *self._address, type=socket.SOCK_STREAM)
-        if self._sockets is not self._proxy._map:  # a loop that has nothing else to do
-            return look_up()
-        self._is_wanted = True
-        addresses = yield functools.partial(self._proxy._run_in_thread, look_up)
-        if not self._is_wanted:
-            raise _UpstreamLost('not needed any more')
-        return addresses
-
-    def rcpt(self, recipient):
-        reply = self.accepted.get(recipient)
-        if self._upstream is None:
-            reply = 451, _NOT_AVAILABLE
-        elif reply is None:
-            reply = yield from self._guarded(self._upstream.rcpt(recipient))
+    def _greet(self, reply):
+        for verb in self._hellos if _is_success(reply) else ():
+            reply = yield from self._upstream.ask('%s %s' % (verb, self._proxy._own_name()))
             if _is_success(reply):
-                self.accepted[recipient] = reply
+                lines = reply[1].upper().split(b'\n')[1:]
+                self._upstream.extensions = {line.split()[0] for line in lines if line.strip()}
+                return
+        raise _UpstreamLost(_reply_text(reply))
+
+    def _ask_mail(self, mailfrom, options):
+        yield from self._end_transaction()
+        parameters = [' ' + each for each in options
+                      if _EXTENSIONS.get(each.partition('=')[0]) in self._upstream.extensions]
+        reply = yield from self._upstream.ask(
+            'MAIL FROM:%s%s' % (_in_brackets(mailfrom), ''.join(parameters)))
+        self._upstream.has_transaction = _is_success(reply)
         return reply
 
-    def data(self):
-        if self._upstream is None:
-            return _at_once(451, _NOT_AVAILABLE)
-        return self._guarded(self._upstream.data())
-
-    def deliver(self, octets, recipients):
-        """Send the message to those recipients; {recipient: reply}, the same for all."""
-        recipients = list(dict.fromkeys(recipients))
-        if not recipients:
-            if self._upstream is not None and self._upstream.is_in_data:
-                self._close()
-            return {}
-        reply = yield from self._guarded(self._send(octets, recipients))
-        self.accepted = {}
-        return dict.fromkeys(recipients, reply)
-
-    def _send(self, octets, recipients):
-        # It may have closed while the client sent its data, and may have more recipients
-        # than are left: as nothing has been sent yet, another transaction does no harm.
-        if (self._upstream is None or not self._upstream.connected
-                or list(self.accepted) != recipients):
-            replies = [(yield from self._begin())]
-            for each in recipients:
-                replies.append((yield from self._upstream.rcpt(each)))
-            refusal = next((each for each in replies if not _is_success(each)), None)
-            if refusal:
-                return 451, refusal[1]
-        if not self._upstream.is_in_data:
-            reply = yield from self._upstream.data()
-            if reply[0] != 354:
-                return reply
-        return (yield from self._upstream.send_message(octets))
-
-    def reset(self):
-        """Let the upstream forget the transaction, too."""
-        self.accepted = {}
-        if self._upstream is not None and self._upstream.connected:
-            yield from self._guarded(self._upstream.reset())
-        return 250, b'OK'
-
-    def _guarded(self, steps):
-        try:
-            reply = yield from steps
-        except _RunsInCircle:
-            self._close()
-            reply = _TOO_MANY_HOPS
-        except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
-            self._close()
-            self._proxy.log_info(
-                '%s:%s: mail from %s: %s' % (*self._address, self._mail[0], error), 'error')
-            reply = 451, _NOT_AVAILABLE
-        except BaseException:  # a reply may be left unread
-            self._close()
-            raise
-        if reply[0] == 421:
-            self._close()
-            reply = 451, reply[1]
+    def _end_transaction(self):
+        """Send RSET if there is one: a refused message need not have ended it."""
+        reply = 250, b'OK'
+        if self._upstream.has_transaction:
+            reply = yield from self._upstream.ask('RSET')
+        if self._upstream.is_in_data or not _is_success(reply):
+            raise _UpstreamLost('has not finished the message before')
+        self._upstream.has_transaction = False
         return reply
-
-    def quit(self):
-        """Take leave; a message under way gets no final dot, and is none."""
-        self._is_wanted = False
-        if self._upstream is not None:
-            self._upstream.quit()
-            self._upstream = None
-
-    def _close(self):
-        if self._upstream is not None:
-            self._upstream.close()
-            self._upstream = None
 
 
 def _at_once(code, text):
@@ -2862,10 +2865,6 @@ class _UpstreamLost(ConnectionError):
     """The upstream has closed, or its replies can no longer be told apart."""
 
 
-class _RunsInCircle(Exception):
-    """The upstream is the proxy itself."""
-
-
 class _Upstream(asynchat.async_chat):
     """A connection to an SMTP or LMTP server, in the loop.
 
@@ -2873,31 +2872,31 @@ class _Upstream(asynchat.async_chat):
     reply to nothing for the next command's, changes paths, and leaves a bare
     CR in a message, after which a dot could end it.
 
-    The steps are generators that return replies, (code, text), and raise OSError if the
-    server is lost: nothing that it may still say counts.
+    open(), ask() and send_message() are generators that return a reply, (code, text), and
+    raise OSError if the server is lost: nothing that it may still say counts.
     """
 
     ac_in_buffer_size = 4096  # replies are short
+    terminator = b'\n'
+    extensions = frozenset()
+    has_transaction = False
+    is_in_data = False  # it waits for a message, or the rest of it
+
+    _resume = None  # the step that waits for a reply ...
+    _deadline = math.inf  # ... until then, on the monotonic clock
+    _octets_read = 0  # of the reply that is being read
+    _blocks = iter(())  # of a message, to be sent
+    _fault = _UpstreamLost('closed the connection')  # what a step raises once it is closed
+
     log_info = _log_info
     handle_expt = _Transport.handle_expt  # FOUNDER: the channel's
 
     def __init__(self, proxy, host_and_port, sockets):
         asynchat.async_chat.__init__(self, map=sockets)
-        self.set_terminator(b'\n')
         self.host_and_port = host_and_port
-        self.is_in_data = False
         self._proxy = proxy
-        self._resume = None  # the step that waits ...
-        self._deadline = math.inf  # ... until then, on the monotonic clock ...
-        self._waits_for_room = False  # ... until all is sent, or else for a reply
         self._texts = []  # lines of the reply that is being read
-        self._octets_read = 0  # of that reply
-        self._replies = []  # those that no step has taken: one, if all is well
-        self._fault = _UpstreamLost('closed the connection')  # raised once it is lost
-        self._extensions = frozenset()
-        self._has_transaction = False
-
-    # The steps
+        self._replies = []  # that no step has taken yet
 
     def open(self, family, address, seconds):
         """Connect; return the greeting."""
@@ -2906,70 +2905,11 @@ class _Upstream(asynchat.async_chat):
         self.connect(address)
         return (yield from self._reply(seconds))
 
-    def greet(self, greeting, hellos):
-        if _leads_to_itself(self._proxy, self.socket):
-            raise _RunsInCircle
-        reply = greeting
-        if _is_success(reply):
-            for verb in hellos:
-                reply = yield from self._command('%s %s' % (verb, self._proxy._own_name()))
-                if _is_success(reply):
-                    lines = reply[1].upper().split(b'\n')[1:]
-                    self._extensions = frozenset(line.split()[0] for line in lines if line.strip())
-                    return
-        raise _UpstreamLost(_reply_text(reply))
-
-    def mail(self, mailfrom, options):
-        yield from self.reset()
-        parameters = [' ' + each for each in options
-                      if _EXTENSIONS.get(each.partition('=')[0]) in self._extensions]
-        reply = yield from self._command(
-            'MAIL FROM:%s%s' % (_in_brackets(mailfrom), ''.join(parameters)))
-        self._has_transaction = _is_success(reply)
-        return reply
-
-    def rcpt(self, recipient):
-        return self._command('RCPT TO:' + _in_brackets(recipient))
-
-    def data(self):
-        reply = yield from self._command(
-            'DATA', self._proxy.upstream_data_timeout_seconds, [354])
-        self.is_in_data = reply[0] == 354
-        return reply
-
-    def reset(self):
-        """End the transaction, if there is one: a refused message need not have ended it."""
-        if self.is_in_data or (
-                self._has_transaction and not _is_success((yield from self._command('RSET')))):
-            raise _UpstreamLost('has not finished the message before')
-        self._has_transaction = False
-        return 250, b'OK'
-
-    def send_message(self, octets):
-        """Send the message, after data(); return the reply to it."""
-        for block, is_last in _blocks(octets):
-            self._take_input()
-            if not self._replies:
-                self.push(block)
-                if self.producer_fifo or not is_last:
-                    yield functools.partial(
-                        self._wait, self._proxy.upstream_block_timeout_seconds, True)
-            if self._replies:  # a refusal, before the message is whole
-                return _check(self._replies[0], [])
-        try:
-            reply = yield from self._reply(self._proxy.upstream_final_timeout_seconds)
-            _check(reply)
-        except OSError as error:  # RFC 1047
-            raise _UpstreamLost('lost after the final dot: the message may have been delivered, '
-                                'and will be once more: %s' % error) from error
-        self.is_in_data = False
-        self._has_transaction = not _is_success(reply)
-        return reply
-
-    def _command(self, line, seconds=None, good=range(200, 300)):
+    def ask(self, line, seconds=None, good=range(200, 300)):
+        """Send a command; return the reply, a good one or a refusal."""
         if '\r' in line or '\n' in line:
             raise ValueError('a line end in %r' % line)
-        self._take_input()
+        self.handle_read()
         if self._replies or self._octets_read or self.ac_in_buffer:
             raise _UpstreamLost('talks unasked')
         self.push(line.encode('utf-8', 'surrogateescape') + _END_OF_LINE)
@@ -2977,19 +2917,37 @@ class _Upstream(asynchat.async_chat):
             seconds = self._proxy.upstream_command_timeout_seconds
         return _check((yield from self._reply(seconds)), good)
 
-    def _take_input(self):
-        if self.connected:
-            self.handle_read()
+    def send_message(self, octets):
+        """Send the message, after DATA; return the reply to it."""
+        final = self._proxy.upstream_final_timeout_seconds
+        self._blocks = _blocks(octets)
+        self.handle_read()
+        self.producer_fifo.append(self)  # asynchat asks more() for a block when it has sent one
+        try:
+            if not self._replies:  # else it refuses the message already
+                self.initiate_send()
+                if not self.producer_fifo:
+                    self._allow(final)
+                yield self._wait
+            reply = _check(self._replies.pop(), () if self.producer_fifo else range(200, 300))
+        except OSError as error:
+            if self.producer_fifo:
+                raise
+            raise _UpstreamLost('lost after the final dot: the message may have been delivered, '
+                                'and will be once more: %s' % error) from error  # RFC 1047
+        self.is_in_data = bool(self.producer_fifo)
+        self.has_transaction = not _is_success(reply)
+        return reply
 
-    def _reply(self, seconds):
-        yield functools.partial(self._wait, seconds, False)
-        return self._replies.pop()
-
-    def _wait(self, seconds, for_room, resume):
-        if not (self.connected or self.connecting):
-            raise self._fault
-        self._resume, self._deadline = resume, time.monotonic() + seconds
-        self._waits_for_room = for_room
+    def more(self):
+        """The next block of the message; with the last one the queue is empty."""
+        block, is_last = next(self._blocks)
+        seconds = self._proxy.upstream_block_timeout_seconds
+        if is_last:
+            self.producer_fifo.clear()
+            seconds += self._proxy.upstream_final_timeout_seconds
+        self._allow(seconds)
+        return block
 
     def quit(self):
         if self.connected and self._resume is None and not self.is_in_data:
@@ -2999,30 +2957,34 @@ class _Upstream(asynchat.async_chat):
     def close(self):
         """Cut the connection; a step that waits is given up."""
         self._resume = None
-        self.discard_buffers()
+        self.ac_in_buffer = b''
         super().close()
+
+    def _reply(self, seconds):
+        self._allow(seconds)
+        yield self._wait
+        return self._replies.pop()
+
+    def _allow(self, seconds):
+        self._deadline = time.monotonic() + seconds
+
+    def _wait(self, resume):
+        if not (self.connected or self.connecting):
+            raise self._fault
+        self._resume = resume
 
     # Events
 
     def readable(self):
-        if time.monotonic() > self._deadline:
+        if self._resume is not None and time.monotonic() > self._deadline:
             # The loop is collecting descriptors: none may be closed before its next event.
-            self._deadline = math.inf
             self._fault = TimeoutError('timed out')
             with contextlib.suppress(OSError):
                 self.socket.shutdown(_SHUT_BOTH)
         return True
 
-    def writable(self):
-        return self._waits_for_room or super().writable()
-
     def handle_connect(self):
-        self._deadline = time.monotonic() + self._proxy.upstream_command_timeout_seconds
-
-    def handle_write(self):
-        super().handle_write()
-        if self._waits_for_room and not self.producer_fifo:
-            self._go_on()
+        self._allow(self._proxy.upstream_command_timeout_seconds)
 
     def collect_incoming_data(self, data):
         self._collect_incoming_data(data)
@@ -3033,59 +2995,44 @@ class _Upstream(asynchat.async_chat):
     def found_terminator(self):
         line = self._get_data().rstrip(b'\r')
         match = _REPLY_LINE.fullmatch(line)
-        if not match:
+        if not match or self._replies:
             raise _UpstreamLost('no reply: %r' % line[:100])
         code, mark, text = match.groups()
         self._texts.append(text or b'')
-        if mark == b'-':
-            return
-        reply, self._texts, self._octets_read = (int(code), b'\n'.join(self._texts)), [], 0
-        self._replies.append(reply)
-        if len(self._replies) > 1:
-            raise _UpstreamLost('talks unasked')
-        if self._resume is not None:
-            self._go_on()
-
-    def _go_on(self):
-        resume, self._resume = self._resume, None
-        self._deadline, self._waits_for_room = math.inf, False
-        resume(functools.partial(_give, None))
+        if mark != b'-':
+            self._replies.append((int(code), b'\n'.join(self._texts)))
+            self._texts, self._octets_read = [], 0
+            resume, self._resume = self._resume, None
+            if resume is not None:
+                resume(functools.partial(_give, None))
 
     def handle_close(self):
         self._end(self._fault)
 
     def handle_error(self):
-        error = sys.exc_info()[1]
-        if self._resume is None and not isinstance(error, OSError):
-            _log_exception(self)  # nobody else will
-        self._end(error)
+        self._end(sys.exc_info()[1])
 
     def _end(self, error):
         resume, self._resume = self._resume, None
         self._fault = error
-        self.connected = self.connecting = self._waits_for_room = False
+        self.connected = self.connecting = False
         self.del_channel()
-        try:
-            if resume is not None:
-                resume(functools.partial(_throw, error))
-        finally:
-            self.close()  # now: the loop may hold more events for this number
+        if resume is not None:
+            resume(functools.partial(_throw, error))
+        self.close()  # only now: the loop may hold more events for its number
 
 
 def _blocks(octets):
-    """The message as it goes over the wire: blocks, and whether it is the last one."""
+    """The message as it goes over the wire, in blocks; and whether it is the last one."""
     octets = _lf_lines(octets)
-    is_line_start = True
     for start in range(0, len(octets) or 1, _BLOCK):
-        block = octets[start:start + _BLOCK]
-        stuffed = block.replace(b'\n', b'\r\n').replace(b'\r\n.', b'\r\n..')
-        if is_line_start and block[:1] == b'.':
-            stuffed = b'.' + stuffed
-        is_line_start = block[-1:] == b'\n'
+        before = octets[start - 1:start] if start else b'\n'
+        block = (before + octets[start:start + _BLOCK]).replace(b'\n', b'\r\n')
+        block = block.replace(b'\r\n.', b'\r\n..')[2 if before == b'\n' else 1:]
         is_last = start + _BLOCK >= len(octets)
         if is_last:
-            stuffed += b'.\r\n' if is_line_start else _END_OF_DATA
-        yield stuffed, is_last
+            block += b'.\r\n' if octets[-1:] == b'\n' else _END_OF_DATA
+        yield block, is_last
 
 
 def _leads_to_itself(proxy, connection):
@@ -3114,24 +3061,16 @@ def _refused_of(replies):
     return {each: reply for each, reply in replies.items() if not _is_success(reply)}
 
 
-def _worst_of(refused):
-    """One reply for all: a "try again" if there is one, else the last."""
-    replies = [reply if 400 <= reply[0] < 600 else (451, _NOT_AVAILABLE)
-               for reply in refused.values()]
-    return next((reply for reply in replies if reply[0] < 500), replies[-1])
-
-
 def _reply_for_all(refused, recipients):
-    """One reply for those refused and the other recipients, who have the message."""
-    if not refused:
-        return 250, b'OK'
-    code, text = _worst_of(refused)
-    if code < 500:
-        return 451, text
+    """One reply, where some are refused and the others have the message."""
+    replies = {each: reply if 400 <= reply[0] < 600 else (451, _NOT_AVAILABLE)
+               for each, reply in refused.items()}
+    for code, text in replies.values():
+        if code < 500:
+            return code, text
     if len(refused) < len(set(recipients)):  # the sender must be able to tell who was
-        text = b'\n'.join(
-            b'%.180s (%s)' % (b' '.join(_as_octets(text).split()), _as_octets(each))
-            for each, (_, text) in refused.items())
+        text = b'\n'.join(b'%.180s (%s)' % (b' '.join(_as_octets(said).split()), _as_octets(each))
+                          for each, (_, said) in replies.items())
     return code, text
 
 
