@@ -2849,7 +2849,7 @@ class _UpstreamSession:
         reply = 250, b'OK'
         if self._upstream.has_transaction:
             reply = yield from self._upstream.ask('RSET')
-        if self._upstream.is_in_data or not _is_success(reply):
+        if not _is_success(reply):
             raise _UpstreamLost('has not finished the message before')
         self._upstream.has_transaction = False
         return reply
@@ -2910,8 +2910,8 @@ class _Upstream(asynchat.async_chat):
         if '\r' in line or '\n' in line:
             raise ValueError('a line end in %r' % line)
         self.handle_read()
-        if self._replies or self._octets_read or self.ac_in_buffer:
-            raise _UpstreamLost('talks unasked')
+        if self.is_in_data or self._replies or self._octets_read or self.ac_in_buffer:
+            raise _UpstreamLost('waits for a message, or talks unasked')
         self.push(line.encode('utf-8', 'surrogateescape') + _END_OF_LINE)
         if seconds is None:
             seconds = self._proxy.upstream_command_timeout_seconds
@@ -2935,7 +2935,9 @@ class _Upstream(asynchat.async_chat):
                 raise
             raise _UpstreamLost('lost after the final dot: the message may have been delivered, '
                                 'and will be once more: %s' % error) from error  # RFC 1047
-        self.is_in_data = bool(self.producer_fifo)
+        if self.producer_fifo:  # or the rest would follow the refusal
+            self.close()
+        self.is_in_data = False
         self.has_transaction = not _is_success(reply)
         return reply
 
@@ -3007,6 +3009,9 @@ class _Upstream(asynchat.async_chat):
                 resume(functools.partial(_give, None))
 
     def handle_close(self):
+        if self.connected:  # it could not be sent to: its last word may be left to read
+            self.connected = False
+            self.handle_read()
         self._end(self._fault)
 
     def handle_error(self):
