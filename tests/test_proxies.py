@@ -5,6 +5,7 @@ import functools
 import itertools
 import re
 import select
+import signal
 import socket
 import sys
 import threading
@@ -29,6 +30,7 @@ from tests.support import (
     RecordingServer,
     Upstream,
     channels_of,
+    command_line,
     greet,
     held_port,
     idle_proxy,
@@ -40,6 +42,8 @@ from tests.support import (
     start_message,
     steps,
     stuffed,
+    traced_memory,
+    turning,
     with_x_peer,
 )
 
@@ -284,13 +288,13 @@ def test_reply_of_each_step_is_the_upstreams(upstream, step, faults, replies):
             del upstream.messages[:]
 
 
-@pytest.mark.parametrize('attributes', [
-    {}, {'process_message_threads': 0}, {'channels_in_selector': True}], ids=str)
+@pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])
+@pytest.mark.parametrize('attributes', [{}, {'channels_in_selector': True}], ids=str)
 @BOTH_MODES
-def test_each_recipient_has_its_own_fate(upstream, decode_data, attributes):
+def test_each_recipient_has_its_own_fate(upstream, decode_data, attributes, use_poll):
     upstream.refused = {'b@x': '550 5.1.1 No such user', 'c@x': '450 4.2.0 Greylisted'}
     proxy_class = type('Proxy', (smtpd.PureProxy,), attributes)
-    with proxy_to(upstream, proxy_class, decode_data=decode_data) as proxy:
+    with proxy_to(upstream, proxy_class, decode_data=decode_data, use_poll=use_poll) as proxy:
         with greet(proxy, HELLO) as client:
             recipients = b'<a@x>', b'<b@x>', b'<c@x>', b'<d@x>', b'<a@x>'
             assert steps(client, recipients=recipients) == [
@@ -430,12 +434,65 @@ def test_upstream_that_takes_less_by_the_time_of_a_second_try_gets_nothing(upstr
     assert upstream.messages == []
 
 
-def test_reply_to_nothing_is_not_taken_for_the_next_commands(upstream):
+@pytest.mark.parametrize('unasked', ['354 Go on\r\n250 2.0.0 Queued', '354 Go on', '354',
+                                     '421 4.3.2 Going', 'What?'])
+def test_reply_to_nothing_is_not_taken_for_the_next_commands(upstream, unasked):
     """As if the upstream had answered the message before it was there."""
-    upstream.faults = {'RCPT': '250 OK\r\n354 Go on\r\n250 2.0.0 Queued'}
+    upstream.faults = {'RCPT': ['250 OK\r\n' + unasked]}
     with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
         assert codes(steps(client)) == '250 250 451'
-    assert upstream.messages == []
+        assert client.say(b'RSET') == b'250 OK\r\n'
+        upstream.faults = {'RSET': ['250 OK\r\n' + unasked]}
+        assert codes(steps(client)) == '250 250 354 250'
+        client.say(b'MAIL FROM:<a@x>')
+        assert client.say(b'RSET') == b'250 OK\r\n'  # between two messages it does no harm
+        assert codes(steps(client)) == '250 250 354 250'
+    assert len(upstream.messages) == 2
+
+
+@pytest.mark.parametrize('refusal', ['554 5.7.1 Over quota', '452 4.3.1 Full'])
+@pytest.mark.parametrize('resets', [False, True])
+def test_upstream_that_keeps_the_transaction_of_a_message_that_it_refuses(
+        upstream, resets, refusal):
+    """As Postfix does where smtpd_end_of_data_restrictions refuse."""
+    upstream.keeps_refused = True
+    upstream.faults = {'.': [refusal]}
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
+        assert steps(client) == [OK, OK, GO_ON, refusal]
+        if resets:
+            assert client.say(b'RSET') == b'250 OK\r\n'
+            assert upstream.commands[-1] == b'RSET\r\n'
+        for _ in range(2):
+            assert codes(steps(client)) == '250 250 354 250'
+    assert len(upstream.messages) == 2
+    assert upstream.connections == 1
+
+
+def test_what_the_client_resets_is_reset_upstream(upstream):
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
+        assert client.say(b'RSET') == b'250 OK\r\n'
+        assert upstream.connections == 0
+        for lines in [b'MAIL FROM:<a@x>'], [b'MAIL FROM:<a@x>', b'RCPT TO:<b@x>']:
+            for line in [*lines, b'RSET', b'RSET']:
+                assert client.say(line) == b'250 OK\r\n'
+            assert [line.split()[0] for line in upstream.commands[-len(lines) - 1:]] == [
+                *(line.split()[0] for line in lines), b'RSET']
+        upstream.faults = {'RSET': ['500 What?', CLOSE, '421 Bye']}
+        for _ in range(3):
+            assert client.say(b'MAIL FROM:<a@x>') == client.say(b'RSET') == b'250 OK\r\n'
+        assert codes(steps(client)) == '250 250 354 250'
+    assert len(upstream.messages) == 1
+
+
+def test_bad_sequence_of_commands_is_our_own_fault_not_the_clients(upstream):
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
+        for step, heard in (('RCPT', '250 451 503'), ('DATA', '250 250 451'),
+                            ('.', '250 250 354 451'), ('MAIL', '250 250 354 250')):
+            assert codes(steps(client)) == '250 250 354 250'
+            upstream.faults = {step: ['503 5.5.1 Bad sequence']}
+            assert codes(steps(client)) == heard
+            assert client.say(b'RSET') == b'250 OK\r\n'
+    assert len(upstream.messages) == 5
 
 
 @pytest.mark.parametrize('fault', [CLOSE, HANG, ENDLESS, 'What?'])
@@ -467,6 +524,44 @@ def test_upstream_that_stops_reading_is_451():
                         b'250', b'250', b'354', b'451']
 
 
+@pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])
+@pytest.mark.parametrize('first', ['refuses', 'does not answer', 'hangs up'])
+def test_each_address_of_the_upstream_is_tried(upstream, monkeypatch, first, use_poll):
+    with socket.socket() as other, contextlib.ExitStack() as waiting:
+        other.bind(('127.0.0.1', 0))
+        if first == 'does not answer':  # since others wait for it
+            other.listen(0)
+            for _ in range(4):
+                client = waiting.enter_context(socket.socket())
+                client.setblocking(False)
+                client.connect_ex(other.getsockname())
+        elif first == 'hangs up':
+            upstream.faults = {'CONNECT': [CLOSE]}
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, '', address) for address in (
+            upstream.address if first == 'hangs up' else other.getsockname(), upstream.address)]
+        proxy_class = impatient(upstream_timeout_seconds=1)
+        with serving(proxy_class, remoteaddr=('mx.example', 25), use_poll=use_poll,
+                     timeout=0.1) as proxy, greet(proxy, HELLO) as client:
+            monkeypatch.setattr(socket, 'getaddrinfo', lambda *args, **kwargs: found)
+            assert codes(steps(client)) == '250 250 354 250'
+            assert len(connections_to(upstream, proxy)) == 1
+    assert len(upstream.messages) == 1
+
+
+def test_connections_to_one_upstream_are_limited(upstream):
+    with proxy_to(upstream, impatient(upstream_connection_limit=2)) as proxy, \
+            greet(proxy, HELLO) as first, greet(proxy, HELLO) as second, \
+            greet(proxy, HELLO) as third:
+        assert first.say(b'MAIL FROM:<a@x>') == second.say(b'MAIL FROM:<a@x>') == b'250 OK\r\n'
+        assert steps(third) == [LATER, NEEDS_MAIL, NEEDS_RCPT]
+        assert first.say(b'QUIT') == b'221 Bye\r\n'
+        assert first.rest() == b''
+        assert codes(steps(third)) == '250 250 354 250'
+        proxy.upstream_connection_limit = None
+        with greet(proxy, HELLO) as fourth:
+            assert codes(steps(fourth)) == '250 250 354 250'
+
+
 def test_upstream_that_cannot_be_reached_is_451():
     with socket.socket() as unused:
         unused.bind(('127.0.0.1', 0))
@@ -496,6 +591,65 @@ def test_client_that_goes_away_ends_the_session_upstream(upstream, sent, leave):
         assert not upstream.threads[1].is_alive()
     assert upstream.messages == upstream.torn == []
     assert bool(upstream.verbs(b'QUIT')) == (sent < 3)
+
+
+@pytest.mark.parametrize('sent', [0, 1, 2, 3, 4])
+def test_client_that_closes_its_half_gets_all_replies(upstream, sent):
+    """Embedded devices do so, without QUIT."""
+    lines = [b'MAIL FROM:<a@x>\r\n', b'RCPT TO:<b@x>\r\n', b'DATA\r\n', stuffed(PROXIED)]
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
+        client.send(b''.join(lines[:sent]))
+        client.socket.shutdown(socket.SHUT_WR)
+        assert codes(client.rest().decode().splitlines()) == ' '.join(
+            ['250', '250', '354', '250'][:sent])
+    assert len(upstream.messages) == (sent == 4)
+
+
+def test_message_that_was_given_up_and_comes_again_is_delivered_once(upstream):
+    upstream.faults = {'.': [HANG]}
+    with proxy_to(upstream) as proxy:
+        with greet(proxy, HELLO) as client:
+            start_message(client)
+            assert upstream.hangs.wait(20)
+        for _ in range(2):
+            with greet(proxy, HELLO) as client:
+                assert steps(client) == [OK, OK, GO_ON, LATER]
+                # Another message, or another sender, is not meant.
+                assert codes(steps(client, sender=b'<b@x>')) == '250 250 354 250'
+                assert codes(steps(client, b'A: b\r\n\r\n')) == '250 250 354 250'
+        upstream.release()
+        upstream.wait_for(5)
+        assert post(proxy) == b'250 OK\r\n'
+        assert len(upstream.messages) == 5
+        assert post(proxy) == b'250 OK\r\n'  # who sends it once more means it
+        assert len(upstream.messages) == 6
+
+
+def test_same_message_of_two_clients_who_wait_is_two_messages(upstream):
+    upstream.faults = {'.': [HANG]}
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
+        start_message(client)
+        assert upstream.hangs.wait(20)
+        assert post(proxy) == b'250 OK\r\n'
+        upstream.release()
+        assert client.reply() == b'250 OK\r\n'
+    assert len(upstream.messages) == 2
+
+
+def test_message_to_a_slow_upstream_is_not_multiplied_in_memory(upstream):
+    size = 10_000_000
+    message = PROXIED + (b'x' * 70 + b'\r\n') * (size // 72)
+    upstream.faults = {'BODY': HANG}
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client, \
+            greet(proxy, HELLO) as other, traced_memory() as octets:
+        start_message(client, message)
+        assert upstream.hangs.wait(20)
+        for _ in range(20):  # turns of the loop: the kernel takes what it may
+            assert other.say(b'NOOP') == b'250 OK\r\n'
+        assert octets()[0] < 3.3 * size  # the test's, the handler's, that with X-Peer
+        upstream.release()
+        assert client.reply() == b'250 OK\r\n'
+    assert upstream.messages[0][2] == with_x_peer(message)
 
 
 def test_many_sessions_make_progress_side_by_side(upstream):
@@ -774,6 +928,21 @@ def test_proxy_whose_upstream_is_itself_says_so_at_once():
                 assert steps(client)[0] == '554 Error: too many hops'
 
 
+@pytest.mark.parametrize('proxy_class', [smtpd.PureProxy, smtpd.MailmanProxy])
+def test_circle_of_two_proxies_ends_in_a_reply(proxy_class):
+    proxy_class = impatient(proxy_class, upstream_connection_limit=10, **dict.fromkeys(LIMITS, 60))
+    with serving(proxy_class, remoteaddr=('127.0.0.1', 9)) as one, \
+            serving(proxy_class, remoteaddr=('127.0.0.1', one.port_number)) as other:
+        one._remoteaddr = '127.0.0.1', other.port_number
+        for proxy in one, other:
+            proxy.mailman_lmtp_address = proxy._remoteaddr
+        with greet(one, HELLO) as client:
+            heard = steps(client)
+            assert set(heard) <= {OK, LATER, NEEDS_MAIL, NEEDS_RCPT}
+            assert LATER in heard
+            assert client.say(b'RSET') == b'250 OK\r\n'
+
+
 TRACE = [b'X-Peer: 127.0.0.1', b'Received: from a by b; date', b'received: from a\r\n by b; date',
          b'X-PEER: ::1']
 
@@ -961,6 +1130,24 @@ def test_only_a_message_that_comes_again_is_remembered():
             proxy.asked = []
             assert post(proxy, recipients=OTHERS[:1]) == b'250 OK\r\n'
             assert proxy.asked == asked
+
+
+def test_what_is_remembered_ends_in_time(clock):
+    with serving(OverriddenDeliver, remoteaddr=('127.0.0.1', 9)) as proxy:
+        proxy.refused = {'d@example.com': LATE}
+        for seconds, asked in ((0, 2), (4.9 * 86400, 1), (5.1 * 86400, 2)):
+            clock.seconds += seconds
+            assert post(proxy, recipients=OTHERS).startswith(b'451 ')
+            assert len(proxy.asked) == asked
+
+
+def test_reply_names_those_refused_for_good_where_others_have_the_message():
+    with serving(OverriddenDeliver, remoteaddr=('127.0.0.1', 9)) as proxy:
+        proxy.refused = {'c@example.com': NO, 'd@example.com': (554, 'Not\nyou' + 1000 * '!')}
+        assert post(proxy, recipients=(*OTHERS, b'<e@example.com>')) == (
+            b'550-5.1.1 No such user (c@example.com)\r\n550 Not you%s (d@example.com)\r\n'
+            % (173 * b'!')).replace(b'550', b'554')
+        assert post(proxy, recipients=OTHERS) == b'554-Not\r\n554 you' + 503 * b'!' + b'\r\n'
 
 
 def test_local_parts_that_differ_in_case_are_two_recipients(upstream):
@@ -1354,3 +1541,34 @@ def test_close_all_while_a_message_is_under_way_does_no_harm(upstream, selector,
         # serving() calls close_all() with the message still under way
     assert proxy._map == {}
     assert 'Traceback' not in capfd.readouterr().err
+
+
+def test_end_of_the_loop_goes_through(upstream):
+    class Channel(smtpd.SMTPChannel):
+        def push(self, msg):
+            if msg.startswith('451'):
+                raise asyncore.ExitNow
+            super().push(msg)
+
+    upstream.faults = {'MAIL': '451 Later'}
+    with turning(type('Proxy', (smtpd.PureProxy,), {'channel_class': Channel})) as (proxy, turn):
+        proxy._remoteaddr = upstream.address
+        with RawClient(proxy) as client:
+            client.send(HELLO + b'\r\nMAIL FROM:<a@x>\r\n')
+            with pytest.raises(asyncore.ExitNow):
+                turn()
+
+
+def test_interrupt_while_the_upstream_is_silent_ends_the_process_quietly(upstream):
+    upstream.faults = {'CONNECT': HANG}
+    remote = '%s:%d' % upstream.address
+    for _ in range(3):
+        with command_line(remote=remote) as (process, address), \
+                contextlib.ExitStack() as clients:
+            for _ in range(10):
+                clients.enter_context(greet(address, HELLO)).send(b'MAIL FROM:<a@x>\r\n')
+            assert upstream.hangs.wait(20)
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=20) == (b'', b'')
+            assert process.returncode == 0
+        upstream.hangs.clear()
