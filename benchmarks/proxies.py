@@ -37,7 +37,7 @@ def running(make_command, directory=HERE):
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
-    with subprocess.Popen(make_command(port), env=dict(ENVIRONMENT, PYTHONPATH=directory)) as process:
+    with subprocess.Popen(make_command(port), env=ENVIRONMENT, cwd=directory) as process:
         try:
             while True:
                 assert process.poll() is None, 'it has ended'
