@@ -1708,7 +1708,7 @@ class _Threads(_Reader):
                 self._undone += 1
         except Exception as error:
             self._leave_if_idle()
-            raise _NoThread('no thread to be had: %s' % error)
+            raise _NoThread('no thread to be had: %s' % error) from error
 
     def _start_thread_if_needed(self, at_most):
         if self._undone < self._threads or self._threads >= at_most:

@@ -4,9 +4,9 @@
 
 The smtpd.py of this checkout is measured beside the one in DIRECTORY (an older version's, say),
 if that is given; they take turns, and medians are told: messages of 1 kB a second, CPU of the
-proxy for each, and its threads under load; with --selector for `channels_in_selector`.  Needs Linux, and smtp-sink and smtp-source (Debian's
-package postfix); on Python 3.12 and later `pip install pyasyncore pyasynchat`.  All traffic goes
-to 127.0.0.1.
+proxy for each, and its threads under load; with --selector for `channels_in_selector`.  It needs
+Linux, smtp-sink and smtp-source (Debian's package postfix), and on Python 3.12 and later
+`pip install pyasyncore pyasynchat`.  All traffic goes to 127.0.0.1.
 """
 import argparse
 import contextlib
