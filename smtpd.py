@@ -2511,7 +2511,7 @@ class _Relay:
         self._session = proxy._new_upstream_session(proxy._map)
         self._mailfrom = None  # what the upstream has agreed to
         self._rcpttos = []
-        self._message = None  # while it is delivered
+        self._is_delivering = False
         self._is_ended = False  # the client has gone
 
     def knows(self, mailfrom, rcpttos):
@@ -2542,14 +2542,13 @@ class _Relay:
     def end(self):
         """The client has gone: leave the upstream, unless a message is on its way."""
         self._is_ended = True
-        if self._message is None:
+        if not self._is_delivering:
             self._session.quit()
 
-    def is_given_up(self, message):
-        """Whether this message is on its way for a client that did not wait for the reply."""
-        if message == self._message and _has_gone(self._channel):
-            self._is_ended = True
-        return message == self._message and self._is_ended
+    def is_given_up(self):
+        """Whether the client does not wait for the reply to the message that is on its way."""
+        self._is_ended = self._is_ended or _has_gone(self._channel)
+        return self._is_ended
 
     def _take(self, steps):
         try:
@@ -2559,16 +2558,17 @@ class _Relay:
                 self._session.quit()
 
     def _deliver(self, octets):
-        deliveries = _deliveries_of(self._proxy)
-        message = self._mailfrom, octets
         if self._proxy._has_too_many_hops(octets):
             self._session.quit()
             return _TOO_MANY_HOPS
-        if any(each.is_given_up(message) for each in deliveries.under_way):
+        deliveries = _deliveries_of(self._proxy)
+        message = self._mailfrom, octets
+        other = deliveries.under_way.get(message)
+        if other is not None and other.is_given_up():
             self._session.quit()
             return 451, _NOT_AVAILABLE
-        self._message = message
-        deliveries.under_way.add(self)
+        deliveries.under_way[message] = self
+        self._is_delivering = True
         try:
             left = deliveries.left(*message, self._rcpttos)
             replies = yield from self._session.deliver(
@@ -2580,8 +2580,8 @@ class _Relay:
             deliveries.note(*message, self._rcpttos, refused, comes_again)
             return reply
         finally:
-            self._message = None
-            deliveries.under_way.discard(self)
+            self._is_delivering = False
+            deliveries.under_way.pop(message, None)
 
 
 def _has_gone(channel):
@@ -2596,7 +2596,7 @@ class _Deliveries:
     """Remembers who got a message that the client will send again, since others did not."""
 
     def __init__(self):
-        self.under_way = set()  # relays
+        self.under_way = {}  # relays by message
         self._delivered = collections.OrderedDict()  # (recipients, when) by message
 
     def left(self, mailfrom, octets, rcpttos):
@@ -2742,8 +2742,6 @@ class _UpstreamSession:
         """Send the message to those recipients; {recipient: reply}, the same for all."""
         recipients = list(dict.fromkeys(recipients))
         if not recipients:
-            if self._upstream.is_in_data:
-                self._upstream.close()
             return {}
         reply = yield from self._prepare(recipients)
         if self._upstream.is_in_data:
@@ -2901,6 +2899,8 @@ class _Upstream(asynchat.async_chat):
     def open(self, family, address, seconds):
         """Connect; return the greeting."""
         self.create_socket(family)
+        if _is_too_much_for_select(self.socket.fileno(), self._map):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         self.socket.setsockopt(*_NO_DELAY)
         self.connect(address)
         return (yield from self._reply(seconds))

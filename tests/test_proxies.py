@@ -3,6 +3,7 @@ import asynchat
 import asyncore
 import contextlib
 import itertools
+import os
 import re
 import select
 import signal
@@ -550,6 +551,21 @@ def test_each_address_of_the_upstream_is_tried(upstream, monkeypatch, first, use
     assert len(upstream.messages) == 1
 
 
+@pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])
+def test_upstream_that_select_could_not_wait_for_is_451(upstream, use_poll):
+    resource = pytest.importorskip('resource')  # not on Windows
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1200:
+        pytest.skip('too few descriptors')
+    with proxy_to(upstream, use_poll=use_poll) as proxy, greet(proxy, HELLO) as client:
+        assert post(proxy) == b'250 OK\r\n'
+        with contextlib.ExitStack() as numbers:
+            for _ in range(1030):
+                numbers.enter_context(open(os.devnull))
+            assert codes(steps(client)) == ('250 250 354 250' if use_poll else '451 503 503')
+            assert client.say(b'NOOP') == b'250 OK\r\n'
+        assert codes(steps(client)) == '250 250 354 250'
+
+
 def test_connections_to_one_upstream_are_limited(upstream):
     with proxy_to(upstream, impatient(upstream_connection_limit=2)) as proxy, \
             greet(proxy, HELLO) as first, greet(proxy, HELLO) as second, \
@@ -902,8 +918,10 @@ def test_no_good_word_before_the_end_of_a_message_is_the_reply_to_it(upstream, c
             assert steps(client) == [OK, OK, GO_ON, reply]
         assert 'may have been delivered' not in capfd.readouterr().err
         upstream.faults = {}
-        assert upstream.messages == []
         assert codes(steps(client)) == '250 250 354 250'
+    for thread in upstream.threads[1:]:  # no refused message follows the refusal
+        thread.join(20)
+    assert len(upstream.messages) == 1
 
 
 @pytest.mark.parametrize('has_poll', [True, False])
