@@ -2884,7 +2884,7 @@ class _Upstream(asynchat.async_chat):
     _deadline = math.inf  # ... until then, on the monotonic clock
     _octets_read = 0  # of the reply that is being read
     _blocks = iter(())  # of a message, to be sent
-    _fault = _UpstreamLost('closed the connection')  # what a step raises once it is closed
+    _fault = None  # why it is lost, if no step was told
 
     log_info = _log_info
     handle_expt = _Transport.handle_expt  # FOUNDER: the channel's
@@ -2970,9 +2970,13 @@ class _Upstream(asynchat.async_chat):
     def _allow(self, seconds):
         self._deadline = time.monotonic() + seconds
 
+    def _why(self):
+        # Not kept: an exception refers to all that it went through, and so to the message.
+        return vars(self).pop('_fault', None) or _UpstreamLost('closed the connection')
+
     def _wait(self, resume):
         if not (self.connected or self.connecting):
-            raise self._fault
+            raise self._why()
         self._resume = resume
 
     # Events
@@ -3012,17 +3016,18 @@ class _Upstream(asynchat.async_chat):
         if self.connected:  # it could not be sent to: its last word may be left to read
             self.connected = False
             self.handle_read()
-        self._end(self._fault)
+        self._end(self._why())
 
     def handle_error(self):
         self._end(sys.exc_info()[1])
 
     def _end(self, error):
         resume, self._resume = self._resume, None
-        self._fault = error
         self.connected = self.connecting = False
         self.del_channel()
-        if resume is not None:
+        if resume is None:
+            self._fault = error
+        else:
             resume(functools.partial(_throw, error))
         self.close()  # only now: the loop may hold more events for its number
 
