@@ -925,6 +925,49 @@ def test_no_good_word_before_the_end_of_a_message_is_the_reply_to_it(upstream, c
     assert len(upstream.messages) == 1
 
 
+@pytest.mark.parametrize('step', ['RCPT', 'message'])
+def test_word_that_comes_at_the_same_time_as_the_client_is_not_the_reply_to_it(step):
+    def read(sock, lines=1):
+        octets = b''
+        while octets.count(b'\n') < lines:
+            assert turn(until=lambda: select.select([sock], [], [], 0)[0])
+            octets += sock.recv(4096)
+        return octets
+
+    with socket.create_server(('127.0.0.1', 0)) as listener, \
+            turning(smtpd.PureProxy) as (proxy, turn):
+        proxy._remoteaddr = listener.getsockname()
+        with RawClient(proxy) as client:
+            client.send(HELLO + b'\r\nMAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\n')
+            assert turn(until=lambda: select.select([listener], [], [], 0)[0])
+            with listener.accept()[0] as upstream:
+                upstream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                upstream.sendall(b'220 x\r\n')
+                for _ in ('EHLO', 'MAIL', 'RCPT'):
+                    read(upstream)
+                    upstream.sendall(b'250 x\r\n')
+                read(client.socket, lines=4)
+                if step == 'message':
+                    client.send(b'DATA\r\n')
+                    read(upstream)
+                    upstream.sendall(b'354 x\r\n')
+                    read(client.socket)
+                client.send({'RCPT': b'RCPT TO:<c@x>\r\n', 'message': stuffed(PROXIED)}[step])
+                upstream.sendall(b'250 In advance\r\n')
+                assert read(client.socket)[:3] == b'451'
+
+
+def test_upstream_that_goes_on_talking_is_left(upstream):
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
+        upstream.faults = {'MAIL': '250 OK\r\n250 and\r\n250 so on'}
+        assert client.say(b'MAIL FROM:<a@x>') == b'250 OK\r\n'
+        upstream.threads[1].join(20)
+        assert not upstream.threads[1].is_alive()
+        upstream.faults = {'RCPT': [ENDLESS]}  # at once, not when its time is up
+        assert client.say(b'RSET') == client.say(b'MAIL FROM:<a@x>') == b'250 OK\r\n'
+        assert client.say(b'RCPT TO:<b@x>')[:3] == b'451'
+
+
 @pytest.mark.parametrize('has_poll', [True, False])
 def test_proxy_relays_where_there_is_no_poll(upstream, has_poll, monkeypatch):
     """As on Windows."""
