@@ -711,7 +711,7 @@ def test_step_that_our_own_fault_ends_was_not_taken(upstream, step, lines, capfd
         assert codes(steps(client)) == '250 250 354 250'
         for line in lines[:-1]:
             assert client.say(line)[:1] in b'23'
-        upstream.refused = {each: '550 No' for each in ('c@x', 'no@x')}
+        upstream.refused = dict.fromkeys(['c@x', 'no@x'], '550 No')
         setattr(proxy, 'upstream_%s_timeout_seconds' % step, 'not a number')
         assert client.say(lines[-1]) == b'451 Internal confusion\r\n'
         delattr(proxy, 'upstream_%s_timeout_seconds' % step)
