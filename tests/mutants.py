@@ -180,14 +180,8 @@ EQUIVALENT = {
     ('_Relay.mail', "if not any(each.startswith('BODY=') for each in options):", "'BODY'"):
         'smtp_MAIL() lets no other parameter through that begins so',
     ('_has_gone', 'return not channel.socket.recv(1, _PEEK)', '2'): 'a peek at more is a peek',
-    ('_digest',
-     "digest = hashlib.sha256(mailfrom.encode('utf-8', 'surrogateescape') + b'\\n')",
-     "b'\\nx'"): 'it stands between the two, whatever it is',
-    ('_MailmanSession.__init__', 'self.mail(None)', 'pass'):
-        'tells the reader what there is; each transaction begins with mail()',
-    ('_MailmanSession.is_quick', 'return False', 'return'): 'None is as false',
-    ('_Connection._read_reply', 'if len(self._input) > _MOST_OF_A_REPLY:',
-     '(len(self._input) >= _MOST_OF_A_REPLY)'): 'the limit is any number that is large',
+    ('_Upstream.collect_incoming_data', 'if self._octets_read > _MOST_OF_A_REPLY:',
+     '(self._octets_read >= _MOST_OF_A_REPLY)'): 'the limit is any number that is large',
 }
 
 

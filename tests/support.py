@@ -760,6 +760,7 @@ class Upstream:
         self.refused = {}
         self.known = known
         self.extensions = ['SIZE 40000000', '8BITMIME']
+        self.keeps_refused = False  # the transaction, as some Postfixes do
         self.commands = []
         self.connections = 0
         self.bodies = []
@@ -849,9 +850,11 @@ class Upstream:
                     reply = '354 Go on' if recipients else '503 5.5.1 No recipients'
                     if self.answer(connection, verb, reply):
                         body = self.read_body(connection, file)
-                        self.answer(connection, '.', '250 OK',
-                                    functools.partial(self.keep, mailfrom, recipients, body))
-                        mailfrom = None
+                        is_taken = self.answer(
+                            connection, '.', '250 OK',
+                            functools.partial(self.keep, mailfrom, recipients, body))
+                        if is_taken or not self.keeps_refused:
+                            mailfrom = None
                 else:
                     self.answer(connection, verb, '221 Bye' if verb == 'QUIT' else '250 OK')
                     if verb == 'QUIT':
