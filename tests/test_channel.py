@@ -1,6 +1,7 @@
 """Channels: limits met exactly, and what seldom happens."""
 import asynchat
 import asyncore
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -222,6 +223,16 @@ def test_a_limit_for_mail_that_is_larger_than_ours_stays():
     channel = channel_with(command_size_limits={'MAIL': 1000})
     feed(channel, b'EHLO x\r\n')
     assert channel.command_size_limits['MAIL'] == 1000
+
+
+def test_a_factory_of_the_programs_own_gives_the_limits_after_ehlo():
+    channel = channel_with(command_size_limits=collections.defaultdict(lambda: 20))
+    feed(channel, b'HELP\r\n')
+    line = b'NOOP' + b' ' * 20 + b'\r\n'
+    assert feed(channel, line) == b'250 OK\r\n'
+    feed(channel, b'EHLO x\r\n')
+    assert feed(channel, line) == b'500 Error: line too long\r\n'
+    assert feed(channel, b'NOOP\r\n') == b'250 OK\r\n'
 
 
 def test_init_calls_what_a_program_overrides():

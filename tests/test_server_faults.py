@@ -6,6 +6,7 @@ import gc
 import os
 import queue
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from tests.support import (
     greet,
     has_input,
     held_port,
+    reset,
     running,
     serving,
     small_buffers,
@@ -44,6 +46,7 @@ NEXT_MESSAGE = b'MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nx\r\n.\r\n'
 
 in_map_and_selector = pytest.mark.parametrize(
     'selector', [False, True], ids=['in the map', 'in the selector'])
+both_loops = pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])
 needs_fork = pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork() here')
 needs_epoll = pytest.mark.skipif(not hasattr(select, 'epoll'), reason='no epoll here')
 needs_limits = pytest.mark.skipif(os.name != 'posix', reason='no resource limits here')
@@ -485,7 +488,7 @@ asyncore.loop()
 
 
 @needs_fork
-@pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])
+@both_loops
 def test_a_worker_that_closes_leaves_the_listener_to_the_others(use_poll):
     """It closes just when its loop will wait for the listener."""
     text = '''
@@ -1040,7 +1043,7 @@ asyncore.loop(use_poll=True)
 
 
 @needs_limits
-@pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])
+@both_loops
 @in_map_and_selector
 def test_without_descriptors_connections_wait_and_need_no_thread(selector, use_poll):
     text = '''
@@ -1121,6 +1124,38 @@ def test_a_thread_that_waits_in_vain_ends_and_the_next_message_has_another():
         first.join(20)
         assert not first.is_alive()
         assert post(client) == b'250 OK\r\n' and threads[2] is not first
+
+
+@needs_signals
+@pytest.mark.parametrize('end', ['Ctrl-C', 'the end of the program'])
+def test_a_handler_that_hangs_in_a_thread_keeps_no_program_from_ending(end):
+    text = '''
+class Hanging(Server):
+    process_message_threads = 1
+    def process_message(self, *args, **kwargs):
+        threading.Event().wait()
+
+def smtp_XEND(self, arg):
+    raise asyncore.ExitNow
+
+Channel.smtp_XEND = smtp_XEND
+server = Hanging(('127.0.0.1', 0), None)
+tell_port(server)
+try:
+    asyncore.loop()
+except (KeyboardInterrupt, asyncore.ExitNow):
+    os.write(2, b'ended')
+'''
+    with script(text) as (process, address), \
+            greet(address, b'EHLO x') as hangs, greet(address) as client:
+        hangs.send(NEXT_MESSAGE)
+        assert [hangs.reply()[:3] for _ in range(3)] == [b'250', b'250', b'354']
+        assert client.say(b'NOOP') == b'250 OK\r\n'
+        if end == 'Ctrl-C':
+            process.send_signal(signal.SIGINT)
+        else:
+            client.send(b'XEND\r\n')
+        assert process.wait(20) == 0 and process.stderr.read() == b'ended'
 
 
 def test_a_message_that_comes_just_when_a_thread_gives_up_is_handled(monkeypatch):
@@ -1222,6 +1257,21 @@ def test_a_channel_whose_init_and_close_raise_leaves_nothing_behind(selector, ca
     assert sockets == {}
 
 
+def test_a_client_that_has_reset_before_it_is_accepted_has_an_address(capfd):
+    """Port scanners do so; a program's close() may look at it."""
+    addresses = []
+
+    def close(self):
+        addresses.append(self.addr[0])
+        smtpd.SMTPChannel.close(self)
+
+    with turning(variant(channel={'close': close})) as (server, turn):
+        reset(RawClient(server))
+        assert turn(until=lambda: addresses)
+        assert addresses == ['127.0.0.1'] and list(server._map.values()) == [server]
+    assert capfd.readouterr() == ('', '')
+
+
 @in_map_and_selector
 def test_close_all_closes_all_channels_but_the_one_that_raises(selector):
     class Channel(smtpd.SMTPChannel):
@@ -1282,6 +1332,66 @@ def test_a_session_goes_on_if_the_loop_does_after_a_handlers_exit(threads):
 # ---------------------------------------------------------------------------------------------
 # Two threads
 
+@both_loops
+def test_a_server_that_is_made_beside_a_loop_that_turns_is_served(use_poll):
+    """poll() would tell of a socket that does not listen yet, and asyncore close it."""
+    class First(RecordingServer):
+        def readable(self):
+            turned.set()
+            return super().readable()
+
+    class Second(RecordingServer):
+        def listen(self, num):
+            for _ in range(3):
+                turned.clear()
+                assert turned.wait(20)
+            super().listen(num)
+
+    turned, sockets = threading.Event(), {}
+    first = First(map=sockets)
+    thread = threading.Thread(target=asyncore.loop, args=(0.01, use_poll, sockets))
+    thread.start()
+    try:
+        second = Second(map=sockets)
+        for server in second, first:
+            with greet(server) as client:
+                assert client.say(b'NOOP') == b'250 OK\r\n'
+            server.close()
+    finally:
+        first.close()
+        thread.join(20)
+    assert not thread.is_alive() and sockets == {}
+
+
+@both_loops
+@in_map_and_selector
+def test_close_all_from_another_thread_closes_all(selector, use_poll, capfd):
+    """As the tearDown() of many test suites calls it."""
+    class Channel(smtpd.SMTPChannel):
+        def __init__(self, *args):
+            super().__init__(*args)
+            sockets.append(self.socket)
+
+    def loop():
+        asyncore.loop(timeout=0.05, use_poll=use_poll, map=server._map)
+        ended.append(True)
+
+    for _ in range(20):
+        sockets, ended = [], []
+        server = variant(channel_class=Channel, channels_in_selector=selector)(map={})
+        sockets.append(server.socket)
+        thread = threading.Thread(target=loop)
+        thread.start()
+        with contextlib.ExitStack() as clients:
+            for _ in range(6):
+                clients.enter_context(greet(server))
+            asyncore.close_all(server._map)
+            thread.join(20)
+        assert ended and server._map == {}
+        assert [each.fileno() for each in sockets] == 7 * [-1]
+    assert capfd.readouterr() == ('', '')
+
+
 def test_a_loop_that_begins_just_when_its_server_is_closed_goes_on():
     class Server(RecordingServer):
         def readable(self):
@@ -1313,7 +1423,7 @@ def test_a_loop_that_begins_just_when_its_server_is_closed_goes_on():
     assert ended
 
 
-@pytest.mark.parametrize('use_poll', [False, True])
+@both_loops
 def test_a_server_that_is_closed_just_before_the_loop_asks_it_wakes_the_loop(use_poll):
     """The loop took it from the map before, and has nothing else to wait for."""
     class Server(RecordingServer):
@@ -1340,7 +1450,7 @@ def test_a_server_that_is_closed_just_before_the_loop_asks_it_wakes_the_loop(use
     assert not thread.is_alive() and sockets == {}
 
 
-@pytest.mark.parametrize('use_poll', [False, True])
+@both_loops
 def test_two_servers_that_are_closed_one_after_the_other_leave_no_loop_asleep(use_poll):
     for _ in range(50):
         sockets = {}
