@@ -541,95 +541,34 @@ class TestDialogues:
 # Paths and parameters
 # ---------------------------------------------------------------------------
 
+VERBATIM_PATHS = [  # odd dots: phone companies gave these out; =?x?= only begins like a word
+    'a@b', '<a@b>', '<a>', 'a', '<Postmaster>', '<first.last+tag@sub-domain.example>',
+    "<a/b=c+d!#$%&'*^_`{|}~?-e@c>", '<a.@x>', '<.a@x>', '<a..b@x>', '<a..@x>', '<.@x>',
+    '<a@-.x>', '<-@b>', '<a@b_c>', '<a@b!c>', '<a@-x>', '<a@x->', '<a@x-.y>', '<a@123>',
+    '<A@B.Example>', '<"a b"@c>', '"a b"@c', '<"plain"@x>', '<"a\\"b"@c>', '<"a\\\\"@c>',
+    '<"a\\b"@c>', '<"a@b"@c>', '<"a>b"@c>', '<"(c)"@c>', '<" "@c>', '<""@c>', '<"a b">',
+    '<a@[127.0.0.1]>', 'a@[127.0.0.1]', '<a@[IPv6:::1]>', '<a@[IPv6:2001:db8::1]>', '<\xe9@b>',
+    '<\u7528\u6237@\u4f8b\u5b50.example>', '<\U0001f600@c>', '<"\xe9 \xe8"@c>', '<=?x?=@b>',
+    '<a=?utf-8?q?x?=@b>',
+    '<' + 400 * 'a' + '@b>', '<a@' + '.'.join(100 * ['abc']) + '>']
 PATHS_TAKEN = {  # as sent: as handed on
-    '<a@b>': 'a@b',
-    'a@b': 'a@b',
-    '<a>': 'a',
-    'a': 'a',
-    '<>': '<>',
-    '<Postmaster>': 'Postmaster',
-    '<postmaster>': 'postmaster',
-    '  <a@b>': 'a@b',
-    '\t<a@b>': 'a@b',
-    '<a@b> ': 'a@b',
-    '<a@b>\t': 'a@b',
-    '<first.last+tag@sub-domain.example>': 'first.last+tag@sub-domain.example',
-    "<a/b=c+d!#$%&'*^_`{|}~?-e@c>": "a/b=c+d!#$%&'*^_`{|}~?-e@c",
-    '<a.@x>': 'a.@x',  # phone companies gave these out
-    '<.a@x>': '.a@x',
-    '<a..b@x>': 'a..b@x',
-    '<a..@x>': 'a..@x',
-    '<.@x>': '.@x',
-    '<a@-.x>': 'a@-.x',
-    '<-@b>': '-@b',
-    '<a@b_c>': 'a@b_c',
-    '<a@b!c>': 'a@b!c',
-    '<a@-x>': 'a@-x',
-    '<a@x->': 'a@x-',
-    '<a@x-.y>': 'a@x-.y',
-    '<a@123>': 'a@123',
-    '<A@B.Example>': 'A@B.Example',
-    '<"a b"@c>': '"a b"@c',
-    '"a b"@c': '"a b"@c',
-    '<"plain"@x>': '"plain"@x',
-    '<"a\\"b"@c>': '"a\\"b"@c',
-    '<"a\\\\"@c>': '"a\\\\"@c',
-    '<"a\\b"@c>': '"a\\b"@c',
-    '<"a@b"@c>': '"a@b"@c',
-    '<"a>b"@c>': '"a>b"@c',
-    '<"(c)"@c>': '"(c)"@c',
-    '<" "@c>': '" "@c',
-    '<""@c>': '""@c',
-    '<"a b">': '"a b"',
-    '<a@[127.0.0.1]>': 'a@[127.0.0.1]',
-    'a@[127.0.0.1]': 'a@[127.0.0.1]',
-    '<a@[IPv6:::1]>': 'a@[IPv6:::1]',
-    '<a@[IPv6:2001:db8::1]>': 'a@[IPv6:2001:db8::1]',
-    '<@x:a@b>': 'a@b',
-    '<@x,@y.example:a@b>': 'a@b',
-    '<@[192.0.2.1]:a@b>': 'a@b',
+    **{path: path[1:-1] if path[0] == '<' else path for path in VERBATIM_PATHS},
+    '<>': '<>', '  <a@b>': 'a@b', '\t<a@b>': 'a@b', '<a@b> ': 'a@b', '<a@b>\t': 'a@b',
+    '<@x:a@b>': 'a@b', '<@x,@y.example:a@b>': 'a@b', '<@[192.0.2.1]:a@b>': 'a@b',
     '<@x:Postmaster>': 'Postmaster',
-    '<\xe9@b>': '\xe9@b',
-    '<\u7528\u6237@\u4f8b\u5b50.example>': '\u7528\u6237@\u4f8b\u5b50.example',
-    '<\U0001f600@c>': '\U0001f600@c',
-    '<"\xe9 \xe8"@c>': '"\xe9 \xe8"@c',
-    '<=?x?=@b>': '=?x?=@b',  # no encoded word, though it begins like one
-    '<a=?utf-8?q?x?=@b>': 'a=?utf-8?q?x?=@b',
-    '<' + 400 * 'a' + '@b>': 400 * 'a' + '@b',
-    '<a@' + '.'.join(100 * ['abc']) + '>': 'a@' + '.'.join(100 * ['abc']),
 }
-PATHS_REFUSED = {
-    'a comment before': '<(c)a@b>', 'a comment inside': '<a(c)@b>', 'a comment after': '<a@b(c)>',
-    'a comment for a domain': '<a@(x)b>', 'blanks inside the brackets': '< a@b >',
-    'a blank before the at': '<a @b>', 'a blank after the at': '<a@ b>',
-    'a blank before the end': '<a@b >', 'a blank in the local part': '<a b@c>',
-    'a tab in the local part': '<a\tb@c>', 'no end': '<a@b', 'no beginning': 'a@b>',
-    'an encoded word': '<=?utf-8?q?x?=@example.com>',
-    'an encoded word with a line break in it': '<=?utf-8?q?x=0d=0aRCPT?=@example.com>',
-    'an encoded word of base64': '<=?utf-8?b?eA==?=@example.com>',
-    'an encoded word and more': '<=?utf-8?q?x?=a@b>',
-    'an encoded word for a domain': '<a@=?utf-8?q?x?=>',
-    'text glued after': '<a@b>c', 'a parameter glued after': '<a@b>SIZE=1',
-    'a second address': '<a@b>,<c@d>', 'a second address without brackets': 'a@b,c@d',
-    'a second address glued after': '<a@b><c@d>', 'a display name': 'Foo <a@b>',
-    'a quoted display name': '"Foo" <a@b>', 'an address for a display name': 'a@b <c@d>',
-    'a dot after the domain': '<a@x.>',
-    'a dot before the domain': '<a@.x>', 'two dots in the domain': '<a@x..y>',
-    'no domain': '<a@>', 'no local part': '<@b>', 'an at alone': '<@>', 'two ats': '<a@b@c>',
-    'two ats together': '<a@@b>', 'brackets in brackets': '<<a@b>>', 'nothing in two': '<<>>',
-    'a bracket': '<', 'the other bracket': '>', 'a bracket too many': '<a@b>>',
-    'a quote': '"', 'a quote in brackets': '<">', 'a quote that does not end': '<"a@b>',
-    'a quote that ends late': '<a@b"', 'text after a quoted string': '<"a"b@c>',
-    'text before a quoted string': '<a"b"@c>', 'a quoted domain': '<a@"b">',
-    'a backslash': '<a\\b@c>', 'a backslash at the end': '<a@b\\>',
-    'a quoted string that ends in a backslash': '<"a\\"@c>', 'a colon': '<a:b@c>',
-    'a semicolon': '<a;b@c>', 'a comma': '<a,b@c>', 'a square bracket': '<a[b@c>',
-    'a bracket inside': '<a<b@c>', 'an end inside': '<a>b@c>',
-    'a literal that does not end': '<a@[127.0.0.1>', 'a literal with text after': '<a@[x]y>',
-    'a literal with a blank': '<a@[x y]>', 'a literal in a literal': '<a@[[x]]>',
-    'a route and nothing': '<@x:>', 'a route with two ats': '<@@x:a@b>',
-    'a route without an at': '<x:a@b>', 'a route without brackets': '@x:a@b',
-}
+PATHS_REFUSED = [
+    '<(c)a@b>', '<a(c)@b>', '<a@b(c)>', '<a@(x)b>', '< a@b >', '<a @b>', '<a@ b>', '<a@b >',
+    '<a b@c>', '<a\tb@c>', '<a@b', 'a@b>', '<=?utf-8?q?x?=@example.com>',
+    '<=?utf-8?q?x=0d=0aRCPT?=@example.com>', '<=?utf-8?b?eA==?=@example.com>',
+    '<=?utf-8?q?x?=a@b>', '<a@=?utf-8?q?x?=>', '<a@b>c', '<a@b>SIZE=1', '<a@b>,<c@d>', 'a@b,c@d',
+    '<a@b><c@d>', 'Foo <a@b>', '"Foo" <a@b>', 'a@b <c@d>', '<a@x.>', '<a@.x>', '<a@x..y>',
+    '<a@>', '<@b>', '<@>', '<a@b@c>', '<a@@b>', '<<a@b>>', '<<>>', '<', '>', '<a@b>>', '"',
+    '<">', '<"a@b>', '<a@b"', '<"a"b@c>', '<a"b"@c>', '<a@"b">', '<a\\b@c>', '<a@b\\>',
+    '<"a\\"@c>', '<a:b@c>', '<a;b@c>', '<a,b@c>', '<a[b@c>', '<a<b@c>', '<a>b@c>',
+    '<a@[127.0.0.1>', '<a@[x]y>', '<a@[x y]>', '<a@[[x]]>', '<@x:>', '<@@x:a@b>', '<x:a@b>',
+    '@x:a@b',
+]
 CONTROL_CHARACTERS = [chr(n) for n in itertools.chain(range(9), range(10, 32), [127])]
 
 # The three commands that take a path, and what comes before them.
@@ -663,7 +602,7 @@ class TestPaths:
     def test_a_well_formed_path_can_be_verified(self, path):
         assert send_path(path, *VRFY)[0].startswith('252 ')
 
-    @pytest.mark.parametrize('path', PATHS_REFUSED.values(), ids=PATHS_REFUSED.keys())
+    @pytest.mark.parametrize('path', PATHS_REFUSED, ids=ascii)
     def test_a_malformed_path_is_refused(self, path):
         reply, channel = send_path(path, *MAIL_FROM)
         assert reply == '501 Syntax: MAIL FROM: <address> [SP <mail-parameters>]\r\n'
@@ -866,27 +805,12 @@ class TestData:
             assert now_and_peak()[1] < 2_000_000
         assert feed(channel, b'\r\n.\r\n') == b'552 Error: Too much mail data\r\n'
 
-    def test_received_data_is_let_go_at_the_next_command(self):
+    def test_received_data_is_let_go_at_the_next_data_command(self):
         channel = make_channel()
-        feed(channel, TO_DATA + b'text\r\n.\r\n')
+        feed(channel, TO_DATA + b'text\r\n.\r\nNOOP\r\n' + TO_DATA[8:-6])
         assert channel.received_data == b'text'
-        feed(channel, b'NOOP\r\n')
+        feed(channel, b'DATA\r\n')
         assert not channel.received_data
-
-    @three_ways
-    def test_a_character_cut_by_a_segment_is_decoded_whole(self, way):
-        channel = make_channel(decode_data=True)
-        feed(channel, TO_DATA)
-        euro = '\u20ac'.encode()
-        feed(channel, b'100 ' + euro[:1], euro[1:2], euro[2:], b'\r\n.\r\n')
-        assert channel.smtp_server.messages[0][3] == '100 \u20ac'
-
-    def test_nothing_is_lost_of_text_that_is_not_utf_8(self):
-        channel = make_channel(decode_data=True)
-        feed(channel, TO_DATA)
-        assert feed(channel, b'\xff\xfe caf\xe9\r\n.\r\n') == b'250 OK\r\n'
-        [(_, _, _, text, _)] = channel.smtp_server.messages
-        assert text.encode('utf-8', 'surrogateescape') == b'\xff\xfe caf\xe9'
 
     @given(st.lists(st.sampled_from([b'.', b'..', b'\r', b'\n', b'\r\n', b'\r\n.', b'a', b'xyz',
                                      b'\xc3\xa9', b'\xff']) | st.binary(max_size=5),
@@ -1029,14 +953,6 @@ class TestHandlers:
         assert feed(channel, b'FAIL\r\nNOOP\r\n') == b'250 OK\r\n'
         assert channel.conn.closed and 'KeyError' in capsys.readouterr().err
 
-    def test_what_ends_the_loop_goes_through_after_a_command_that_failed(self, capsys):
-        def smtp_RAISE(self, arg):
-            raise {'EXIT': asyncore.ExitNow}.get(arg, ZeroDivisionError)
-
-        with pytest.raises(asyncore.ExitNow):
-            feed(channel_with(smtp_RAISE=smtp_RAISE), b'RAISE\r\nRAISE EXIT\r\n')
-        assert 'ZeroDivisionError' in capsys.readouterr().err
-
     @pytest.mark.parametrize('stderr', [
         None, io.TextIOWrapper(io.BytesIO(), 'ascii'),
         unittest.mock.Mock(**{'write.side_effect': OSError(errno.EPIPE, 'gone')}),
@@ -1064,19 +980,24 @@ class TestHandlers:
         assert type == 'error' and 'ZeroDivisionError' in message
         assert capsys.readouterr() == ('', '')
 
-    def test_handle_error_may_be_overridden(self):
+    @pytest.mark.parametrize('calls_base, answer', [
+        (False, b'554 my own words\r\n'), (True, b'451 Internal confusion\r\n')])
+    def test_handle_error_may_be_overridden(self, calls_base, answer, capsys):
         """It finds the exception, and alone decides what the client hears."""
         found = []
 
         def handle_error(self):
             found.append(sys.exc_info()[0])
-            self.push('554 my own words')
+            if calls_base:
+                smtpd.SMTPChannel.handle_error(self)
+            else:
+                self.push('554 my own words')
 
         channel = make_channel(StubServer(ZeroDivisionError()),
                                variant(smtpd.SMTPChannel, handle_error=handle_error))
         feed(channel, TO_DATA)
-        assert feed(channel, b'x\r\n.\r\nNOOP\r\n') == b'554 my own words\r\n250 OK\r\n'
-        assert found == [ZeroDivisionError]
+        assert feed(channel, b'x\r\n.\r\n') == answer
+        assert feed(channel, b'NOOP\r\n') == b'250 OK\r\n' and found == [ZeroDivisionError]
 
     def test_not_implemented_error_leaves_handle_read_when_called_directly(self):
         channel = make_channel(StubServer(NotImplementedError()))
@@ -1188,15 +1109,6 @@ class TestSession:
         channel.handle_read()
         assert channel.connected and channel.conn.sent == b''
 
-    @pytest.mark.parametrize('outcome', [[b'!'], BlockingIOError(), ValueError('TLS has none')],
-                             ids=repr)
-    def test_an_out_of_band_byte_is_taken_away(self, outcome, capsys):
-        channel = make_channel()
-        channel.conn.recv = unittest.mock.Mock(side_effect=outcome)
-        channel.handle_expt_event()
-        assert channel.conn.recv.call_args_list == [unittest.mock.call(1, socket.MSG_OOB)]
-        assert channel.connected and capsys.readouterr() == ('', '')
-
     @pytest.mark.parametrize('error', [ValueError('TLS cannot peek'), OSError()], ids=repr)
     def test_commands_that_come_while_replies_wait_are_executed(self, error):
         channel = make_channel()
@@ -1210,19 +1122,6 @@ class TestSession:
         while channel.connected and channel.writable():
             asyncore.write(channel)
         assert channel.conn.sent == b'250 OK\r\n250 mx.example\r\n221 Bye\r\n'
-
-    def test_no_command_is_executed_while_too_much_waits_to_be_sent(self):
-        done = []
-
-        def smtp_XLONG(self, arg):
-            done.append(arg)
-            self.push('250 ' + 10_000 * 'x')
-
-        channel = channel_with(smtp_XLONG=smtp_XLONG)
-        channel.conn.sends_at_most = 1
-        channel.conn.incoming.append(b'XLONG\r\n' * 20)
-        asyncore.read(channel)
-        assert len(done) == 7  # of 64 KB
 
     def test_small_packets_are_not_held_back(self, monkeypatch):
         """By Nagle's rule, neither ours nor the client's, which may wait for an ACK of ours."""
@@ -1257,34 +1156,27 @@ class TestSession:
         assert 'no more' in capsys.readouterr().err
 
     @pytest.mark.parametrize('before', [b'RSET\r\n', TO_DATA], ids=['in a command', 'in data'])
-    def test_a_hook_that_raises_in_mid_line_ends_the_session(self, before, capsys):
+    @pytest.mark.parametrize('error', [ZeroDivisionError, MemoryError])
+    def test_a_hook_that_raises_in_mid_line_ends_the_session(self, error, before, capsys):
         """The rest of the line would be taken for a command."""
         def collect_incoming_data(self, data):
             if data.startswith(b'poison'):
-                raise ZeroDivisionError
+                raise error
             smtpd.SMTPChannel.collect_incoming_data(self, data)
 
         channel = channel_with(collect_incoming_data=collect_incoming_data)
         feed(channel, before)
-        assert feed(channel, b'poison', b'\r\nNOOP\r\n.\r\n') == b'451 Internal confusion\r\n'
+        assert feed(channel, b'poison', b'\r\nNOOP\r\n.\r\n') == b''
         assert channel.conn.closed and channel.smtp_server.messages == []
-        assert 'ZeroDivisionError' in capsys.readouterr().err
+        assert error.__name__ in capsys.readouterr().err
 
-    @pytest.mark.parametrize('hooked', [False, True], ids=['plain', 'with hooks'])
-    def test_memory_that_ends_in_mid_message_ends_the_session(self, hooked, monkeypatch, capsys):
+    def test_memory_that_ends_in_mid_message_ends_the_session(self, monkeypatch, capsys):
         """The rest of the data would be taken for commands."""
-        def collect_incoming_data(self, data):
-            if b'y' in data:
-                raise MemoryError
-            smtpd.SMTPChannel.collect_incoming_data(self, data)
-
         monkeypatch.setattr(smtpd, 'io', types.SimpleNamespace(BytesIO=ShortOfMemory))
-        channel = channel_with(
-            **{'collect_incoming_data': collect_incoming_data} if hooked else {})
+        channel = make_channel()
         feed(channel, TO_DATA)
-        answer = feed(channel, b'first\r\n', b'y' * 120, b'\r\n' + TO_DATA + b'forged\r\n.\r\n')
-        assert answer == b'451 Internal confusion\r\n'
-        assert not channel.connected and channel.smtp_server.messages == []
+        assert feed(channel, b'first\r\n', b'y' * 120, b'\r\nforged\r\n.\r\n') == b''
+        assert channel.conn.closed and channel.smtp_server.messages == []
 
     def test_each_channel_has_its_own_command_size_limits(self):
         extended, plain = make_channel(), make_channel()
@@ -1430,24 +1322,6 @@ class TestExistingPrograms:
         feed(channel, b'EHLO x\r\n')
         assert channel.conn.sends[-1] == b'250 HELP\r\n'
 
-    def test_replies_to_pipelined_commands_leave_together(self):
-        channel = make_channel()
-        assert feed(channel, b'NOOP\r\n' * 20) == b'250 OK\r\n' * 20
-        assert len(channel.conn.sends) <= 2
-
-    def test_each_reply_leaves_at_once_where_a_program_could_tell(self):
-        for overridden in 'push', 'send', 'found_terminator':
-            hook = functools.partialmethod(getattr(smtpd.SMTPChannel, overridden))
-            channel = channel_with(**{overridden: hook})
-            feed(channel, b'NOOP\r\n' * 3)
-            assert channel.conn.sends[-3:] == 3 * [b'250 OK\r\n']
-
-    def test_no_more_of_them_than_one_send_takes(self):
-        channel = make_channel()
-        assert feed(channel, b'HELP\r\n' * 5000).count(b'\r\n') == 5000
-        assert 2 < len(channel.conn.sends) < 100
-        assert max(map(len, channel.conn.sends)) < 65536
-
     def test_replies_leave_before_the_handler_is_called(self):
         """It may take its time."""
         channel = make_channel()
@@ -1517,13 +1391,6 @@ class TestExistingPrograms:
         assert feed(other, b'MAIL FROM:<a@b>\r\n') == b'503 Error: send HELO first\r\n'
         assert (other.mailfrom, list(other.rcpttos)) == (None, [])
 
-    def test_a_hook_may_be_replaced_on_the_channel_itself(self):
-        channel, seen = make_channel(), []
-        collect = channel.collect_incoming_data
-        channel.collect_incoming_data = lambda data: (seen.append(data), collect(data))
-        assert feed(channel, b'NOOP\r\nRSET\r\n') == b'250 OK\r\n250 OK\r\n'
-        assert seen == [b'NOOP', b'RSET']
-
     @three_ways
     @pytest.mark.parametrize('is_method', [True, False], ids=['a method', 'a function'])
     def test_a_hook_may_be_set_in_the_middle_of_a_session(self, is_method, way):
@@ -1586,11 +1453,6 @@ class TestExistingPrograms:
         feed(channel, TO_DATA[:-len(b'DATA\r\n')])
         assert way(channel, [b'BDAT %d\r\n' % len(chunk), chunk, b'NOOP\r\n']) == 2 * ['S: 250 OK']
         assert [each[3] for each in channel.smtp_server.messages] == [message]
-
-    def test_a_size_of_thousands_of_digits_is_too_large(self):
-        channel = channel_with(command_size_limit=10_000)
-        feed(channel, b'EHLO x\r\n')
-        assert feed(channel, b'MAIL FROM:<a@b> SIZE=' + b'9' * 5000 + b'\r\n').startswith(b'552 ')
 
     @three_ways
     @both_modes
@@ -1699,12 +1561,6 @@ class TestExistingPrograms:
             "Data: b'EHLO x'", "Data: b'MAIL FROM:<a@b>'", '===> MAIL FROM:<a@b>', 'sender: a@b',
             "Data: b'RCPT TO:<c@d>'", '===> RCPT TO:<c@d>', "recips: ['c@d']", "Data: b'FOO'"]
 
-    def test_debugging_may_begin_in_the_middle_of_a_line_that_is_too_long(self, monkeypatch):
-        channel = make_channel()
-        feed(channel, b'NOOP' + b'x' * 3000)
-        monkeypatch.setattr(smtpd, 'DEBUGSTREAM', io.StringIO())
-        assert feed(channel, b'\r\nNOOP\r\n') == b'500 Error: line too long\r\n250 OK\r\n'
-
     @both_modes
     def test_debugstream_may_be_replaced_between_any_two_pieces(self, decode_data, monkeypatch):
         wire = b'EHLO x\r\n' + TRANSACTION + '..a\r\n.\u00e9\r\nb\r\n.\r\nQUIT\r\n'.encode()
@@ -1733,16 +1589,6 @@ class TestExistingPrograms:
             **{'write.side_effect': error}))
         assert feed(make_channel(), TO_DATA + b'x\r\n.\r\n').endswith(READY + b'250 OK\r\n')
         assert capsys.readouterr() == ('', '')
-
-    def test_no_debug_text_is_built_when_nobody_listens(self):
-        class Recipients(list):
-            def __repr__(self):
-                raise AssertionError('built for nobody')
-
-        channel = make_channel()
-        feed(channel, b'EHLO x\r\nMAIL FROM:<a@b>\r\n')
-        channel.rcpttos = Recipients()
-        assert feed(channel, b'RCPT TO:<c@d>\r\n') == b'250 OK\r\n'
 
     def test_nothing_is_probed_on_the_channel_but_commands(self):
         """One program answers any missing attribute by closing the session."""
@@ -1800,20 +1646,6 @@ class TestSocket:
             assert [message[:4] for message in server.messages] == [
                 ((host, port), 'a@b', ['c@d'], in_mode(b'text', decode_data))]
 
-    @in_map_and_selector
-    def test_many_sessions_at_once(self):
-        with serving() as server, contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(greet(server)) for _ in range(20)]
-            for line, reply in zip([b'HELO x\r\n', *FROM_AND_TO], ANSWERED.splitlines(True)):
-                for client in clients:
-                    client.send(line)
-                for client in clients:
-                    assert client.reply() == reply
-            for number, client in enumerate(clients):
-                assert client.say(b'DATA') == READY
-                assert client.say(b'%d\r\n.' % number) == b'250 OK\r\n'
-            assert [message[3] for message in server.messages] == [b'%d' % n for n in range(20)]
-
     def test_the_selector_is_one_object_in_the_map(self, selector):
         with serving() as server, contextlib.ExitStack() as stack:
             for _ in range(5):
@@ -1862,11 +1694,6 @@ class TestSocket:
             assert client.rest() == b'250 OK\r\n' * 30_000 + b'221 Bye\r\n'
 
 
-class ReadableListener(RecordingServer):
-    def readable(self):
-        return True
-
-
 class TestEndOfSession:
     @in_map_and_selector
     @pytest.mark.parametrize('threads', [0, 2], ids='{} threads'.format)
@@ -1895,15 +1722,6 @@ class TestEndOfSession:
         assert capsys.readouterr() == ('', '')
 
     @in_map_and_selector
-    def test_replies_that_wait_at_half_close_are_sent(self):
-        with turning() as (server, turn):
-            with small_buffers(server) as client:
-                client.send(b'HELP\r\n' * 2000)
-                shut(client)
-                turn(at_most=20)
-                assert count_lines(client, turn) == 2001
-
-    @in_map_and_selector
     @pytest.mark.parametrize('threads', [0, 2], ids='{} threads'.format)
     @pytest.mark.parametrize('sent, read, messages', [
         (b'', 0, 0), (b'', 1, 0), (b'HELO x', 1, 0), (b'HELO x\r\n', 2, 0),
@@ -1923,15 +1741,6 @@ class TestEndOfSession:
             assert is_served(server)
             assert len(server.messages) == messages
             assert [type(each) for each in server._map.values()].count(server.channel_class) == 0
-        assert capsys.readouterr() == ('', '')
-
-    @in_map_and_selector
-    def test_a_reset_with_replies_unread(self, capsys):
-        with serving() as server:
-            client = RawClient(server)
-            client.send(ONE_MESSAGE[:-3] + b'HELP\r\n' * 10_000)
-            reset(client)
-            assert is_served(server) and server.messages == []
         assert capsys.readouterr() == ('', '')
 
     @in_map_and_selector
@@ -2039,14 +1848,14 @@ class TestEndOfSession:
         with turning(variant(channel_class=Channel)) as (server, turn), \
                 RawClient(server) as client:
             assert turn(until=lambda: has_input(client)) and client.reply() == b'220 own\r\n'
+            turn(at_most=2)  # the loop gets to know it
             clock.seconds += 290
             assert not turn(until=lambda: has_input(client), at_most=5)
             clock.seconds += 20
             assert turn(until=lambda: has_input(client)) and client.rest() == TIMED_OUT
 
-    @pytest.mark.parametrize('listener', [PlainListener, ReadableListener])
-    def test_idle_sessions_end_where_the_server_does_not_look_at_them(self, listener, clock):
-        with turning(listener) as (server, turn), RawClient(server) as client:
+    def test_idle_sessions_end_without_a_server_of_ours(self, clock):
+        with turning(PlainListener) as (server, turn), RawClient(server) as client:
             assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
             clock.seconds += 310
             assert turn(until=lambda: has_input(client)) and client.rest() == TIMED_OUT
@@ -2066,20 +1875,6 @@ class TestEndOfSession:
                 assert turn(until=lambda: has_input(client)) and client.reply() == b'250 OK\r\n'
                 clock.seconds += seconds  # counted again after each sign of life
                 assert not turn(until=lambda: has_input(client), at_most=10)
-
-    @in_map_and_selector
-    @pytest.mark.parametrize('attribute, sent, last', [
-        ('error_limit', b'FOO\r\n' * 9, b'421 Error: too many errors\r\n'),
-        ('recipient_limit', ONE_MESSAGE[:25] + b'RCPT TO:<e@f>\r\n' * 4 + b'QUIT\r\n',
-         b'452 Error: too many recipients\r\n221 Bye\r\n')])
-    def test_other_limits(self, attribute, sent, last):
-        with serving(variant(channel={attribute: 3})) as server:
-            with greet(server) as client:
-                client.send(sent)
-                text = client.rest()
-            assert text.endswith(last) and len(text.splitlines()) == len(last.splitlines()) + (
-                3 if attribute == 'error_limit' else 5)
-
 
 class TestServerStaysUp:
     @in_map_and_selector
@@ -2141,29 +1936,20 @@ class TestServerStaysUp:
             assert server.accepted == 3
             assert turn(until=lambda: server.accepted == 5)
 
-    @pytest.mark.parametrize('number', [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM],
-                             ids=errno.errorcode.get)
-    def test_the_listener_outlives_a_lack_of_resources(self, number, capsys):
-        """It pauses, and serves again."""
+    @pytest.mark.parametrize('number, attempts', [
+        *((each, 5) for each in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)),
+        *((each, None) for each in (errno.ECONNABORTED, errno.EAGAIN, errno.EPROTO, errno.EPERM,
+                                    errno.ENETDOWN, errno.EHOSTUNREACH))],
+        ids=lambda each: errno.errorcode.get(each, ''))
+    def test_the_listener_outlives_any_error(self, number, attempts, capsys):
         with turning() as (server, turn), RawClient(server) as client:
             real = server.socket
             server.socket = Listener(real, number)
             turn(at_most=5)
-            assert server.socket.attempts == 5
+            assert attempts in (None, server.socket.attempts)
             server.socket = real
             assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
-        assert 'no resources' in capsys.readouterr().err
-
-    @pytest.mark.parametrize('number', [
-        errno.ECONNABORTED, errno.EAGAIN, errno.EPROTO, errno.EPERM, errno.ENETDOWN,
-        errno.EHOSTUNREACH], ids=errno.errorcode.get)
-    def test_the_listener_outlives_other_errors(self, number, capsys):
-        with turning() as (server, turn), RawClient(server) as client:
-            real = server.socket
-            server.socket = Listener(real, number)
-            turn(at_most=2)
-            server.socket = real
-            assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
+        assert ('no resources' in capsys.readouterr().err) is (attempts is not None)
 
     @in_map_and_selector
     def test_a_channel_that_fails_in_init_closes_its_connection_alone(
@@ -2202,24 +1988,6 @@ class TestServerStaysUp:
                 assert is_served(server)
         assert len(asked) == 1
 
-    @pytest.mark.parametrize('number', [errno.ENOTCONN, errno.EINVAL, errno.ECONNRESET],
-                             ids=errno.errorcode.get)
-    def test_a_client_that_is_gone_before_it_is_greeted(self, number, capsys):
-        class Gone(FakeConnection):
-            def getpeername(self):
-                raise OSError(number, os.strerror(number))
-
-        with turning() as (server, turn):
-            gone = Gone()
-            pairs = [(gone, PEER)]
-            server.accept = lambda: pairs.pop() if pairs else None
-            server.handle_read_event()
-            assert gone.closed
-            assert list(server._map.values()) == [server]
-            del server.accept
-            with RawClient(server) as client:
-                assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
-
     @pytest.mark.parametrize('threads', [0, 2], ids='{} threads'.format)
     def test_close_from_another_thread_ends_the_loop(self, threads):
         """Even one that sits in select() for 30 seconds."""
@@ -2236,32 +2004,24 @@ class TestServerStaysUp:
             thread.join(10)
             assert not thread.is_alive()
 
-    def test_close_twice_from_another_thread_while_the_loop_is_busy(self):
-        with looping(BusyServer) as (server, thread):
-            with greet(server) as client:
-                client.send(ONE_MESSAGE)
-                assert server.arrived.wait(20)
-                server.close()
-                server.close()
-                server.go.set()
-                assert read_replies(client, 5) == ANSWERED
-                assert client.say(b'QUIT') == b'221 Bye\r\n'
-            thread.join(10)
-
-    def test_close_in_the_loop_after_close_from_another_thread(self):
+    @pytest.mark.parametrize('in_the_loop', [False, True], ids=['twice', 'and then in the loop'])
+    def test_close_from_another_thread_while_the_loop_is_busy(self, in_the_loop):
         class Server(BusyServer):
             def process_message(self, *args, **kwargs):
                 super().process_message(*args, **kwargs)
-                self.close()
+                if in_the_loop:
+                    self.close()
 
         with looping(Server) as (server, thread):
             with greet(server) as client:
                 client.send(ONE_MESSAGE + b'QUIT\r\n')
                 assert server.arrived.wait(20)
                 server.close()
+                server.close()
                 server.go.set()
                 assert client.rest() == ANSWERED + b'221 Bye\r\n'
             thread.join(10)
+            assert not thread.is_alive()
 
     @in_map_and_selector
     def test_a_server_may_close_when_it_has_one_client(self, capsys):
@@ -2275,19 +2035,6 @@ class TestServerStaysUp:
             turn(until=lambda: not server._map)
             assert client.rest() == BANNER + ANSWERED + b'221 Bye\r\n'
         assert capsys.readouterr() == ('', '')
-
-    @pytest.mark.parametrize('selector', [True], indirect=True)  # in the map it ends the loop
-    def test_a_channel_whose_handle_error_fails_leaves_the_others_alone(self, selector, capsys):
-        def fail(self, *args):
-            raise ZeroDivisionError
-
-        channel = {'smtp_FAIL': fail, 'handle_error': fail}
-        with serving(variant(channel=channel)) as server:
-            with greet(server) as failing, greet(server) as other:
-                failing.send(b'FAIL\r\n')
-                assert other.say(b'NOOP') == b'250 OK\r\n'
-        out, err = capsys.readouterr()
-        assert out == '' and 'ZeroDivisionError' in err
 
     @in_map_and_selector
     def test_commands_that_waited_for_the_client_go_on_though_another_push_made_room(self):
@@ -2320,13 +2067,6 @@ class TestServerStaysUp:
             thread.join(10)
             assert not thread.is_alive()
 
-    @in_map_and_selector
-    def test_close_all_closes_the_sessions_too(self):
-        with turning() as (server, turn), RawClient(server) as client:
-            assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
-            asyncore.close_all(server._map)
-            assert server._map == {} and client.rest() == b''
-
     @pytest.mark.parametrize('attribute', [
         {}, {'channels_in_selector': True}, {'process_message_threads': 2}],
         ids=['plain', 'selector', 'threads'])
@@ -2345,34 +2085,6 @@ class TestServerStaysUp:
                 assert client.reply() == BANNER
         finally:
             asyncore.close_all(sockets)
-
-    @pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])
-    def test_a_descriptor_that_select_cannot_take(self, use_poll, monkeypatch):
-        monkeypatch.setattr(smtpd, '_FD_SETSIZE', 0)
-        with serving(use_poll=use_poll) as server, RawClient(server) as client:
-            if use_poll:
-                assert client.reply() == BANNER
-            else:
-                assert client.rest() == b'421 Service not available\r\n'
-
-    def test_a_descriptor_that_somebody_closed_and_got_again_belongs_to_the_new_channel(self):
-        sockets = {}
-        server = RecordingServer(map=sockets)
-        server.channels_in_selector = True
-        end, client = socket.socketpair()
-        with end, client:
-            old = smtpd.SMTPChannel(server, end, PEER, map=sockets)
-            selector = old._flow.watcher
-            selector.discard(old)
-            old.socket = FakeConnection(end.fileno())
-            new = smtpd.SMTPChannel(server, end, PEER, map=sockets)
-            old._flow.watcher = selector
-            old.close()
-            client.sendall(b'QUIT\r\n')
-            asyncore.loop(timeout=5, map=sockets, count=1)
-            assert not new.connected and new._flow.watcher is None
-        asyncore.close_all(sockets)
-
 
 # ---------------------------------------------------------------------------
 # Handler threads
@@ -2423,23 +2135,6 @@ class TestHandlerThreads:
                 b'250 noted\r\n500 Error: command "FOO" not recognized\r\n221 Bye\r\n')
             assert server.notes == ['1', '2']
             assert [message[3] for message in server.messages] == [b'text', b'2']
-
-    def test_input_that_comes_meanwhile_is_answered_after_the_message(self):
-        with self.serving() as server, greet(server) as client:
-            client.send(ONE_MESSAGE)
-            server.wait_until_entered()
-            client.send(b'XNOTE 1\r\n')
-            assert is_served(server) and server.notes == []
-            server.go.set()
-            assert [client.reply() for _ in range(6)][-2:] == [b'250 OK\r\n', b'250 noted\r\n']
-
-    def test_handlers_run_beside_the_loop_and_replies_leave_from_it(self):
-        with self.serving() as server, greet(server) as client:
-            server.go.set()
-            client.send(ONE_MESSAGE + b'QUIT\r\n')
-            client.rest()
-            [loop] = server.pushing_threads
-            assert loop not in server.threads
 
     def test_there_are_no_more_threads_than_asked_for(self):
         with self.serving() as server, contextlib.ExitStack() as stack:
@@ -2515,42 +2210,12 @@ class TestHandlerThreads:
             [loop] = server.pushing_threads
         assert found == [(loop, ZeroDivisionError)]
 
-    def test_what_ends_the_loop_does_so_from_a_thread_too(self):
-        with turning(WaitingServer) as (server, turn), RawClient(server) as client:
-            server.go.set()
-            server.reply = asyncore.ExitNow()
-            client.send(ONE_MESSAGE)
-            with pytest.raises(asyncore.ExitNow):
-                turn()
-
-    def test_without_a_thread_to_be_had_the_client_is_told_to_try_again(
-            self, monkeypatch, capsys):
-        def start(thread):
-            raise RuntimeError("can't start new thread")
-
-        with self.serving() as server, greet(server) as client:
-            server.go.set()
-            for has_threads, reply in ((False, b'451 Internal confusion\r\n'),
-                                       (True, b'250 OK\r\n')):
-                with monkeypatch.context() as patch:
-                    if not has_threads:
-                        patch.setattr(threading.Thread, 'start', start)
-                    client.send(b'RSET\r\n' + ONE_MESSAGE)
-                    assert read_replies(client, 6).endswith(READY + reply)
-        assert "can't start new thread" in capsys.readouterr().err
-
-    @pytest.mark.parametrize('returned, reply', RETURNS.values(), ids=RETURNS.keys())
-    def test_what_a_handler_returns(self, returned, reply):
-        with self.serving() as server, greet(server) as client:
-            server.go.set()
-            server.reply = returned
-            client.send(ONE_MESSAGE + b'QUIT\r\n')
-            assert client.rest() == ANSWERED_TO_DATA + reply + b'221 Bye\r\n'
-
-    def test_a_server_that_is_closed_meanwhile(self):
+    @pytest.mark.parametrize('is_early', [False, True], ids=['meanwhile', 'before'])
+    def test_a_server_that_is_closed(self, is_early):
         """The message under way is answered, and the loop ends after it."""
-        server_class = WaitingServer
-        with looping(server_class) as (server, thread), greet(server) as client:
+        with looping(WaitingServer) as (server, thread), greet(server) as client:
+            if is_early:
+                server.close()
             client.send(ONE_MESSAGE + b'QUIT\r\n')
             server.wait_until_entered()
             server.close()
@@ -2571,16 +2236,6 @@ class TestHandlerThreads:
         with looping(server_class) as (server, thread), greet(server) as client:
             client.send(ONE_MESSAGE + b'QUIT\r\n')
             assert client.rest() == ANSWERED_TO_DATA + b'250 closed\r\n221 Bye\r\n'
-            thread.join(10)
-            assert not thread.is_alive()
-
-    def test_a_session_that_outlives_its_server(self):
-        server_class = WaitingServer
-        with looping(server_class) as (server, thread), greet(server) as client:
-            server.close()
-            server.go.set()
-            client.send(ONE_MESSAGE + b'QUIT\r\n')
-            assert client.rest() == ANSWERED + b'221 Bye\r\n'
             thread.join(10)
             assert not thread.is_alive()
 
@@ -2608,23 +2263,6 @@ class TestHandlerThreads:
             assert client.say(b'NOOP') == b'250 OK\r\n' and is_served(server)
             clock.seconds += 301
             assert client.rest() == TIMED_OUT
-
-
-def test_an_outcome_that_fails_takes_no_other_with_it(capsys):
-    def fail(outcome):
-        raise ZeroDivisionError
-
-    taken = []
-    sockets = {}
-    threads = smtpd._Threads(sockets)
-    before = set(threading.enumerate())
-    for take_outcome in (fail, taken.append, taken.append):
-        threads.run(3, lambda: None, take_outcome)
-    threads.close_when_idle()  # its threads, too, end with their calls
-    for thread in set(threading.enumerate()) - before:
-        thread.join()
-    asyncore.loop(timeout=5, map=sockets)
-    assert len(taken) == 2 and 'ZeroDivisionError' in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------
@@ -2682,21 +2320,6 @@ class TestHooks:
         assert len(calls) >= 2  # close_when_done: two of the sessions end with QUIT
         assert [text.count(b'451 Internal confusion') for text in plain[0]] == [1, 1, 1, 1]
         assert len(plain[1]) == 8
-
-    @in_map_and_selector
-    def test_each_hook_is_called_as_often_as_asynchat_would(self, capsys):
-        wire = b'HELO x\r\n' + TRANSACTION + b'text\r\n.\r\nQUIT\r\n'
-        for hook, expected in [('found_terminator', 6), ('push', 7), ('smtp_NOOP', 0),
-                               ('smtp_QUIT', 1)]:
-            calls = []
-            channel_class = counting(smtpd.SMTPChannel, hook, calls)
-            server_class = variant(channel_class=channel_class)
-            with serving(server_class) as server:
-                with RawClient(server) as client:
-                    client.send(wire)
-                    client.rest()
-                assert len(calls) == expected, hook
-
 
 class TestProgramsOnASocket:
     @in_map_and_selector
@@ -2804,12 +2427,6 @@ class TestProgramsOnASocket:
         with serving(Server) as server:
             assert is_served(server)
 
-    def test_process_message_may_be_replaced_on_the_instance(self):
-        with serving() as server, greet(server) as client:
-            server.process_message = lambda peer, mailfrom, rcpttos, data: '250 replaced'
-            client.send(ONE_MESSAGE + b'QUIT\r\n')
-            assert client.rest() == ANSWERED_TO_DATA + b'250 replaced\r\n221 Bye\r\n'
-
     @in_map_and_selector
     @pytest.mark.parametrize('exception', [asyncore.ExitNow, KeyboardInterrupt, SystemExit])
     def test_exit_now_in_a_command_leaves_the_loop(self, exception):
@@ -2864,32 +2481,6 @@ class TestProgramsOnASocket:
                 assert client.say(b'quit') == b'221 bYE\r\n'
                 assert client.rest() == b''
 
-    @in_map_and_selector
-    def test_threads_may_push_at_the_same_time(self):
-        channels = []
-
-        class Channel(smtpd.SMTPChannel):
-            def smtp_XPUSH(self, arg):
-                channels.append(self)
-                self.push('250 OK')
-
-        def push_many(name):
-            for number in range(500):
-                channels[0].push('250 %s %d' % (name, number))
-
-        with serving(variant(channel_class=Channel)) as server:
-            with greet(server) as client:
-                assert client.say(b'XPUSH') == b'250 OK\r\n'
-                threads = [threading.Thread(target=push_many, args=[name]) for name in 'abcd']
-                for thread in threads:
-                    thread.start()
-                lines = [client.reply().decode() for _ in range(2000)]
-                for thread in threads:
-                    thread.join(20)
-                assert client.say(b'QUIT') == b'221 Bye\r\n'
-        assert [[line for line in lines if line[4] == name] for name in 'abcd'] == [
-            ['250 %s %d\r\n' % (name, number) for number in range(500)] for name in 'abcd']
-
     @pytest.mark.parametrize('unsent', [10_000, 500_000])
     @in_map_and_selector
     def test_replies_that_were_pushed_before_close_when_done_all_arrive(self, unsent):
@@ -2932,13 +2523,6 @@ class TestSmtplib:
                 ('a@b.example', recipients, data)]
             keywords = {'mail_options': ['SIZE=%d' % len(text)], 'rcpt_options': []}
             assert server.messages[0][4] == ({} if decode_data else keywords)
-
-    def test_extensions(self):
-        with serving(enable_SMTPUTF8=True,
-                     data_size_limit=1234) as server, smtp_client(server) as client:
-            client.ehlo()
-            assert set(client.esmtp_features) == {'8bitmime', 'size', 'smtputf8', 'help'}
-            assert client.esmtp_features['size'] == '1234'
 
     def test_a_message_with_international_addresses(self):
         message = email_message('\xfc@b.example', 'caf\xe9')
@@ -3078,17 +2662,6 @@ class TestDebuggingServer:
 # python -m smtpd
 # ---------------------------------------------------------------------------
 
-# Imports first: nobody may not be allowed to read this interpreter's files.
-AS_NOBODY = '''
-import encodings.idna, os, pwd, smtpd
-nobody = pwd.getpwnam('nobody')
-os.setgroups([])
-os.setgid(nobody.pw_gid)
-os.setuid(nobody.pw_uid)
-smtpd._main()
-'''
-
-
 def run_briefly(command, **kwargs):
     return subprocess.run(command, timeout=60, text=True, stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
@@ -3117,48 +2690,28 @@ b'text'
 CLASSES = 'want DebuggingServer, PureProxy, MailmanProxy or package.module.Class'
 
 # What stands between "smtpd: " and "; try --help".
-WRONG_ARGUMENTS = {
-    'an unknown option': (['--foo'], 'option --foo not recognized'),
-    'an unknown letter': (['-x'], 'option -x not recognized'),
-    'a size that is no number': (['-s', 'x'], '-s x: want a number of octets, digits only'),
-    'a negative size': (['-s', '-1'], '-s -1: want a number of octets, digits only'),
-    'a size of thousands of digits':
-        (['--size', '9' * 5000],
-         '--size %s: want a number of octets, digits only' % ('9' * 5000)),
-    'a size without a value': (['-s'], 'option -s requires argument'),
-    'a local address without a colon': (['1025'], '1025: want HOST:PORT'),
-    'an empty local address': ([''], ': want HOST:PORT'),
-    'a local port that is no number':
-        (['localhost:x'], 'localhost:x: want a port from 0 to 65535'),
-    'no local port': (['localhost:'], 'localhost:: want a port from 0 to 65535'),
-    'a local port out of range':
-        (['127.0.0.1:65536'], '127.0.0.1:65536: want a port from 0 to 65535'),
-    'a local port of thousands of digits':
-        (['x:' + '9' * 5000], 'x:%s: want a port from 0 to 65535' % ('9' * 5000)),
-    'a negative local port': (['x:-1'], 'x:-1: want a port from 0 to 65535'),
-    'a remote address without a colon': (['localhost:1', 'remote'], 'remote: want HOST:PORT'),
-    'a remote port that is no number':
-        (['localhost:1', 'remote:x'], 'remote:x: want a port from 0 to 65535'),
-    'a remote port out of range':
-        (['localhost:1', 'remote:65536'], 'remote:65536: want a port from 0 to 65535'),
-    'too many arguments': (['a', 'b', 'c'], 'a b c: want two addresses at most'),
-    'an unknown class': (['-c', 'NoSuchClass'], 'NoSuchClass: no such class; ' + CLASSES),
-    'an unknown class of a module':
-        (['-c', 'smtpd.NoSuchClass'], 'smtpd.NoSuchClass: no such class; ' + CLASSES),
-    'an unknown module':
-        (['-c', 'no_such_module.Class'], 'no_such_module.Class: no such module; ' + CLASSES),
-    'an unknown package':
-        (['-c', 'no.such.module.Class'], 'no.such.module.Class: no such module; ' + CLASSES),
-    'an unknown module of a package':
-        (['-c', 'email.nosuch.Class'], 'email.nosuch.Class: no such module; ' + CLASSES),
-    'a class that is a channel':
-        (['-c', 'SMTPChannel'], 'SMTPChannel: not a server class; ' + CLASSES),
-    'a class that is none':
-        (['-c', 'os.path.join'], 'os.path.join: not a server class; ' + CLASSES),
-    'an empty class': (['-c', ''], ': no such class; ' + CLASSES),
-    'a class without a module': (['-c', '.Class'], '.Class: no such module; ' + CLASSES),
-    'a class of dots': (['-c', '..'], '..: no such module; ' + CLASSES),
-}
+WRONG_ARGUMENTS = [
+    (['--foo'], 'option --foo not recognized'),
+    (['-s', 'x'], '-s x: want a number of octets, digits only'),
+    (['--size', '9' * 5000], '--size %s: want a number of octets, digits only' % ('9' * 5000)),
+    (['-s'], 'option -s requires argument'),
+    (['1025'], '1025: want HOST:PORT'),
+    (['localhost:x'], 'localhost:x: want a port from 0 to 65535'),
+    (['localhost:'], 'localhost:: want a port from 0 to 65535'),
+    (['127.0.0.1:65536'], '127.0.0.1:65536: want a port from 0 to 65535'),
+    (['x:' + '9' * 5000], 'x:%s: want a port from 0 to 65535' % ('9' * 5000)),
+    (['localhost:1', 'remote'], 'remote: want HOST:PORT'),
+    (['a', 'b', 'c'], 'a b c: want two addresses at most'),
+    (['-c', 'NoSuchClass'], 'NoSuchClass: no such class; ' + CLASSES),
+    (['-c', 'smtpd.NoSuchClass'], 'smtpd.NoSuchClass: no such class; ' + CLASSES),
+    (['-c', 'no_such_module.Class'], 'no_such_module.Class: no such module; ' + CLASSES),
+    (['-c', 'email.nosuch.Class'], 'email.nosuch.Class: no such module; ' + CLASSES),
+    (['-c', 'SMTPChannel'], 'SMTPChannel: not a server class; ' + CLASSES),
+    (['-c', 'os.path.join'], 'os.path.join: not a server class; ' + CLASSES),
+    (['-c', ''], ': no such class; ' + CLASSES),
+    (['-c', '.Class'], '.Class: no such module; ' + CLASSES),
+    (['-c', '..'], '..: no such module; ' + CLASSES),
+]
 
 # --help does not help with these. Some end in the system's or the interpreter's own words.
 FAILED_STARTS = {
@@ -3202,8 +2755,8 @@ class TestCommandLine:
         assert not ended.value.code
         assert 'pysmtpd' + (' 9.8' if installed else ', not installed') in capsys.readouterr().out
 
-    @pytest.mark.parametrize('arguments, complaint', WRONG_ARGUMENTS.values(),
-                             ids=WRONG_ARGUMENTS.keys())
+    @pytest.mark.parametrize('arguments, complaint', WRONG_ARGUMENTS,
+                             ids=lambda each: str(each)[:40])
     def test_a_wrong_argument_gets_a_line_that_says_what_was_wanted(self, arguments, complaint):
         done = run_smtpd('-n', *arguments)
         assert (done.returncode, done.stdout) == (1, '')
@@ -3248,34 +2801,6 @@ class TestCommandLine:
             assert process.wait(20) == 0
             assert process.stderr.read() == b''
             process.stdout = None
-
-    def test_stdout_that_never_was(self):
-        without_stdout = ['sh', '-c', 'exec "$@" >&-', 'sh']
-        with command_line('-c', 'DebuggingServer', through=without_stdout) as (process, address):
-            assert send_message(address).endswith(b'250 OK\r\n221 Bye\r\n')
-            process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 0
-            assert process.stderr.read() == b''
-
-    def test_stderr_that_went_away(self):
-        with command_line('-d', '-c', 'DebuggingServer') as (process, address):
-            process.stderr.close()
-            for _ in range(3):
-                assert send_message(address).endswith(b'250 OK\r\n221 Bye\r\n')
-            process.stderr = None
-
-    def test_stdout_that_cannot_encode(self, tmp_path):
-        (tmp_path / 'texts.py').write_text(textwrap.dedent('''
-            import smtpd
-            class Texts(smtpd.DebuggingServer):
-                def __init__(self, *args, **kwargs):
-                    super().__init__(*args, decode_data=True, **kwargs)
-        '''))
-        env = environment(tmp_path, PYTHONIOENCODING='ascii')
-        with command_line('-c', 'texts.Texts', env=env) as (process, address):
-            text = '\r\nx\xe4\r\n'.encode() + b'\xff\r\n'
-            assert send_message(address, text).endswith(b'221 Bye\r\n')
-            assert b'\nx\\xe4\n\\udcff\n' in read_until(process.stdout, b'END MESSAGE')
 
     @pytest.mark.parametrize('options, size', [
         ([], b'250-SIZE 33554432\r\n'), (['-s', '1000'], b'250-SIZE 1000\r\n'),
@@ -3388,8 +2913,22 @@ class TestCommandLine:
             assert post(address) == b'250 OK\r\n'
             assert len(upstream.messages) == 1
 
-    def test_who_is_not_root_has_to_say_nosetuid(self):
-        command = [*STRICT, '-c', AS_NOBODY] if os.geteuid() == 0 else SMTPD
+    @pytest.mark.parametrize('lack, complaint', [
+        # Imports first: nobody may not be allowed to read this interpreter's files.
+        ("""import encodings.idna, os, pwd, runpy, smtpd
+nobody = pwd.getpwnam('nobody')
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(nobody.pw_gid)
+    os.setuid(nobody.pw_uid)
+""", 'cannot switch to user nobody: want root, or option -n'),
+        ("import sys; sys.modules['pwd'] = None",
+         'no user nobody on this system: want option -n')], ids=['no root', 'no users'])
+    def test_who_cannot_become_nobody_has_to_say_nosetuid(self, lack, complaint):
+        command = [*STRICT, '-c', lack + """
+import runpy
+runpy.run_module('smtpd', run_name='__main__', alter_sys=True)
+"""]
         env = {name: value for name, value in environment().items()
                if not name.startswith('COVERAGE')}  # nobody may not write down what it covers
         done = run_briefly([*command, '-c', 'DebuggingServer', '127.0.0.1:0'], env=env)
@@ -3421,25 +2960,31 @@ class TestCommandLine:
                 assert process.communicate(timeout=40) == (b'', b'')
                 assert process.returncode == status
 
-    @pytest.mark.parametrize('is_ours', [True, False], ids=['a server', 'a class of its own'])
-    def test_the_loop_that_it_runs(self, is_ours, monkeypatch):
+    @pytest.mark.parametrize('base, selector', [
+        ('smtpd.SMTPServer', True), ('asyncore.dispatcher', None)])
+    def test_the_loop_that_it_runs(self, base, selector, tmp_path):
         """One for thousands of sessions: a selector where the class knows of it, and poll()."""
-        made, calls = [], []
+        (tmp_path / 'own.py').write_text(textwrap.dedent('''
+            import asyncore, smtpd
 
-        class Own(smtpd.SMTPServer if is_ours else asyncore.dispatcher):
-            def __init__(self, *args, **kwargs):
-                made.append((self, args, kwargs))
-                asyncore.dispatcher.__init__(self)
+            def loop(*args, **kwargs):
+                print(args, sorted(kwargs.items()), getattr(own, 'channels_in_selector', None))
 
-        monkeypatch.setattr(smtpd, 'OwnClass', Own, raising=False)
-        monkeypatch.setattr(smtpd, '_become_nobody', lambda: calls.append('nobody'))
-        monkeypatch.setattr(asyncore, 'loop', lambda *args, **kwargs: calls.append(kwargs))
-        monkeypatch.setattr(sys, 'argv', ['smtpd', '-c', 'OwnClass', 'a:1', 'b:2'])
-        smtpd._main()
-        [(server, args, kwargs)] = made
-        assert args == (('a', 1), ('b', 2), 33554432) and kwargs == {'enable_SMTPUTF8': False}
-        assert calls == ['nobody', {'timeout': 1, 'use_poll': True}]
-        assert getattr(server, 'channels_in_selector', None) is (True if is_ours else None)
+            class Own(%s):
+                def __init__(self, *args, **kwargs):
+                    global own
+                    own = self
+                    print(args, kwargs)
+                    asyncore.dispatcher.__init__(self)
+
+            asyncore.loop = loop
+        ''' % base))
+        done = run_briefly([*SMTPD, '-n', '-c', 'own.Own', 'a:1', 'b:2'],
+                           env=environment(tmp_path))
+        assert (done.returncode, done.stderr) == (0, '')
+        assert done.stdout.splitlines() == [
+            "(('a', 1), ('b', 2), 33554432) {'enable_SMTPUTF8': False}",
+            "() [('timeout', 1), ('use_poll', True)] %s" % selector]
 
 
 class TestArguments:
@@ -3460,12 +3005,6 @@ class TestArguments:
         assert (options.localhost, options.localport, options.remotehost, options.remoteport,
                 options.classname, bool(options.setuid), bool(options.enable_SMTPUTF8)) == expected
 
-    @pytest.mark.parametrize('arguments, limit', [
-        ([], 33554432), (['-s', '5'], 5), (['--size', '5'], 5), (['-s', '0'], 0)], ids=str)
-    def test_size(self, arguments, limit, monkeypatch):
-        monkeypatch.setattr(sys, 'argv', ['smtpd', *arguments])
-        assert smtpd.parseargs().size_limit in (limit, None if limit == 33554432 else limit)
-
     def test_debug_sets_the_stream(self, monkeypatch):
         monkeypatch.setattr(smtpd, 'DEBUGSTREAM', smtpd.DEBUGSTREAM)
         monkeypatch.setattr(sys, 'argv', ['smtpd', '-d'])
@@ -3476,37 +3015,3 @@ class TestArguments:
         with pytest.raises(SystemExit) as exit:
             smtpd.usage(3, 'what is wrong')
         assert exit.value.code == 3 and 'what is wrong' in capsys.readouterr().err
-
-
-class TestBecomingNobody:
-    @pytest.fixture
-    def calls(self, monkeypatch):
-        pytest.importorskip('pwd')
-        calls = []
-        for name in ('setgroups', 'setgid', 'setuid'):
-            monkeypatch.setattr(os, name, lambda value, name=name: calls.append((name, value)))
-        return calls
-
-    def test_groups_go_before_the_user(self, calls):
-        import pwd
-        smtpd._become_nobody()
-        nobody = pwd.getpwnam('nobody')
-        assert calls == [('setgroups', []), ('setgid', nobody.pw_gid), ('setuid', nobody.pw_uid)]
-
-    def test_without_the_right_to_it_one_line_says_so(self, calls, monkeypatch, capsys):
-        def refuse(groups):
-            raise PermissionError
-
-        monkeypatch.setattr(os, 'setgroups', refuse)
-        with pytest.raises(SystemExit) as ended:
-            smtpd._become_nobody()
-        assert ended.value.code == 1
-        assert capsys.readouterr().err == (
-            'smtpd: cannot switch to user nobody: want root, or option -n\n')
-
-    def test_without_users_one_line_says_so(self, monkeypatch, capsys):
-        monkeypatch.setitem(sys.modules, 'pwd', None)
-        with pytest.raises(SystemExit):
-            smtpd._become_nobody()
-        assert capsys.readouterr().err == (
-            'smtpd: no user nobody on this system: want option -n\n')

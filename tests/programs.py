@@ -1184,5 +1184,5 @@ def cut(text, dice):
 
 if __name__ == '__main__':
     if sys.argv[1:2] != ['--work']:
-        sys.exit('Run: python -m tests.compare_programs --help')
+        sys.exit('Run: python -m tests.tools.oracle --help')
     work(sys.argv[2] if sys.argv[2:] else None)

@@ -1042,12 +1042,24 @@ def copy_of_the_source(directory):
 # ---------------------------------------------------------------------------------------------
 # Fixtures
 
+@pytest.fixture(scope='session')
+def threads_that_end_later():
+    """Those for handlers wait a second for the next message: too long for each test."""
+    threads = []
+    yield threads
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive(), thread
+
+
 @pytest.fixture(autouse=True)
-def no_thread_outlives_its_test():
+def no_thread_outlives_its_test(threads_that_end_later):
     before = threading.enumerate()
     yield
     for thread in threading.enumerate():
-        if thread not in before:
+        if thread not in before and thread.daemon:
+            threads_that_end_later.append(thread)
+        elif thread not in before:
             thread.join(10)
             assert not thread.is_alive(), thread
 

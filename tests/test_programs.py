@@ -136,7 +136,7 @@ def test_no_channel_keeps_the_loop_busy(program, ours):
 
 
 def test_generated_programs_behave_alike(old, ours):
-    """Run python -m tests.compare_programs for more, and to shrink what this finds."""
+    """Run python -m tests.tools.oracle for more, and to shrink what this finds."""
     faults = []
     for seed, case, _ in compare_programs.compare_seeds(0, PROGRAMS, old, ours):
         if case is not None:

@@ -1,4 +1,4 @@
-"""What servers go through in bad hours, as programs: python tests/stress.py WORK [options]
+"""What servers go through in bad hours, as programs: python tests/tools/stress.py WORK [options]
 
     prefork  4 processes with 8 handler threads each share a listener, and one of them closes
              it in the middle: each message is answered, and none is doubled
@@ -10,7 +10,7 @@
     cycles   makes and closes servers without the garbage collector: nothing is left either
 
 It prints what it saw, and ends with status 1 at the first fault.  What it tests
-is the smtpd.py of the folder above, or of PYSMTPD_TEST_MODULE_DIR.
+is the smtpd.py of this checkout, or of PYSMTPD_TEST_MODULE_DIR.
 """
 import argparse
 import asyncio
@@ -28,7 +28,7 @@ import threading
 import time
 
 sys.path.insert(0, os.environ.get('PYSMTPD_TEST_MODULE_DIR')
-                or os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+                or os.path.abspath(os.path.join(os.path.dirname(__file__), os.pardir, os.pardir)))
 
 import smtpd
 

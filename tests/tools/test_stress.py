@@ -1,4 +1,4 @@
-"""The short form of each work of stress.py; the long one is for the command line."""
+"""The short form of each work of stress.py."""
 import os
 import subprocess
 import sys
@@ -17,7 +17,7 @@ pytestmark = [
     'random --seconds 5 --seed 1', 'cycles --cycles 100'], ids=lambda work: work.split()[0])
 def test_servers_in_bad_hours(work):
     # -W: from Python 3.12 on fork() warns of threads, and 3.10 and 3.11 of asyncore.
-    command = [sys.executable, '-W', 'ignore', os.path.join(HERE, 'tests', 'stress.py')]
+    command = [sys.executable, '-W', 'ignore', os.path.join(HERE, 'tests', 'tools', 'stress.py')]
     # What coverage does in a child after fork() may hang, and takes memory.
     plain = {name: value for name, value in environment().items() if name[:8] != 'COVERAGE'}
     done = subprocess.run([*command, *work.split()], env=plain, timeout=240,

@@ -1,6 +1,6 @@
 """Breaks smtpd.py in one small place after the other, to see whether the tests notice.
 
-    python tests/mutants.py --seconds 600
+    python tests/tools/mutants.py --seconds 600
 
 A mutant is the module with one operator, constant, condition or statement changed.
 Each runs in a copy of the tree, with the tests that reach the changed line, in the
@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 
-TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TOP = os.path.abspath(os.path.join(os.path.dirname(__file__), os.pardir, os.pardir))
 KEPT_IN = os.path.join(TOP, '.mutants')
 COPIED = ['smtpd.py', 'smtpd-stubs', 'setup.cfg', 'test_smtpd.py', 'tests', 'docs']
 TESTS = ['test_smtpd.py', 'tests/test_channel.py', 'tests/test_server_faults.py',
@@ -52,136 +52,47 @@ include = %(directory)s/smtpd.py
 data_file = %(directory)s/.coverage
 """
 
-# Mutants that no user can tell from the module: (function, line, what its part becomes): why.
+# Mutants that no user can tell from the module, as this program prints them, and why.
 EQUIVALENT = {
-    # Names of the module; paths, parameters, replies, handlers
-    ('_parse_command', 'if not text or not text.isprintable() and '
-                       '_CONTROL_CHARACTER.search(text):',
-     '(_CONTROL_CHARACTER.search(text))'): 'isprintable() is quick, and true of no such text',
-    ('_accepted_keywords',
-     "handler = getattr(handler, '__func__', handler)  # its attributes are found faster",
-     'pass'): 'it is quick, and no more',
-    # The transport
-    ('_Transport', 'idle_timeout_seconds = None', 'pass'): 'SMTPChannel has its own',
-    ('_Transport._client_has_ended', 'return False', 'return'): 'None is as false',
-    ('_Transport._look_for_idleness',
-     'if limit is None or now - self._flow.last_sign_of_life < limit or '
-     'self._flow.gate == _BUSY:',
-     '(now - self._flow.last_sign_of_life <= limit)'): 'no clock shows the very moment',
-    ('_Transport._client_has_ended', "return self.socket.recv(1, _PEEK) == b''", '2'):
-        'a peek at more is a peek',
-    ('_Transport.readable',
-     'if flow.watcher is None and time.monotonic() >= flow.next_look_for_idleness:',
-     '(time.monotonic() >= flow.next_look_for_idleness)'): 'the selector looks, too',
-    ('_Transport.readable',
-     'if flow.watcher is None and time.monotonic() >= flow.next_look_for_idleness:',
-     '(flow.watcher is None or time.monotonic() >= flow.next_look_for_idleness)'):
-        'who looks at each turn finds the same, and is slower',
-    ('_Transport.readable',
-     'if flow.watcher is None and time.monotonic() >= flow.next_look_for_idleness:',
-     '(flow.watcher is None)'): 'who looks at each turn finds the same, and is slower',
-    ('_Transport.readable',
-     'if flow.watcher is None and time.monotonic() >= flow.next_look_for_idleness:',
-     '(time.monotonic() > flow.next_look_for_idleness)'): 'no clock shows the very moment',
-    ('_Transport._look_for_idleness',
-     'self._flow.next_look_for_idleness = now + min(limit or 1, 1)', 'pass'):
-        'who looks at each turn finds the same, and is slower',
-    ('_Transport._look_for_idleness',
-     'self._flow.next_look_for_idleness = now + min(limit or 1, 1)', '(now - min(limit or 1, 1))'):
-        'who looks at each turn finds the same, and is slower',
-    ('_Transport._look_for_idleness',
-     'self._flow.next_look_for_idleness = now + min(limit or 1, 1)', '2'):
-        'at most, the look comes a second later',
-    ('_Transport._take_pieces',
-     'is_direct = flow.holds_replies or self._goes_past_hooks()', '(self._goes_past_hooks())'):
-        'replies are held only where the next piece goes past the hooks',
-    ('_Transport._take_pieces',
-     'terminator = self.terminator if flow.holds_replies else self.get_terminator()',
-     '(self.get_terminator())'): "it is asynchat's then",
-    ('_Transport._take_pieces',
-     'if terminator is _END_OF_LINE and (end := unread.find(terminator, start)) >= 0:',
-     '((end := unread.find(terminator, start)) > 0)'): '_cut() finds it, more slowly',
-    ('_Transport._take_pieces',
-     'if terminator is _END_OF_LINE and (end := unread.find(terminator, start)) >= 0:', '1'):
-        '_cut() finds it, more slowly',
-    ('_Transport._cut', 'if terminator < 0:', '(terminator <= 0)'): '0 went another way before',
-    ('_Transport.close', 'self._flow.holds_replies = False', 'True'):
-        'nothing is sent on a closed channel',
-    # The channel
-    ('_without_cr', "if len(octets) < 4096 or octets.count(b'\\r', 0, 1024) < 32:",
-     "(octets.count(b'\\r', 0, 1024) <= 32)"): 'both ways give the same, one faster',
-    ('SMTPChannel', 'require_SMTPUTF8 = False  # asked for in MAIL', 'True'):
-        'the first transaction sets it',
-    ('SMTPChannel', '_decode_data = False  # received_lines and messages are text', 'True'):
-        '__init__() sets it where it differs',
-    ('SMTPChannel._decode_piece',
-     "last = self.received_lines[-1] if self.received_lines else ''", "'x'"):
-        'nothing is cut off from either',
-    ('SMTPChannel._decode_piece', 'cut_off = _UNDECODED.search(last[-3:])[0]', '4'):
-        'what is decoded a second time becomes the same',
-    ('SMTPChannel._goes_past_hooks', 'return False', 'return'): 'None is as false',
-    ('SMTPChannel._take_piece', 'if _QUICK_ACK and len(octets) < self.ac_in_buffer_size:',
-     '(len(octets) < self.ac_in_buffer_size)'): 'Linux, where the mutants run, has it',
-    ('SMTPChannel._execute_line', 'if octets > limit and octets > self.max_command_size_limit:',
-     '(octets >= limit)'): 'the longest limit decides; this one spares its computation',
-    ('SMTPChannel._execute_line', 'if octets > limit and octets > self.max_command_size_limit:',
-     '(octets > self.max_command_size_limit)'): 'the same, computed for each line',
-    ('SMTPChannel._add_to_message',
-     'if self.data_size_limit and self.num_bytes > self.data_size_limit:',
-     '(self.num_bytes >= self.data_size_limit)'): 'its last line end will be too much',
-    ('SMTPChannel._add_to_message', "self._flow.message_under_way = b''", "b'x'"):
-        'it is refused, whatever it is',
-    ('SMTPChannel._end_data',
-     'def _end_data(self, octets, collected=(), octets_received=0):', '1'):
-        'no limit is less than one octet',
-    ('SMTPChannel._end_data',
-     'if self.data_size_limit and octets_received > self.data_size_limit:',
-     '(octets_received >= self.data_size_limit)'): 'its last line end will be too much',
-    ('SMTPChannel._handle_message',
-     'size = self.num_bytes + len(_END_OF_LINE) if self.num_bytes else 0', '1'):
-        'no limit is less than one octet',
-    ('SMTPChannel._take_outcome',
-     'self._set_gate(_PAUSED if self._flow.unread_input else _OPEN)', '(_PAUSED)'):
-        "the loop's next turn opens it",
-    ('SMTPChannel.smtp_EHLO', "limits['MAIL'] = max(limits.get('MAIL', 0), mail_limit)", '1'):
-        'the other is larger',
-    ('SMTPChannel.smtp_MAIL',
-     "address, parameters = self._getaddr(self._strip_command_keyword('FROM:', arg or ''))",
-     "'x'"): 'does not begin with the keyword either',
-    ('SMTPChannel.smtp_RCPT',
-     "address, parameters = self._getaddr(self._strip_command_keyword('TO:', arg or ''))",
-     "'x'"): 'does not begin with the keyword either',
-    ('SMTPChannel.smtp_MAIL', 'options = parameters.upper().split() if parameters else []',
-     '(parameters.upper().split())'): "'' gives no words, more slowly",
-    ('SMTPChannel.smtp_RCPT',
-     'options = self._getparams(parameters.upper().split() if parameters else [])',
-     '(parameters.upper().split())'): "'' gives no words, more slowly",
-    ('SMTPChannel.smtp_MAIL',
-     'refusal = parameters != {} and self._refusal_of_mail_parameters(parameters)',
-     '(self._refusal_of_mail_parameters(parameters))'): 'it refuses none of none, more slowly',
-    ('SMTPChannel.smtp_HELP', "syntax = _COMMAND_SYNTAX.get(arg.upper() if arg else '')", "'x'"):
-        'not a command either',
-    # What wakes the loop
-    ('_before_fork', '_forks += 1', '2'): 'it is only compared for being the same',
-    ('_Reader.writable', 'return False', 'return'): 'None is as false',
-    ('_Selector.readable',
-     "return False", 'return'): 'None is as false',
-    ('_Selector.close', 'self._close_epoll()', 'pass'): 'the last channel has closed it',
-    ('_Selector._close_epoll', 'self._epoll.close()', 'pass'):
-        'CPython closes it when nothing refers to it; PyPy would be late',
-    ('_Threads._wake_loop', "self._waker.send(b'.')", "b'.x'"): 'one octet wakes, and so do two',
-    ('_Threads.handle_read', 'self.socket.recv(4096)', '4097'): 'any large number will do',
-    # The servers
-    ('_may_speak', 'return thing._flow.gate <= _IDLE', '(thing._flow.gate < _IDLE)'):
-        'it is about to hear 421, and that 10 ms later',
-    # The proxies
-    ('_deliveries_of', "return vars(proxy).setdefault('_deliveries', _Deliveries())",
-     "'_deliverie'"): 'nobody else knows the name',
-    ('_Relay.mail', "if not any(each.startswith('BODY=') for each in options):", "'BODY'"):
+    '_parse_command: not text.isprintable() and _CONTROL_CHARACTER.search(text)  ->  '
+    '(_CONTROL_CHARACTER.search(text))': 'isprintable() is quick, and true of no such text',
+    "_accepted_keywords: handler = getattr(handler, '__func__', handler)  ->  pass":
+        'it is quick, and no more',
+    "_without_cr: octets.count(b'\\r', 0, 1024) < 32  ->  "
+    "(octets.count(b'\\r', 0, 1024) <= 32)": 'both ways give the same, one faster',
+    'SMTPChannel.require_SMTPUTF8: False  ->  True': 'the first transaction sets it',
+    'SMTPChannel._decode_data: False  ->  True': '__init__() sets it where it differs',
+    'SMTPChannel._client_has_ended: return False  ->  return': 'None is as false',
+    'SMTPChannel._client_has_ended: 1  ->  2': 'a peek at more is a peek',
+    "SMTPChannel._decode_piece: ''  ->  'x'": 'nothing is cut off from either',
+    'SMTPChannel._decode_piece: 3  ->  4': 'what is decoded a second time becomes the same',
+    'SMTPChannel._execute_line: octets > limit  ->  (octets >= limit)':
+        'the longest limit decides; this one spares its computation',
+    'SMTPChannel._execute_line: octets > limit and octets > self.max_command_size_limit  ->  '
+    '(octets > self.max_command_size_limit)': 'the same, computed for each line',
+    'SMTPChannel._add_to_message: self.num_bytes > self.data_size_limit  ->  '
+    '(self.num_bytes >= self.data_size_limit)': 'its last line end will be too much',
+    "SMTPChannel._add_to_message: b''  ->  b'x'": 'it is refused, whatever it is',
+    'SMTPChannel.smtp_EHLO: 0  ->  1': 'the other is larger',
+    "SMTPChannel.smtp_MAIL: ''  ->  'x'": 'does not begin with the keyword either',
+    "SMTPChannel.smtp_RCPT: ''  ->  'x'": 'does not begin with the keyword either',
+    'SMTPChannel.smtp_MAIL: parameters.upper().split() if parameters else []  ->  '
+    '(parameters.upper().split())': "'' gives no words, more slowly",
+    'SMTPChannel.smtp_RCPT: parameters.upper().split() if parameters else []  ->  '
+    '(parameters.upper().split())': "'' gives no words, more slowly",
+    'SMTPChannel.smtp_MAIL: None if parameters == {} else '
+    'self._refusal_of_mail_parameters(parameters)  ->  '
+    '(self._refusal_of_mail_parameters(parameters))': 'it refuses none of none, more slowly',
+    "SMTPChannel.smtp_HELP: ''  ->  'x'": 'not a command either',
+    '_Reader.writable: return False  ->  return': 'None is as false',
+    '_Threads.readable: return False  ->  return': 'None is as false',
+    '_QuietChannels.readable: return False  ->  return': 'None is as false',
+    '_Threads.handle_read: 4096  ->  4097': 'any large number will do',
+    "_deliveries_of: '_deliveries'  ->  '_deliverie'": 'nobody else knows the name',
+    "_Relay.mail: 'BODY='  ->  'BODY'":
         'smtp_MAIL() lets no other parameter through that begins so',
-    ('_has_gone', 'return not channel.socket.recv(1, _PEEK)', '2'): 'a peek at more is a peek',
-    ('_Upstream.collect_incoming_data', 'if self._octets_read > _MOST_OF_A_REPLY:',
-     '(self._octets_read >= _MOST_OF_A_REPLY)'): 'the limit is any number that is large',
+    '_has_gone: 1  ->  2': 'a peek at more is a peek',
+    "_digest: b'\\n'  ->  b'\\nx'": 'it stands between the two, whatever it is',
 }
 
 
@@ -197,7 +108,7 @@ OPERATORS = {
 
 
 class Mutant(collections.namedtuple(
-        'Mutant', 'function start stop before after line lines source text ordinal')):
+        'Mutant', 'function start stop before after line lines source ordinal')):
     """One change: source[start:stop], which is `before`, becomes `after`."""
 
     @property
@@ -209,9 +120,15 @@ class Mutant(collections.namedtuple(
     def applied_to(self, module):
         return module[:self.start] + self.after + module[self.stop:]
 
-    def __str__(self):
+    @property
+    def name(self):
+        """As it stands in EQUIVALENT; the second change of this kind in the function has a 2."""
         before, after = (' '.join(text.split()) for text in (self.before, self.after))
-        return '%d, %s: %s  ->  %s' % (self.line, self.function, before[:90], after[:90])
+        number = ' (%d)' % (self.ordinal + 1) if self.ordinal else ''
+        return '%s: %s  ->  %s%s' % (self.function, before, after, number)
+
+    def __str__(self):
+        return '%d, %s' % (self.line, self.name)
 
 
 def changed(node, **fields):
@@ -303,6 +220,9 @@ def make_mutants(module):
         names = []
         source, inner = '', True
         while node is not None:
+            if isinstance(node, ast.Assign) and isinstance(
+                    parents[node], (ast.ClassDef, ast.Module)):
+                names.append(ast.unparse(node.targets[0]))
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 names.append(node.name)
                 if inner and isinstance(node, ast.FunctionDef):
@@ -323,8 +243,7 @@ def make_mutants(module):
                 after = '(%s)' % after
             function, source = function_of(node)
             found[start, stop, after] = Mutant(
-                function, start, stop, before, after, node.lineno, lines_of(node), source,
-                module[starts[node.lineno - 1]:starts[node.lineno]].strip(), 0)
+                function, start, stop, before, after, node.lineno, lines_of(node), source, 0)
     seen = collections.Counter()
     mutants = []
     for place in sorted(found):
@@ -578,8 +497,10 @@ def main():
     os.makedirs(KEPT_IN, exist_ok=True)
     with open(os.path.join(TOP, 'smtpd.py'), encoding='utf-8') as file:
         module = file.read()
-    mutants = [mutant
-               for mutant in spread(make_mutants(module), module, options.count, options.seed)
+    all_mutants = make_mutants(module)
+    for name in set(EQUIVALENT).difference(mutant.name for mutant in all_mutants):
+        print('no longer there, remove it from EQUIVALENT:', name)
+    mutants = [mutant for mutant in spread(all_mutants, module, options.count, options.seed)
                if re.search(options.function, mutant.function)]
     path = os.path.join(KEPT_IN, 'results.jsonl')
     results = read_results(path)
@@ -619,12 +540,8 @@ def main():
 
 def is_known(mutant, results, digest):
     result = results.get(mutant.key)
-    return (mutant_name(mutant) in EQUIVALENT or result is not None
+    return (mutant.name in EQUIVALENT or result is not None
             and (result['outcome'] == 'killed' or result['tests'] == digest))
-
-
-def mutant_name(mutant):
-    return mutant.function, mutant.text, ' '.join(mutant.after.split())
 
 
 def section_of(mutant, module):
@@ -635,7 +552,7 @@ def section_of(mutant, module):
 def tell(mutants, results, module):
     by_section = collections.defaultdict(collections.Counter)
     for mutant in mutants:
-        if mutant_name(mutant) in EQUIVALENT:
+        if mutant.name in EQUIVALENT:
             outcome = 'equivalent'
         else:
             outcome = results.get(mutant.key, {'outcome': 'not tried'})['outcome']
