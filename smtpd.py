@@ -95,6 +95,11 @@ def _debug(form, *values):
             print(form % values, file=DEBUGSTREAM)
 
 
+def _log_to_stderr(ignored, message, type='info'):
+    if type not in ignored:
+        _write_to_stderr('%s: %s\n' % (type, message))
+
+
 def _write_to_stderr(text):
     with contextlib.suppress(Exception):  # closed, full, or None
         sys.stderr.write(text.encode('ascii', 'backslashreplace').decode('ascii'))
@@ -275,16 +280,15 @@ _ASYNCORES_HANDLE_ERROR = asyncore.dispatcher.handle_error
 class _Dispatcher:
     """A mixin for dispatchers: the log goes to standard error, and any thread may close."""
 
-    def log_info(self, message, type='info'):
-        """Write to standard error; never raises.
+    def log_info(self, *args, **kwargs):
+        """Write log_info(message, type='info') to standard error; never raises.
 
         A mixin's log_info() is called instead, and so is one that was patched into asyncore.
         """
         inherited = super().log_info
-        if getattr(inherited, '__func__', None) is not _ASYNCORES_LOG_INFO:
-            inherited(message, type)
-        elif type not in self.ignore_log_types:
-            _write_to_stderr('%s: %s\n' % (type, message))
+        if getattr(inherited, '__func__', None) is _ASYNCORES_LOG_INFO:
+            inherited = functools.partial(_log_to_stderr, self.ignore_log_types)
+        inherited(*args, **kwargs)
 
     def handle_error(self):
         """Write the traceback to the log; a channel then replies 451, or closes."""
@@ -731,11 +735,10 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
         if self._unread:
             octets, self._unread = self._unread, b''
             return octets
-        if (self.producer_fifo and self._waits_for is not _REPLIES_SENT
-                and self._client_has_ended()):
-            # asyncore's recv() would close at once, and the client not get its replies.
-            self._hold(_REPLIES_SENT)
-            raise BlockingIOError
+        if self.producer_fifo and self._client_has_ended():
+            self.close_when_done()  # asyncore's recv() would close at once, and drop the replies
+            if None in self.producer_fifo:  # it is not overridden
+                raise BlockingIOError
         octets = super().recv(buffer_size)
         if self._waits_for is _GOODBYE:
             self._waits_for = None
@@ -874,11 +877,10 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
 
     def found_terminator(self):
         """Execute the collected command, or end the collected data (asynchat's hook)."""
-        pieces, self.received_lines = self.received_lines, []
+        whole = self._emptystring.join(self.received_lines)
+        self.received_lines = []
         if not isinstance(DEBUGSTREAM, Devnull):
-            _debug('Data: %r', self._emptystring.join(pieces))
-        whole = self._emptystring.join(pieces)
-        del pieces  # they may be large
+            _debug('Data: %r', whole)
         self._is_unanswered = True
         try:
             if self.smtp_state == self.COMMAND:
@@ -902,7 +904,7 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
             self._set_post_data_state()
         if isinstance(error, _ENDS_OF_THE_LOOP):
             self._is_unanswered = False
-        elif self.connected and self.ac_in_buffer:
+        elif self.connected and isinstance(self.ac_in_buffer, bytes) and self.ac_in_buffer:
             self._hold(_NEXT_TURN)
 
     def push(self, msg):
@@ -1643,7 +1645,7 @@ class _QuietChannels(_Reader):
         descriptor = channel._fileno
         if channel.readable() and not channel.writable():
             if self._map.get(descriptor) is channel and not self._epoll.closed:
-                self._epoll.register(descriptor, select.EPOLLIN)
+                self._own_epoll().register(descriptor, select.EPOLLIN)
                 self.channels[descriptor] = self._map.pop(descriptor)
                 self._fileno = self._epoll.fileno()
                 self.add_channel()
@@ -1660,7 +1662,18 @@ class _QuietChannels(_Reader):
 
     def _unregister(self, descriptor):
         with contextlib.suppress(OSError):
-            self._epoll.unregister(descriptor)
+            self._own_epoll().unregister(descriptor)
+
+    def _own_epoll(self):
+        """The set; in a child after fork() a new one, since the parent still uses the old one."""
+        if self._process != os.getpid():
+            with select.epoll() as epoll:  # under the number by which the socket map knows it
+                os.dup2(epoll.fileno(), self._epoll.fileno(), inheritable=False)
+            self._process = os.getpid()
+            for descriptor in self.channels:
+                with contextlib.suppress(OSError):  # closed in the child
+                    self._epoll.register(descriptor, select.EPOLLIN)
+        return self._epoll
 
     def _leave_if_empty(self):
         if not self.channels:
@@ -1675,17 +1688,9 @@ class _QuietChannels(_Reader):
         else:
             loop.leftovers.add(self)
 
-    def is_inherited(self):
-        """Whether this is a child after fork(): the set is its parent's."""
-        return self._process != os.getpid()
-
     def readable(self):
-        if self.is_inherited():
-            self._map.update(self.channels)  # where they stay
-            self.channels.clear()
-            self.del_channel()
-            self._epoll.close()
-            return False
+        with contextlib.suppress(OSError):  # a child's, without descriptors: at a later turn
+            self._own_epoll()
         now = time.monotonic()
         if now >= self._next_look_for_idle:
             self._next_look_for_idle = now + 1
@@ -1694,7 +1699,7 @@ class _QuietChannels(_Reader):
         return bool(self.channels)
 
     def handle_read(self):
-        for descriptor, _ in self._epoll.poll(0):
+        for descriptor, _ in self._own_epoll().poll(0):
             channel = self.channels.get(descriptor)
             if channel is None:
                 self._unregister(descriptor)
@@ -1953,7 +1958,7 @@ class SMTPServer(_Reader):
         if not (_QuietChannels.is_possible and channel._map is self._map
                 and _leaves_events_alone(type(channel))):
             return None
-        if quiet is None or quiet.is_inherited():
+        if quiet is None:
             with contextlib.suppress(OSError):
                 quiet = self._quiet_channels = _QuietChannels(self)
         return quiet

@@ -214,7 +214,7 @@ def without_init(server, conn, addr, map=None, decode_data=False):
     channel = smtpd.SMTPChannel.__new__(smtpd.SMTPChannel)
     asynchat.async_chat.__init__(channel, conn, map)
     channel.smtp_server, channel.conn, channel.peer, channel.fqdn = server, conn, addr, FQDN
-    channel._decode_data = decode_data
+    channel._decode_data, channel._emptystring = decode_data, '' if decode_data else b''
     channel.set_terminator(b'\r\n')
     return channel
 

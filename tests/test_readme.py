@@ -98,7 +98,8 @@ def test_the_manual_builds_and_its_reference_names_all_that_is_public(tmp_path):
 
 LIMITS = [(cls, name) for cls in (smtpd.SMTPChannel, smtpd.SMTPServer, smtpd.PureProxy)
           for name in columns_of(cls.__doc__)
-          if type(getattr(cls, name, None)) is int and name.islower()]
+          if type(getattr(cls, name, None)) is int and name not in ('num_bytes', 'smtp_state')
+          and name.islower()]
 
 
 @pytest.mark.parametrize('cls, name', LIMITS, ids=[name for cls, name in LIMITS])

@@ -169,7 +169,7 @@ class TestServerStaysUpInAProcess:
             assert first.say(b'QUIT') == b'221 Bye\r\n'
 
     @pytest.mark.parametrize('selector, use_poll, is_greeted', [
-        (False, False, False), (False, True, True), (True, False, True), (True, True, True)],
+        (False, False, False), (False, True, True), (True, False, False), (True, True, True)],
         ids=['select', 'poll', 'select and the selector', 'poll and the selector'])
     def test_descriptors_over_1023(self, selector, use_poll, is_greeted):
         """select() cannot wait for them: 421 instead of the end of the process."""
