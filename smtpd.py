@@ -145,8 +145,6 @@ _QUICK_ACK = ((socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 _OUT_OF_BAND = socket.MSG_OOB
 _PEEK = socket.MSG_PEEK
 _SHUT_BOTH = socket.SHUT_RDWR
-_CORK = ((socket.IPPROTO_TCP, socket.TCP_CORK)
-         if hasattr(socket, 'TCP_CORK') else None)  # Linux only
 _socketpair = socket.socketpair
 _socket_type = socket.socket
 # What select() takes: POSIX descriptors below 1024; Windows 512 sockets, of which a
@@ -610,7 +608,6 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
     _waits_for = None  # _NEXT_TURN, _REPLIES_SENT, _GOODBYE, or the resume() of a step
     _unread = b''  # input that comes after the wait
     _last_sign_of_life = None  # of the client, on the monotonic clock
-    _is_corked = False  # the kernel keeps replies until more come
     _sending = threading.RLock()  # one thread at a time sends; each channel has its own
     _quiet_channels = None  # where it is kept, instead of the map, while it only waits for input
     _relay = None  # takes the steps of this session to a proxy's upstream
@@ -714,8 +711,6 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
             go_on(outcomes[0])
         else:
             self._hold(resume)
-            if self._is_corked:
-                self._cork(False)
 
     def _come_back(self, go_on, outcome):
         self._waits_for = _NEXT_TURN if self._unread else None
@@ -932,28 +927,6 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
             super().initiate_send()
         if self.producer_fifo:
             self._settle()
-
-    def send(self, data):
-        more_follows = (self.ac_in_buffer or data[3:4] == b'-') and self._more_follows(data)
-        if more_follows and not self._is_corked:
-            self._cork(True)
-        sent = super().send(data)
-        if self._is_corked and not (more_follows and sent):  # or the kernel is full
-            self._cork(False)
-        return sent
-
-    def _more_follows(self, data):
-        """Whether another reply is sure to come."""
-        unread = self.ac_in_buffer
-        return len(self.producer_fifo) == 1 and (data[3:4] == b'-' or (
-            self.smtp_state == self.COMMAND and isinstance(unread, bytes) and b'\r\n' in unread))
-
-    def _cork(self, is_corked):
-        """Let the kernel keep replies, to join them with the next, or let it send them."""
-        if _CORK:
-            with contextlib.suppress(OSError, AttributeError):
-                self.socket.setsockopt(*_CORK, is_corked)
-                self._is_corked = is_corked
 
     def _end_fault(self):
         """Reply 451 to a command or message that has no reply yet; otherwise close."""
@@ -1377,22 +1350,13 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
         """Answer 502: not implemented (RFC 5321, 4.1.1.7)."""
         self.push('502 EXPN not implemented')
 
-    # ------------------------------------------------------------------
-    # Old names
-    # ------------------------------------------------------------------
 
-    __server = _renamed('__server', 'smtp_server')
-    __line = _renamed('__line', 'received_lines')
-    __state = _renamed('__state', 'smtp_state')
-    __greeting = _renamed('__greeting', 'seen_greeting')
-    __mailfrom = _renamed('__mailfrom', 'mailfrom')
-    __rcpttos = _renamed('__rcpttos', 'rcpttos')
-    __data = _renamed('__data', 'received_data')
-    __fqdn = _renamed('__fqdn', 'fqdn')
-    __peer = _renamed('__peer', 'peer')
-    __conn = _renamed('__conn', 'conn')
-    __addr = _renamed('__addr', 'addr')
-
+# Names that Python 2.5 to 3.2 had: _SMTPChannel__server and so on.
+for _old, _new in {'server': 'smtp_server', 'line': 'received_lines', 'state': 'smtp_state',
+                   'greeting': 'seen_greeting', 'mailfrom': 'mailfrom', 'rcpttos': 'rcpttos',
+                   'data': 'received_data', 'fqdn': 'fqdn', 'peer': 'peer', 'conn': 'conn',
+                   'addr': 'addr'}.items():
+    setattr(SMTPChannel, '_SMTPChannel__' + _old, _renamed('__' + _old, _new))
 
 # As they are before a program overrides or patches them.
 _FOUND_TERMINATOR = SMTPChannel.found_terminator
@@ -1403,19 +1367,11 @@ _STATE_OF_A_SESSION = (
     'peer', 'fqdn', 'extended_smtp', 'seen_greeting', 'terminator', 'smtp_state', 'mailfrom',
     'rcpttos', 'mail_options', 'rcpt_options', 'require_SMTPUTF8', 'received_data',
     'received_lines', 'num_bytes', '_message', '_errors', '_is_unanswered', '_waits_for',
-    '_unread', '_last_sign_of_life', '_is_corked', '_relay')
+    '_unread', '_last_sign_of_life', '_relay')
 
-_COMMAND_SYNTAX = {
-    'EHLO': 'EHLO hostname',
-    'HELO': 'HELO hostname',
-    'MAIL': 'MAIL FROM: <address>',
-    'RCPT': 'RCPT TO: <address>',
-    'DATA': 'DATA',
-    'RSET': 'RSET',
-    'NOOP': 'NOOP',
-    'QUIT': 'QUIT',
-    'VRFY': 'VRFY <address>',
-}
+_COMMAND_SYNTAX = {line.split()[0]: line for line in (
+    'EHLO hostname', 'HELO hostname', 'MAIL FROM: <address>', 'RCPT TO: <address>', 'DATA',
+    'RSET', 'NOOP', 'QUIT', 'VRFY <address>')}
 
 
 def _is_server(thing):
