@@ -341,7 +341,9 @@ class _LoopThread:
         while self.leftovers:
             self.leftovers.pop().close()
 
-    __del__ = close_leftovers
+    def __del__(self):
+        self.ident = threading.get_ident()  # the thread has ended: anyone may close
+        self.close_leftovers()
 
 
 class _Leftover(_Reader):
@@ -429,7 +431,7 @@ def _advance(steps, resume, outcome=_nothing):
 _NEXT_TURN = 'the next turn of the loop'
 _REPLIES_SENT = 'the client, which has to read its replies'
 _GOODBYE = 'the goodbye to an idle client'  # input that comes before it is taken
-# or the resume() of what it has begun.
+# or the list into which the outcome of what it has begun would go, had it not to wait.
 
 
 # ---------------------------------------------------------------------------
@@ -605,7 +607,7 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
     _message = None  # as far as it has come, where no hook of the program's collects it
     _errors = 0  # 5yz replies since the last message
     _is_unanswered = False  # a command or message is being executed, without a reply so far
-    _waits_for = None  # _NEXT_TURN, _REPLIES_SENT, _GOODBYE, or the resume() of a step
+    _waits_for = None  # _NEXT_TURN, _REPLIES_SENT, _GOODBYE, or a list: a step's outcome
     _unread = b''  # input that comes after the wait
     _last_sign_of_life = None  # of the client, on the monotonic clock
     _sending = threading.RLock()  # one thread at a time sends; each channel has its own
@@ -696,21 +698,20 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
     def _wait(self, start, go_on):
         """Call start(resume), hold the input until it calls back, then go_on(outcome)."""
         outcomes = []
-
-        def resume(outcome):
-            if self._waits_for is resume:
-                self._come_back(go_on, outcome)
-            else:  # it did not have to wait
-                outcomes.append(outcome)
-
         try:
-            start(resume)
+            start(functools.partial(self._take_outcome, go_on, outcomes))
         except Exception as error:
             outcomes.append(functools.partial(_throw, error))
         if outcomes:
             go_on(outcomes[0])
         else:
-            self._hold(resume)
+            self._hold(outcomes)
+
+    def _take_outcome(self, go_on, outcomes, outcome):
+        if self._waits_for is outcomes:
+            self._come_back(go_on, outcome)
+        else:  # it did not have to wait
+            outcomes.append(outcome)
 
     def _come_back(self, go_on, outcome):
         self._waits_for = _NEXT_TURN if self._unread else None
@@ -765,7 +766,7 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
 
     def writable(self):
         # A step that waits for something else calls back.
-        return self._waits_for is not None and not callable(self._waits_for) or super().writable()
+        return isinstance(self._waits_for, str) or super().writable()
 
     def handle_read(self):
         try:
@@ -799,7 +800,7 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
     def _end_idleness(self, limit):
         """Mark a session that was idle for too long, so that the loop's next turn ends it."""
         # The loop is collecting descriptors: nothing here may raise, or close one.
-        if callable(self._waits_for):  # for us, not for the client
+        if isinstance(self._waits_for, list):  # for us, not for the client
             return
         self._last_sign_of_life = time.monotonic() - limit + 1  # it has a second
         if self.producer_fifo or self._waits_for is not None:  # it does not even read
@@ -888,7 +889,7 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
         except BaseException as error:
             self._clean_up(error)
             raise
-        if self._waits_for is None or not callable(self._waits_for):
+        if not isinstance(self._waits_for, list):
             self._is_unanswered = False
             if self.producer_fifo and self.ac_in_buffer and self._must_send_first():
                 self._hold(_REPLIES_SENT)
@@ -1500,6 +1501,8 @@ class _Threads(_Reader):
         except queue.Empty:
             self._tell_loop(self._replace_thread)
             return False
+        if call is None:  # closed
+            return False
         try:
             outcome = functools.partial(_give, call())
         except BaseException as error:
@@ -1569,6 +1572,9 @@ class _Threads(_Reader):
 
     def close(self):
         self.del_channel()
+        self._server._threads_for_handlers = None  # no reference cycle
+        for _ in range(self._threads):
+            self._calls.put((None, None))
         if self._waker is not None:
             waker, self._waker = self._waker, None
             for each in self.socket, waker:
@@ -1636,6 +1642,7 @@ class _QuietChannels(_Reader):
             self.del_channel()
             if not self._server.accepting:
                 self._epoll.close()
+                self._server._quiet_channels = None  # no reference cycle
 
     def server_has_closed(self, loop):
         """Close when there are no channels left; `loop` is the loop's thread, if another."""
