@@ -98,8 +98,7 @@ def test_the_manual_builds_and_its_reference_names_all_that_is_public(tmp_path):
 
 LIMITS = [(cls, name) for cls in (smtpd.SMTPChannel, smtpd.SMTPServer, smtpd.PureProxy)
           for name in columns_of(cls.__doc__)
-          if type(getattr(cls, name, None)) is int and name.islower() and (cls, name) != (
-              smtpd.PureProxy, 'process_message_threads')]  # its second row would have no origin
+          if re.search('_(limit|seconds|backlog|per_event|threads)$', name)]
 
 
 @pytest.mark.parametrize('cls, name', LIMITS, ids=[name for cls, name in LIMITS])
@@ -131,6 +130,14 @@ def test_the_example_in_the_module_s_docstring_runs(start, tmp_path):
     post_message(program.address)
     assert program.line() == (
         "j@example.com -> ['you@example.com'] %d octets" % len(HANDLERS_DATA))
+
+
+def test_a_session_calls_what_the_manual_says(start, run_python, tmp_path):
+    save_block(tmp_path, 'calls')
+    program = start(block('calls-command'))
+    run_python(save_block(tmp_path, 'tutorial-send', port_1025=program.port))
+    # smtplib writes "from:" from Python 3.12 on, and "FROM:" before.
+    assert '\n'.join(program.lines_to('close')).lower() == block('calls-printed').lower().strip()
 
 
 def test_wrong_arguments_get_the_lines_that_the_manual_shows(run_python):
