@@ -7,6 +7,7 @@ import re
 import sys
 
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.util.nodes import make_refnode
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -132,15 +133,17 @@ def link_names(app, doctree, docname):
 
 
 def full_name_of(name, literal, objects):
-    node = literal
-    while node is not None and not (isinstance(node, nodes.Element) and node.get('desctype') == 'class'):
-        node = node.parent
-    context = node[0].get('ids', [''])[0] if node else ''
-    for each in 'smtpd.' + name, context + '.' + name:
-        if each in objects:
-            return each
-    ours = [each for each in objects if each.endswith('.' + name)]
-    return ours[0] if len(ours) == 1 else None
+    """The object of that name: of the class around it, or of the only class that has it."""
+    cls = literal
+    while cls is not None and not (isinstance(cls, addnodes.desc) and cls['objtype'] == 'class'):
+        cls = cls.parent
+    if cls is not None:
+        likely = [cls[0]['ids'][0] + '.' + name]
+    else:
+        likely = [each for each in objects if each.endswith('.' + name)]
+    if 'smtpd.' + name in objects:
+        return 'smtpd.' + name
+    return likely[0] if len(likely) == 1 and likely[0] in objects else None
 
 
 def link_rfcs(app, doctree, docname):
@@ -156,9 +159,10 @@ def link_rfcs(app, doctree, docname):
         for part in parts:
             found = re.match(r'RFC (\d+)(?:, (.+))?', part)
             if found:
-                section = '#section-' + found[2] if found[2] else ''
-                made.append(nodes.reference(
-                    '', part, refuri='https://www.rfc-editor.org/rfc/rfc%s%s' % (found[1], section)))
+                address = 'https://www.rfc-editor.org/rfc/rfc' + found[1]
+                if found[2]:
+                    address += '#section-' + found[2]
+                made.append(nodes.reference('', part, refuri=address))
             elif part:
                 made.append(nodes.Text(part))
         parent.replace(text, made)
