@@ -7,8 +7,6 @@ import re
 import sys
 
 from docutils import nodes
-from sphinx import addnodes
-from sphinx.util.nodes import make_refnode
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))  # before the standard library's smtpd, up to 3.11
@@ -50,8 +48,8 @@ STANDARD = {
                 'remotehost', 'remoteport'},
 }
 MARKS = {'MailmanProxy': 'Standard up to Python 3.10'}
-HAVE_NO_DEFAULT = {'smtp_server', 'conn', 'peer', 'fqdn', 'rcpttos', 'mail_options',
-                   'rcpt_options', 'command_size_limits', 'channel_class'}
+HAVE_NO_DEFAULT = {'smtp_server', 'conn', 'peer', 'fqdn', 'received_lines', 'rcpttos',
+                   'mail_options', 'rcpt_options', 'command_size_limits', 'channel_class'}
 MEANINGS_OF_TYPES = [('Final[int]', 'int'), ('_Socket', 'socket.socket'), (' | Any', ''),
                      ('[Any]', ''), ('_Data', 'bytes | str'), ('defaultdict', 'dict')]
 
@@ -87,7 +85,7 @@ def attribute(cls, name):
     if name in vars(cls) and name not in HAVE_NO_DEFAULT:
         lines.append('   :value: %r' % (vars(cls)[name],))
     is_standard = name in STANDARD.get(cls.__name__, ())
-    marked = mark('Standard' if is_standard else 'pysmtpd only: no effect below Python 3.12')
+    marked = mark('Standard' if is_standard else 'pysmtpd only')
     return lines + [''] + ['   ' + line for line in marked]
 
 
@@ -128,22 +126,24 @@ def link_names(app, doctree, docname):
         full_name = full_name_of(literal.astext().removesuffix('()'), literal, domain.objects)
         if outside is None and full_name:
             found = domain.objects[full_name]
-            literal.replace_self(make_refnode(
-                app.builder, docname, found.docname, found.node_id, literal.deepcopy()))
+            page = app.builder.get_relative_uri(docname, found.docname)
+            literal.replace_self(nodes.reference(
+                '', '', literal.deepcopy(), internal=True, refuri=page + '#' + found.node_id))
 
 
 def full_name_of(name, literal, objects):
     """The object of that name: of the class around it, or of the only class that has it."""
     cls = literal
-    while cls is not None and not (isinstance(cls, addnodes.desc) and cls['objtype'] == 'class'):
+    while cls is not None and not (cls.tagname == 'desc' and cls['objtype'] == 'class'):
         cls = cls.parent
     if cls is not None:
-        likely = [cls[0]['ids'][0] + '.' + name]
+        likely = [cls[0]['ids'][0] + '.' + name, 'smtpd.SMTPServer.' + name]
+        likely = [each for each in likely if each in objects][:1]
     else:
         likely = [each for each in objects if each.endswith('.' + name)]
     if 'smtpd.' + name in objects:
         return 'smtpd.' + name
-    return likely[0] if len(likely) == 1 and likely[0] in objects else None
+    return likely[0] if len(likely) == 1 else None
 
 
 def link_rfcs(app, doctree, docname):
@@ -152,12 +152,12 @@ def link_rfcs(app, doctree, docname):
         parent = text.parent
         if isinstance(parent, (nodes.literal, nodes.reference, nodes.literal_block, nodes.title)):
             continue
-        parts = re.split(r'(RFC \d+(?:, \d[\d.]*\d|, \d)?)', text.astext())
+        parts = re.split(r'(RFC \d+(?:,\s\d(?:[\d.]*\d)?)?)', text.astext())
         if len(parts) == 1:
             continue
         made = []
         for part in parts:
-            found = re.match(r'RFC (\d+)(?:, (.+))?', part)
+            found = re.match(r'RFC (\d+)(?:,\s(.+))?', part)
             if found:
                 address = 'https://www.rfc-editor.org/rfc/rfc' + found[1]
                 if found[2]:

@@ -55,6 +55,7 @@ def columns_of(docstring):
 # Breakpoint: 3.12, it has no other smtpd.
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason='there is no old module to compare with')
 def test_the_manual_calls_standard_what_the_old_module_had():
+    need_module('docutils')
     marks = runpy.run_path(os.path.join(HERE, 'docs', 'conf.py'))['STANDARD']
     program = ("""
 import asyncore, json, socket, sys, smtpd
