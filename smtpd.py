@@ -19,14 +19,15 @@ Mailman 3.  `python -m smtpd` runs any of them from the command line.
 The protocol is RFC 5321 (SMTP) with RFC 1870 (SIZE), RFC 6152 (8BITMIME) and
 RFC 6531 (SMTPUTF8).
 
-Everything happens in the thread that runs asyncore.loop(), in asynchat's order.
-Nothing that a client sends raises out of the loop.  A handler that fails gets
-the client a 451, so that it keeps the message and tries again.
+All methods are called in the thread that runs asyncore.loop(), in asynchat's order;
+process_message() may run in others (`process_message_threads`).  Nothing that a client
+sends raises out of the loop.  If a handler fails, the client gets 451, so that it keeps
+the message and tries again.
 """
 
 # Layout of this file: names of the module; paths, parameters, replies, handlers (pure
-# functions); the transport; the channel; what wakes the loop; the servers; the proxies;
-# the command line.
+# functions); what servers and channels have in common; waiting; the channel; threads and
+# quiet channels; the servers; the proxies; the command line.
 
 import asynchat
 import asyncore
@@ -329,7 +330,7 @@ class _Reader(_Dispatcher, asyncore.dispatcher):
 class _LoopThread:
     """A thread that runs the loop: it alone may close what it may be waiting for.
 
-    It is kept by the thread itself and referred to weakly, so it lives as long as the thread.
+    The thread keeps it, all others refer to it weakly: it lives as long as the thread.
     """
 
     def __init__(self):
@@ -521,8 +522,8 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
     For each command line the channel calls smtp_VERB(arg); `arg` is the text after
     the verb, None if there is none.  A subclass may override these methods, and has
     a new command as soon as it has a method for it.  It may override push(), which
-    sees every reply, and collect_incoming_data() and found_terminator(), which are
-    then called as asynchat would call them.
+    sees every reply, and asynchat's hooks collect_incoming_data() and
+    found_terminator().
 
     Instance variables:
 
@@ -531,8 +532,9 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
     addr                  the client's address, as accept() gave it
     peer                  the client's address, as conn.getpeername() gave it
     fqdn                  the server's host name, as socket.getfqdn() gave it
-    received_lines        what collect_incoming_data() has kept of the current line or
-                          message: a list of bytes, or of str with `decode_data`
+    received_lines        the pieces of the current line, or of a message if the program
+                          overrides asynchat's hooks: a list of bytes, or of str with
+                          `decode_data`
     num_bytes             octets of the current line or message so far
     smtp_state            COMMAND or, after the DATA command, DATA
     seen_greeting         what the client called itself in HELO or EHLO
@@ -540,22 +542,25 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
     mailfrom              the address in MAIL FROM, or None
     rcpttos               the list of the addresses in RCPT TO
     mail_options          the list of the parameters of MAIL, in upper case
-    rcpt_options          the same for RCPT: always empty
+    rcpt_options          the same for RCPT: empty unless a program fills it
     require_SMTPUTF8      true if MAIL had the parameter SMTPUTF8
     received_data         the last message, until the next DATA command
-    data_size_limit       the argument; may be set
-    enable_SMTPUTF8       the argument; may be set
+    data_size_limit       octets of a message: the argument; may be changed
+    enable_SMTPUTF8       the argument; may be changed
 
     Class attributes that a subclass may override; None turns all but the first two
     off:
 
-    command_size_limit    octets of a command line without its CRLF (512)
-    command_size_limits   the same by verb, where EHLO allows more
-    idle_timeout_seconds  without a sign of the client (300), then 421
-    recipient_limit       of one message (1000), then 452
-    error_limit           5yz replies since the last message (100), then 421
-    unsent_reply_limit    octets; no command is executed while more wait to be sent
-                          (65536)
+    command_size_limit    octets of a command line without its CRLF, then 500 (512:
+                          RFC 5321, 4.5.3.1.4)
+    command_size_limits   the same by verb, where EHLO allows more: for MAIL 26 with
+                          SIZE (RFC 1870, 3), 10 with SMTPUTF8 (RFC 6531, 3.1)
+    idle_timeout_seconds  seconds of silence before 421 (300: RFC 5321, 4.5.3.2.7)
+    recipient_limit       recipients of one message, then 452 (1000: Postfix)
+    error_limit           5yz replies since the last message, then 421 (100: our own,
+                          kinder to test suites than Postfix's 20)
+    unsent_reply_limit    octets of replies that wait for the client; while there are
+                          more, no command is read (65536: one read from the socket)
 
     Constants:
 
@@ -1427,8 +1432,8 @@ class _Threads(_Reader):
     """Runs a server's calls in threads; their outcomes come back in the loop's thread.
 
     A thread whose call has ended waits a while for the next, since starting one
-    takes longer than most calls do.  The numbers are the loop's thread's alone: the
-    others send it notes, functions that it calls.
+    takes longer than most calls do.  Only the loop's thread touches the counters; the
+    others send it notes: functions that it calls.
 
     A pair of sockets wakes the loop.  It is made when the first client comes,
     and stands in the socket map only while there are calls, so that a loop ends
@@ -1693,7 +1698,7 @@ class SMTPServer(_Reader):
     all IPv4 interfaces, '::' for all IPv6 interfaces, port 0 for any free port,
     which `socket.getsockname()` then tells.  `remoteaddr` is the (host, port) of an
     upstream server, for subclasses that relay; they find it in `_remoteaddr`.
-    `data_size_limit` is the most octets that a message may have, counted as in
+    `data_size_limit` is the largest size of a message in octets, counted as in
     RFC 1870; None or 0 for no limit.  `map` is the socket map, asyncore's own if
     there is none.  `enable_SMTPUTF8` offers RFC 6531.  With `decode_data`, handlers
     get str instead of bytes, decoded from UTF-8; octets that are not UTF-8 become
@@ -1705,20 +1710,23 @@ class SMTPServer(_Reader):
     Class attributes that a subclass may override:
 
     channel_class            the class of the channels (SMTPChannel)
-    process_message_threads  n: process_message() runs in up to n threads, and only
-                             its own session waits for it; 0: it runs in the loop,
-                             and all sessions wait (0)
+    process_message_threads  how many threads process_message() may run in, so that
+                             only its own session waits for it; 0: it runs in the
+                             loop, and all sessions wait (0: as in the standard
+                             library)
     channels_in_selector     true: where there is epoll, the channels share one set
                              in the socket map, so that thousands of idle ones cost
                              nothing; not those that override readable(), writable()
                              or a handle_*_event() method (false; `python -m smtpd`
                              sets it)
-    listen_backlog           connections that may wait to be accepted (1024)
-    accepts_per_event        connections accepted in one turn of the loop (100); one
-                             if the listener is not of our making, or accept() is
-                             overridden
-    data_size_limit          the argument; may be set
-    enable_SMTPUTF8          the argument; may be set
+    listen_backlog           connections that may wait to be accepted (1024: our own;
+                             the system may cap it)
+    accepts_per_event        connections accepted in one turn of the loop (100: our
+                             own); one if the listener is not of our making, or
+                             accept() is overridden
+    data_size_limit          octets of a message, then 552: the argument (33554432, as
+                             in the standard library); may be changed
+    enable_SMTPUTF8          the argument; may be changed
     """
 
     channel_class = SMTPChannel
@@ -2011,8 +2019,8 @@ _EXTENSIONS = {'SIZE': b'SIZE', 'BODY': b'8BITMIME'}  # which offer the paramete
 class PureProxy(SMTPServer):
     """Relays each step of a session to `remoteaddr`, whose replies are the client's.
 
-    Arguments as SMTPServer's, but `enable_SMTPUTF8` raises ValueError.  Anyone who can
-    connect can send mail anywhere: on a public address this is an open relay.
+    Arguments as SMTPServer's, but `enable_SMTPUTF8` raises ValueError.  On an address
+    that strangers can reach this is an open relay.
 
     MAIL, RCPT, DATA and the message go to the upstream when the client sends them,
     in one upstream session for each client's session.  The client gets 451 if the
@@ -2027,16 +2035,18 @@ class PureProxy(SMTPServer):
     limits are in seconds, and the loop looks at them at each of its turns:
 
     upstream_timeout_seconds          to connect, to all of the host's addresses
-                                      together (60)
-    upstream_command_timeout_seconds  for the greeting and the replies to EHLO,
-                                      MAIL, RCPT and RSET (300)
-    upstream_data_timeout_seconds     for the reply to DATA (120)
-    upstream_block_timeout_seconds    to send each 64 KB of a message (180)
-    upstream_final_timeout_seconds    for the reply to a message (600)
-    upstream_connection_limit         to one upstream at a time (200), then 451; None
-                                      for no limit
+                                      together (60: our own)
+    upstream_command_timeout_seconds  for the greeting and the replies to EHLO, MAIL,
+                                      RCPT and RSET (300: RFC 5321, 4.5.3.2.1)
+    upstream_data_timeout_seconds     for the reply to DATA (120: RFC 5321, 4.5.3.2.4)
+    upstream_block_timeout_seconds    to send each 64 KB of a message (180: RFC 5321,
+                                      4.5.3.2.5)
+    upstream_final_timeout_seconds    for the reply to a message (600: RFC 5321,
+                                      4.5.3.2.6)
+    upstream_connection_limit         connections to one upstream, then 451 (200: our
+                                      own); None for no limit
     hop_limit                         X-Peer and Received headers that show a message
-                                      to be in a loop (50), then 554
+                                      to be in a loop, then 554 (50: Postfix)
     """
 
     upstream_timeout_seconds = 60  # an unreachable host should not take minutes
@@ -2097,7 +2107,7 @@ class PureProxy(SMTPServer):
 
 
 class MailmanProxy(PureProxy):
-    """PureProxy that gives the addresses of Mailman 3's lists to Mailman.
+    """A PureProxy that gives mail for Mailman 3's lists to Mailman.
 
     Arguments as PureProxy's.
 
@@ -2109,7 +2119,7 @@ class MailmanProxy(PureProxy):
 
     Class attribute that a subclass may override, besides PureProxy's:
 
-    mailman_lmtp_address  (host, port), ('localhost', 8024) unless changed
+    mailman_lmtp_address  host and port (('localhost', 8024): Mailman's default)
     """
 
     mailman_lmtp_address = ('localhost', 8024)  # Mailman's default

@@ -18,7 +18,7 @@ compiled on demand (without a C compiler from a slower driver in endpoints.py), 
 that say so from Postfix's smtp-source.  Each measurement has a server process and a driver
 process of its own, on different cores; servers take turns; the table shows medians.
 
-How to read the table: ratios above 1 mean that ours is better, for rates and for costs.  Rates
+How to read the table: x old, x C: our advantage; above 1 ours is better.  Rates
 move by up to a third with whatever else the machine does; trust CPU time, memory and ratios.
 "Driver busy" is the share of its core that the driver used, with ours and with smtp-sink: near
 100 % it is the driver that is measured.  "Other load" should be near 0.  A server that died,
@@ -431,7 +431,7 @@ class Table:
         ours = 'ours'
         if work.endswith(' selector'):
             work, ours = work[:-len(' selector')], 'selector'
-        cells = [label, self.cell(work, ours, figure)]
+        cells = [label, 'more' if figure in RATES else 'less', self.cell(work, ours, figure)]
         cells += [self.cell(work, server, figure) for server in SERVERS[2:]
                   if server in self.bench.found]
         cells += [self.ratio(work, ours, 'old', figure),
@@ -440,7 +440,8 @@ class Table:
         return cells + [aim or NOTHING] if self.aims else cells
 
     def text(self, works):
-        heads = ['work', 'ours', *(server for server in SERVERS[2:] if server in self.bench.found),
+        heads = ['work', 'better', 'ours',
+                 *(server for server in SERVERS[2:] if server in self.bench.found),
                  'x old', 'x C', 'driver busy, %']
         rows = [heads + ['aim'] if self.aims else heads]
         rows += [self.row(*row) for row in ROWS if row[1].replace(' selector', '') in works]
