@@ -120,22 +120,25 @@ def first_case(program, old, new):
 
 
 def judge(program, old, new):
-    """(Case that nothing allows, or None; the rows of ALLOWED that were needed)."""
+    """(Case that nothing allows, or None; the reasons in ALLOWED that were needed)."""
     old, new = compared(old), compared(new)
-    rows = []
+    reasons, used = [], set()
     while True:
         case = first_case(program, old, new)
         if case is None:
-            return None, rows
+            return None, reasons
         if old_never_ends(case):
             return None, [NOT_COMPARED]
-        row = next((each for each in ALLOWED if each not in rows and each.applies(case)), None)
-        if row is None:
-            return case, rows
-        rows.append(row)
-        if row.forget is None:
-            return None, rows
-        old, new = compared(row.forget(old)), compared(row.forget(new))
+        reason, applies, forget = next(
+            (kind for kind in KINDS if kind[1] not in used and kind[1](case)), (None,) * 3)
+        if reason is None:
+            return case, reasons
+        if reason not in reasons:
+            reasons.append(reason)
+        if forget is None:
+            return None, reasons
+        used.add(applies)
+        old, new = compared(forget(old)), compared(forget(new))
 
 
 # ---------------------------------------------------------------------------
@@ -143,16 +146,14 @@ def judge(program, old, new):
 # ---------------------------------------------------------------------------
 
 class Allowed(typing.NamedTuple):
-    """A row of the table: what may differ, why, and README's words for it.
+    """A row of the table: what may differ, in a user's words, and how that is recognized.
 
-    `forget` takes out of a trace what differs, and the rest is compared; without it
-    nothing that comes after is compared.
+    Each pair of `kinds` is a function that recognizes a Case, and one that takes out of a
+    trace what differs, so that the rest is compared; with None nothing that comes after is.
     """
 
-    applies: typing.Callable
     reason: str
-    readme: str
-    forget: typing.Optional[typing.Callable] = None
+    kinds: list
 
 
 def without_state(*names):
@@ -174,22 +175,6 @@ ENDING = {'closed', 'map', 'client', 'state', 'end', 'close', 'handle_close', 'r
           'replaced handle_close', 'patched close', 'patched handle_close', *SENDING}
 
 
-def sent_at_the_end(trace):
-    """What was sent after each act of the client, all at the end of it; not by which calls."""
-    result, sent = [], ''
-    for event in [*without_state('producer_fifo')(trace), ['client']]:
-        if event[0] in SENDING:
-            continue
-        if event[0] == 'sent':
-            sent += event[1]
-            continue
-        if event[0] == 'client' and sent:
-            result.append(['sent', sent])
-            sent = ''
-        result.append(event)
-    return result[:-1]
-
-
 BEGINNINGS = {'client', 'found_terminator', 'process_message', 'get_terminator',
               'collect_incoming_data', '_getaddr', '_getparams', '_strip_command_keyword'}
 INPUT = {'found_terminator', 'process_message', 'get_terminator', 'collect_incoming_data'}
@@ -199,6 +184,9 @@ FAILURE = '451 Internal confusion\r\n'
 
 def was_answered(case):
     """Whether anything was sent since the program, or a command of the client, was called."""
+    names = [event[0] for event in reversed(case.old[:case.at])]
+    if 'initiate_send' in names and 'sent' not in names[:names.index('initiate_send')]:
+        return False  # what was pushed last has not been sent
     push_fails = case.raises_in('push')
     is_limited = not push_fails and (
         case.program['room'] is not None or case.program['most'] is not None)
@@ -234,7 +222,13 @@ def failure_answered(case):
                                      'set_terminator', *SENDING)), None)
     return (last in ('error', 'handle_error', 'log_info', 'patched handle_error',
                      'replaced handle_error')
-            and FAILURE[:22] in str(case.new_rest[:8]))
+            and FAILURE[:8] in str(case.new_rest[:8]))
+
+
+def failed_data_command_is_over(case):
+    """smtp_DATA() failed after it had begun the data: ours forgets the transaction."""
+    return (BEGINS_DATA in case.old[case.at - 2:case.at] and case.raises_in('set_terminator')
+            and ['set_terminator', repr(b'\r\n')] in case.new_rest[:4])
 
 
 def failed_message_is_over(case):
@@ -253,8 +247,17 @@ def failed_message_is_over(case):
     return (calls[-1:] == ['process_message'] and fault in case.new_rest[:6]
             and fault[0] in ('handle_error', 'error', 'replaced handle_error', 'log_info',
                              'handle_close', 'close', 'left the loop')
-            and all(event[0] in ('state', 'set_terminator', '_set_post_data_state', 'sent')
+            and all(event[0] in ('state', 'set_terminator', '_set_post_data_state', 'sent',
+                                 'replaced _set_post_data_state')
                     for event in case.new_rest[:case.new_rest.index(fault)]))
+
+
+def input_is_held(case):
+    """A failure has put the rest of the input aside until the loop's next turn."""
+    return (case.state_differs_in() == {'ac_in_buffer'}
+            and case.seen('ac_in_buffer')[1] == "b''"
+            and any(event[0] in ('handle_error', 'error', 'left the loop', 'log_info')
+                    for event in [*case.old[max(0, case.at - 4):case.at], *case.old_rest[:2]]))
 
 
 def goes_on_after_failure(case):
@@ -269,8 +272,8 @@ def goes_on_after_failure(case):
 
 
 def limit_after_ehlo(case):
-    """command_size_limit holds after EHLO, too."""
-    near = str([*case.old_rest[:6], *case.new_rest[:6]])
+    """command_size_limit holds after EHLO, too, and is looked at while a line comes in."""
+    near = str([*case.old[max(0, case.at - 2):case.at], *case.old_rest[:6], *case.new_rest[:6]])
     return ('command_size_limit = ' in case.source
             and ('line too long' in near or 'TypeError' in near))
 
@@ -326,48 +329,22 @@ def until_close(events):
 def collects_less(case):
     """After close_when_done() ours does not even collect what comes in."""
     return (asks_for_the_end(case) and has_ended(case) and bool(case.state_differs_in())
-            and case.seen('received_lines')[1] == "'(none)'"
             and case.state_differs_in() <= {'received_lines', 'num_bytes', 'ac_in_buffer'}
+            and ('received_lines' not in case.state_differs_in()
+                 or case.seen('received_lines')[1] == "'(none)'")
             and case.seen('ac_in_buffer')[1] == "b''")
+
+
+def closes_at_once(case):
+    """Ours closes at the end of handle_read(), the old module at the next turn."""
+    return (case.overrides('handle_read', 'handle_read_event') and asks_for_the_end(case)
+            and case.new_rest[0] == ['closed'] and ['closed'] in case.old_rest)
 
 
 def not_connected(case):
     """A program that sets `connected` to false has ended the session, to ours."""
     return 'self.connected = False' in case.source and is_quiet(
         [event for event in case.new_rest if event[0] != 'busy'])
-
-
-def end_without_recv(case):
-    """Ours looks for the end of the input before it calls recv(), where something waits."""
-    old = [event[0] for event in case.old_rest if event[0] != 'state']
-    is_recv = old[0] in ('recv', 'patched recv')
-    return (is_recv and old[1] in ('closed', 'close', 'handle_close', 'patched handle_close')
-            and ['eof'] in case.program['client'] and case.program['room'] is not None
-            and case.new_rest[0] != case.old_rest[0] and is_quiet(
-                [event for event in case.new_rest if event[0] != 'sent']))
-
-
-def replaced_meanwhile(case):
-    """A hook was set in the instance while a message came in: called from the next one on."""
-    hooks = r"replace\(self, '(collect_inc|found_term|get_term)"
-    return (case.seen('smtp_state') != ['0', '0'] and case.seen('num_bytes')[1] != '0'
-            and re.search(hooks, case.source) is not None
-            and (case.state_differs_in() == {'received_lines'}
-                 or case.old_rest[0][0].startswith('replaced ')))
-
-
-def input_set_while_collecting(case):
-    """asynchat goes on with a copy of what it had."""
-    return case.new_rest[0][0] == 'collect_incoming_data' and any(
-        'self.ac_in_buffer' in statement for methods in all_methods(case.program)
-        for statement in methods.get('collect_incoming_data', ()))
-
-
-def nothing_is_no_piece(case):
-    """A program emptied the buffer in get_terminator(): ours collects nothing."""
-    old, new = case.seen('received_lines')
-    return (case.state_differs_in() == {'received_lines'} and case.overrides('get_terminator')
-            and old in ("b''", "''") and new == "'(none)'")
 
 
 def debugs_less(case):
@@ -390,6 +367,8 @@ def state_is_there(case):
     """The old module has not set an attribute yet that ours has from the start."""
     before = {'state', 'sent', '_set_rset_state', '_set_post_data_state', 'patched handle_error'}
     event = next((each for each in case.old_rest if each[0] not in before), ['end'])
+    if case.new == [['hung']]:  # a close() that pushes, which fails, which closes ...
+        return ['error', 'AttributeError terminator'] in case.old
     if event[0] == '__getattr__' and event[1].strip("'") in WATCHED:
         return True
     words = str(event[1] if event[1:] else '').strip("'").split()
@@ -413,20 +392,13 @@ def sends_before_it_closes(case):
     """Ours closes only when what waits for a client that reads slowly is sent."""
     old_closes = any(event[0] in ('closed', 'handle_close', 'close', 'replaced handle_close',
                                   'replaced close') for event in case.old_rest[:2])
-    new_sends = (case.new_rest[0][0] in ('sent', 'close_when_done')
-                 and ['closed'] in case.new_rest)
+    new_sends = (next(event[0] for event in case.new_rest if event[0] != 'state') in (
+        'sent', 'close_when_done') and ['closed'] in case.new_rest
+        and not case.new_says().startswith(FAILURE[:-2]))
     if case.old_rest[0][0] == 'sent' and case.new_says() and ['closed'] in case.old:
         return any(event[0] == 'error' for event in case.old) and ['closed'] in case.new
     is_limited = case.program['room'] is not None or case.program['most'] is not None
     return old_closes and (is_limited or new_sends)
-
-
-def fails_later(case):
-    """Ours has sent what it held before the connection fails, or tries again a turn later."""
-    return (case.program['fails'] is not None
-            and case.old_rest[0][0] in (
-                'closed', 'error', 'handle_error', 'log_info', 'handle_close')
-            and case.old_rest[0] in case.new_rest)
 
 
 def base_goes_on(case):
@@ -434,30 +406,6 @@ def base_goes_on(case):
     mixin = case.program['after']
     return mixin is not None and any('smtpd.SMTPChannel.%s(' % name in case.source
                                      for name in mixin['methods'])
-
-
-def ends_first(case):
-    """A session that ends does so before the exception of the command that ended it is seen."""
-    new_errors = [event for event in case.new_rest[:4] if event[0] in ('error', 'left the loop')]
-    return (case.new_rest[0] == ['closed'] and asks_for_the_end(case)
-            and (case.old_rest[0] in new_errors
-                 or case.old_rest[0] == case.new_rest[1] == ['patched handle_error']))
-
-
-def sends_until_full(case):
-    """Ours sends until the socket is full, the old module one piece at each turn of the loop."""
-    nested = any('push' in statement or 'producer' in statement
-                 for name in ('initiate_send', 'send') for methods in all_methods(case.program)
-                 for statement in methods.get(name, ()) if 'once(' in statement)
-    if not (nested or 'push_with_producer' in case.source or 'ac_out_buffer_size' in case.source
-            or 'producer_fifo' in case.source or case.program['most'] is not None
-            or case.program['room'] is not None):
-        return False
-    old, new = case.old_rest[0], case.new_rest[0]
-    return (case.state_differs_in() == {'producer_fifo'}
-            or old[0] == new[0] == 'sent' and (
-                old[1].startswith(new[1]) or new[1].startswith(old[1]))
-            or old[0] in SENDING or new[0] in SENDING or (old[0] == 'sent') != (new[0] == 'sent'))
 
 
 def control_character(case):
@@ -473,23 +421,17 @@ def control_character(case):
         end_of_reply = case.new_rest[0][1].rpartition('\n')[2]
         if len(end_of_reply) >= 4 and '500 Error: bad syntax'.startswith(end_of_reply):
             return True  # the socket is full
+    if ['closed'] in case.old[:case.at] and case.seen('terminator')[0] == repr(b'\n'):
+        return True  # the replies cannot be seen
     in_arguments = ('\\r\\n' in case.seen('received_lines')[1]
                     and '501 Syntax: RCPT' in new and '555 RCPT' in old)
     return in_arguments or '500 Error: bad syntax' in new and '500 Error: bad syntax' not in old
 
 
-def pieces_of_either_kind(case):
-    """The program puts bytes among text into received_lines, or text among bytes."""
-    return ('received_lines.append(data' in case.source
-            and any(event in (['error', 'TypeError'], ['handle_error', "'TypeError'"],
-                              ['log_info', "'TypeError'", "'error'"])
-                    for event in case.old_rest[:2]))
-
-
 def lines_of_a_reply(case):
     """A reply of several lines that a handler returned is pushed line by line."""
     return '550-no\\\\r\\\\n550 not' in (
-        str(case.old_rest[0]).replace('\\\\\\\\', '\\\\'))
+        str(case.old_rest[:2]).replace('\\\\\\\\', '\\\\'))
 
 
 def text_as_terminator(case):
@@ -498,13 +440,6 @@ def text_as_terminator(case):
     return "set_terminator('" in case.source and (
         error == 'TypeError' or case.state_differs_in() == {'terminator'}
         or ['handle_error', "'TypeError'"] in case.old_rest[:4])
-
-
-def empty_message(case):
-    return case.new_rest[0] != case.old_rest[0] and any(
-        event[0] == 'process_message' and event[4] in ("b''", "''")
-        for event in case.new_rest[:4]) and not any(
-        event[0] == 'process_message' for event in case.old_rest[:4])
 
 
 def first_dot(case):
@@ -520,41 +455,26 @@ def first_dot(case):
 
 def abandoned_connection(case):
     """The server closes the connection of a channel that could not be made."""
-    return case.program['listens'] and (
-        ['closed'] in case.new_rest[:2] or case.new_rest[0] == ['close']) and any(
+    new = [event for event in case.new_rest[:3] if event[0] != 'state']
+    return case.program['listens'] and (['closed'] in new[:2] or new[:1] == [['close']]) and any(
         event[0] in ('error', 'handle_error') for event in case.old_rest[:2]) and not any(
         event[0] == 'client' for event in case.new[:case.at])
 
 
 def piece_in_another_form(case):
-    """Nobody but a hook of asynchat's sees the pieces of what is not whole yet."""
-    return (case.state_differs_in() <= {'received_lines', 'num_bytes', 'ac_in_buffer'}
-            and bool(case.state_differs_in()) and not case.overrides(
+    """Data is put together as it comes, where no hook sees the pieces."""
+    return (case.seen('smtp_state') != ['0', '0'] and bool(case.state_differs_in())
+            and case.state_differs_in() <= {'received_lines', 'num_bytes', 'ac_in_buffer'}
+            and not case.overrides(
                 'collect_incoming_data', 'found_terminator', 'get_terminator')
             and not any(event[0].startswith(
-                ('replaced collect_', 'replaced found_', 'replaced get_')) for event in case.old))
-
-
-def number_as_terminator(case):
-    """A terminator that is a number is counted down before the hook is called."""
-    return case.state_differs_in() == {'terminator'} and (case.overrides('get_terminator') or any(
-        event[0].endswith('collect_incoming_data')
-        for event in [*case.old_rest[:2], *case.new_rest[:2]]))
+                ('replaced collect_', 'replaced found_', 'replaced get_'))
+                for event in case.old[:case.at]))
 
 
 def buffer_is_emptied(case):
     """close() lets go of what the client sent."""
     return ['closed'] in case.old[:case.at] and 'ac_in_buffer' in case.state_differs_in()
-
-
-def piece_is_used_up(case):
-    """A piece is out of the buffer before collect_incoming_data(), even if that raises."""
-    calls = [event[0] for event in case.old[:case.at] if event[0] != 'state']
-    if case.old_rest[0][0].endswith('collect_incoming_data') and case.overrides('handle_error'):
-        return any('raise' in statement for methods in all_methods(case.program)
-                   for statement in methods.get('collect_incoming_data', ()))
-    return 'ac_in_buffer' in case.state_differs_in() and (
-        calls[-1:] != [] and calls[-1].endswith('collect_incoming_data'))
 
 
 def counted_as_in_rfc_1870(case):
@@ -575,7 +495,7 @@ def second_init(case):
     """A second __init__() begins the session over before it calls any hook."""
     is_made = any(event[0] == 'client' for event in case.old[:case.at])
     return (('__init__' in case.source or not is_made) and bool(case.state_differs_in())
-            and case.state_differs_in() <= {'seen_greeting', 'extended_smtp'})
+            and case.state_differs_in() <= {'seen_greeting', 'extended_smtp', 'data_size_limit'})
 
 
 BEGUN_ANEW = ('seen_greeting', 'extended_smtp', 'num_bytes', 'received_lines', 'mailfrom',
@@ -616,42 +536,16 @@ def log_info_fails(case):
             and any(event[0] == 'log_info' for event in case.old[case.at - 4:case.at]))
 
 
-def answer_fails(case):
-    """The 451 for a failing send() fails, too: one more line in the log."""
-    if case.overrides('send', 'initiate_send'):
-        errors = [event for event in case.new_rest[:8] if event[0] == 'error']
-        return (FAILURE[:-2] in str(case.new_rest[:4]) and len(errors) > 1
-                and case.old_rest[0] in errors[1:])
-    return (case.program['fails'] is not None and case.new_rest[0][0] == 'error'
-            and case.new_rest[0] in case.old[case.at - 3:case.at]
-            and case.new_rest[1:] == case.old_rest)
-
-
-def input_of_its_own(case):
-    """A command that fails has put itself into the input: ours goes on after the failure."""
-    never_ends = case.new == [['hung']] or case.new[-1] == ['busy']
-    if (never_ends and case.program['fails'] and case.overrides('set_terminator')
-            and ['error', 'AttributeError terminator'] in case.old):
-        return case.overrides('close')  # which pushes, which fails, which closes ...
-    return (never_ends and re.search(r"self\.ac_in_buffer \+?= b?'", case.source) is not None
-            and re.search(r'raise|Error', case.source) is not None)
-
-
-def after_a_producer(case):
-    """A session fails while replies wait for a producer that stands before them."""
-    old, new = case.old_rest[0], case.new_rest[0]
-    return ('push_with_producer' in case.source and old[0] == new[0] == 'sent'
-            and old[1].startswith(new[1]) and ['closed'] in case.old[:case.at]
-            and any(event[0] == 'error' for event in case.old[:case.at]))
-
-
 def replied_past_push(case):
-    """A reply that the program gave to the socket itself is not known to be one."""
-    before = str([event for event in case.old[:case.at] if event[0] == 'sent'][-1:])
-    error = until_error(case.old_rest)[1]
-    return (re.search(r'self\.(send|socket\.send|conn\.sendall)\(', case.source) is not None
-            and re.search('250 (sent|socket|conn)', before) is not None
-            and error is not None and FAILURE[:-2] in str(case.new_rest[:6]))
+    """The command had no reply by push(): only one to the socket, or before it was a command."""
+    before = [event for event in case.old[:case.at] if event[0] == 'sent'][-1:]
+    is_early = any('push(' in statement for methods in all_methods(case.program)
+                   for name in methods if not name.startswith('smtp_') and name != 'push'
+                   for statement in methods[name])
+    return ((is_early or before == [['sent', '']]
+             or re.search('250 (sent|socket|conn)', str(before)) is not None)
+            and any(event[0] == 'error' for event in case.old[case.at - 6:case.at])
+            and FAILURE[:-2] in str(case.new_rest[:6]))
 
 
 def malformed_path(case):
@@ -681,96 +575,55 @@ def gone_already(case):
             and not any(event[0] == 'client' for event in case.new[:case.at]))
 
 
-NOT_COMPARED = Allowed(old_never_ends, 'not compared: the old module never comes to rest', '')
+NOT_COMPARED = 'not compared: the old module never comes to rest'
 
 ALLOWED = [
-    Allowed(counted_as_in_rfc_1870, 'num_bytes in data: RFC 1870 says what counts',
-            'CRLF counts as two, doubled dots as one', without_state('num_bytes')),
-    Allowed(message_is_dropped, 'the last message is dropped early',
-            "dropped at the session's next command", without_state('received_data')),
-    Allowed(options_left_behind, 'what was refused leaves no trace',
-            'leave no trace', without_state('mail_options', 'rcpt_options')),
-    Allowed(piece_in_another_form, 'what is not whole yet is kept in another form',
-            'neither is overridden when a line',
-            without_state('received_lines', 'num_bytes', 'ac_in_buffer')),
-    Allowed(number_as_terminator, 'a number as terminator is counted down early',
-            'A piece is used up before', without_state('terminator')),
-    Allowed(piece_is_used_up, 'a piece is used up before collect_incoming_data() is called',
-            'A piece is used up before', without_state('ac_in_buffer')),
-    Allowed(buffer_is_emptied, 'close() lets go of what the client sent',
-            'no more of the input is executed', without_state('ac_in_buffer')),
-    Allowed(second_init, 'a second __init__() begins anew at once',
-            'starts the session over before', without_state('seen_greeting', 'extended_smtp')),
-    Allowed(init_begins_first, '__init__() begins anew at once',
-            'starts the session over before', without_state(*BEGUN_ANEW)),
-    Allowed(second_init_failed, 'a second __init__() that fails leaves no `peer`',
-            'starts the session over before'),
-    Allowed(set_before_the_session, 'what is set while a channel is made stays',
-            'have their defaults from the start'),
-    Allowed(set_before_a_failure, 'what a channel has before it fails',
-            'have their defaults from the start', without_state('fqdn', 'peer', 'addr')),
-    Allowed(failure_answered, 'a failure is answered with 451', 'raises before it has replied'),
-    Allowed(failed_message_is_over, 'a failed message is over', 'its message is forgotten'),
-    Allowed(goes_on_after_failure, 'the input after a failure is not left lying',
-            'does not wait for more'),
-    Allowed(stops_at_close, 'nothing is executed after close()',
-            'no more of the input is executed'),
-    Allowed(debugs_less, 'nothing is executed after the end, nor in the debugging output',
-            'no more of the input is executed'),
-    Allowed(stops_at_close_when_done, 'nothing is executed after close_when_done()',
-            'no more of the input is executed'),
-    Allowed(collects_less, 'nothing is collected after close_when_done()',
-            'no more of the input is executed',
-            without_state('received_lines', 'num_bytes', 'ac_in_buffer')),
-    Allowed(not_connected, 'nothing is executed while `connected` is false',
-            'nor while ``connected`` is false'),
-    Allowed(state_is_there, 'attributes are there before the old module sets them',
-            'have their defaults from the start'),
-    Allowed(sends_before_it_closes, 'what waits is sent before the end',
-            'What waits to be sent is sent before'),
-    Allowed(end_without_recv, 'the end of the input is seen without a call of recv()',
-            'without a call of ``recv()``'),
-    Allowed(sends_until_full, 'ours sends until the socket is full',
-            'not one piece at each turn', sent_at_the_end),
-    Allowed(control_character, 'control characters in a command', 'with control characters'),
-    Allowed(pieces_of_either_kind, 'received_lines may hold text and bytes',
-            'may mix bytes and text'),
-    Allowed(lines_of_a_reply, 'a reply of several lines is pushed line by line',
-            'each of them is pushed'),
-    Allowed(text_as_terminator, 'text is taken as a terminator', 'takes text'),
-    Allowed(empty_message, 'an empty message is a message', 'An empty message'),
-    Allowed(first_dot, 'a first dot may be an empty message', 'An empty message'),
-    Allowed(fails_later, 'a connection that fails is noticed at another piece',
-            'not one piece at each turn'),
-    Allowed(log_info_fails, 'a log_info() that fails does not end the loop',
-            'A ``log_info()`` that raises'),
-    Allowed(answer_fails, 'a 451 that cannot be sent is in the log, too',
-            'raises before it has replied'),
-    Allowed(input_of_its_own, 'a command that fails may be in the input again',
-            'and the session goes on'),
-    Allowed(after_a_producer, 'what waits after a producer is not sent',
-            'What waits after a producer'),
-    Allowed(replied_past_push, 'a reply past push() is not known', 'past ``push()``'),
-    Allowed(malformed_path, 'an address without a bracket', 'a missing bracket'),
-    Allowed(cannot_verify, 'VRFY of what is no address', 'VRFY of what is no address'),
-    Allowed(nothing_is_no_piece, 'an empty piece is not collected',
-            'empty piece is never collected'),
-    Allowed(replaced_meanwhile, 'a hook that is replaced within a message',
-            'neither is overridden when a line'),
-    Allowed(input_set_while_collecting, 'what a hook puts into ac_in_buffer is input',
-            'A piece is used up before'),
-    Allowed(base_goes_on, 'a method of SMTPChannel goes on to the mixin after it',
-            'goes on to the classes after'),
-    Allowed(ends_first, 'a session that ends does so before the log has the fault',
-            'What waits to be sent is sent before'),
-    Allowed(abandoned_connection, 'a connection without a channel is closed',
-            'Where making a channel fails'),
-    Allowed(listener_lives_on, 'a listener outlives faults', 'Where making a channel fails'),
-    Allowed(limit_after_ehlo, 'command_size_limit holds after EHLO, too', 'holds after EHLO, too'),
-    Allowed(gone_already, 'a client that has gone already is no error',
-            'a client that has gone already is no fault'),
-    Allowed(too_much_data, 'a message over the limit', 'refused with ``552``'),
+    Allowed('num_bytes in data: RFC 1870 says what counts',
+            [(counted_as_in_rfc_1870, without_state('num_bytes'))]),
+    Allowed('the last message is kept until the next DATA only',
+            [(message_is_dropped, without_state('received_data'))]),
+    Allowed('what was refused leaves no trace',
+            [(options_left_behind, without_state('mail_options', 'rcpt_options'))]),
+    Allowed('data is put together as it comes, where no hook sees the pieces',
+            [(piece_in_another_form,
+              without_state('received_lines', 'num_bytes', 'ac_in_buffer'))]),
+    Allowed('__init__() begins the session anew before it calls a method',
+            [(second_init, without_state('seen_greeting', 'extended_smtp', 'data_size_limit')),
+             (init_begins_first, without_state(*BEGUN_ANEW)),
+             (second_init_failed, None)]),
+    Allowed('attributes are there from the start',
+            [(set_before_the_session, None),
+             (set_before_a_failure, without_state('fqdn', 'peer', 'addr')),
+             (state_is_there, None)]),
+    Allowed('the input after a failure comes at the next turn',
+            [(input_is_held, without_state('ac_in_buffer')),
+             (goes_on_after_failure, None)]),
+    Allowed('a failure is answered with 451',
+            [(failure_answered, None), (replied_past_push, None)]),
+    Allowed('a failed command or message is over',
+            [(failed_message_is_over, None), (failed_data_command_is_over, None)]),
+    Allowed('nothing is executed after close()',
+            [(buffer_is_emptied, without_state('ac_in_buffer')), (stops_at_close, None)]),
+    Allowed('nothing is executed after close_when_done()',
+            [(collects_less, without_state('received_lines', 'num_bytes', 'ac_in_buffer')),
+             (debugs_less, None),
+             (stops_at_close_when_done, None)]),
+    Allowed('nothing is executed while `connected` is false', [(not_connected, None)]),
+    Allowed('a session ends as soon as all is sent', [(closes_at_once, None)]),
+    Allowed('what waits is sent before the end', [(sends_before_it_closes, None)]),
+    Allowed('control characters in a command are refused, a bare LF may end it', [(control_character, None)]),
+    Allowed('a reply of several lines is pushed line by line', [(lines_of_a_reply, None)]),
+    Allowed('text is taken as a terminator', [(text_as_terminator, None)]),
+    Allowed('an empty message is a message', [(first_dot, None)]),
+    Allowed('a log_info() that fails does not end the loop', [(log_info_fails, None)]),
+    Allowed('what is no address gets 501', [(malformed_path, None), (cannot_verify, None)]),
+    Allowed('a method of SMTPChannel goes on to the mixin after it', [(base_goes_on, None)]),
+    Allowed('a channel that cannot be made costs only its connection',
+            [(abandoned_connection, None), (listener_lives_on, None), (gone_already, None)]),
+    Allowed('command_size_limit holds for every command', [(limit_after_ehlo, None)]),
+    Allowed('a message over the size limit is over, and counted as in RFC 1870', [(too_much_data, None)]),
 ]
+KINDS = [(row.reason, *kind) for row in ALLOWED for kind in row.kinds]
 
 
 # ---------------------------------------------------------------------------

@@ -163,9 +163,7 @@ WATCHED = {
     'producer_fifo': collections.deque()}
 # Of the first of these the old module sets some later than ours.
 SEEN_BY_METHODS = [name for name in WATCHED if name not in ('fqdn', 'peer', 'addr')]
-# asynchat takes a piece out of the buffer after collect_incoming_data(), we do before.
-SEEN_WHILE_COLLECTING = [name for name in SEEN_BY_METHODS if name != 'ac_in_buffer']
-# Where no hook is overridden, ours keeps what is not whole yet in a form of its own.
+# Where no hook is overridden, ours keeps data that is not whole yet in a form of its own.
 SEEN_AT_REST = [name for name in WATCHED if name not in (
     'received_lines', 'num_bytes', 'ac_in_buffer', 'producer_fifo', 'connected')]
 
@@ -388,8 +386,7 @@ class World:
         if isinstance(thing, self.smtpd.SMTPChannel):
             self.channel = thing
         if self.channel is not None and not name.startswith('patched '):
-            collects = name.endswith('collect_incoming_data') or _is_collecting()
-            self.note_state(SEEN_WHILE_COLLECTING if collects else SEEN_BY_METHODS)
+            self.note_state(SEEN_BY_METHODS)
         if name == 'handle_error' and sys.exc_info()[1] is not None:
             args = [_name_of(sys.exc_info()[1])]
         elif name == 'log_info':
@@ -567,15 +564,6 @@ class World:
 def _name_of(error):
     missing = re.search(r"has no attribute '(\w+)'", str(error))
     return type(error).__name__ + (' ' + missing[1] if missing else '')
-
-
-def _is_collecting():
-    frame = sys._getframe(2)
-    while frame is not None and frame.f_code.co_name != 'turn':
-        if frame.f_code.co_name == 'collect_incoming_data':
-            return True
-        frame = frame.f_back
-    return False
 
 
 def state_text(name, value):

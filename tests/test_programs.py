@@ -12,7 +12,7 @@ import pytest
 
 import smtpd
 from tests import compare_programs, programs
-from tests.support import HERE, missing
+from tests.support import missing
 
 PROGRAMS = 1000
 
@@ -143,17 +143,6 @@ def test_generated_programs_behave_alike(old, ours):
             faults.append('--show %d' % seed)
             print(compare_programs.shown_case(case))
     assert not faults
-
-
-def test_every_row_of_the_table_has_words_in_the_documentation():
-    path = os.path.join(HERE, 'docs', 'differences.rst')
-    if not os.path.exists(path):
-        path = os.path.join(HERE, 'README.rst')
-    with open(path, encoding='utf-8') as file:
-        text = file.read().partition('Differences from the standard library\n=')[2]
-    text = ' '.join(text.split())
-    assert [row.reason for row in compare_programs.ALLOWED
-            if not row.readme or row.readme not in text] == []
 
 
 # Rows of the table that are a promise: what the client got, and what it gets.

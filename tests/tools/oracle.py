@@ -146,7 +146,7 @@ def compare_and_report(options, old, new):
     differing = 0
     for _, case, needed in compare_seeds(first, last, old, new):
         differing += bool(case or needed)
-        rows.update(row.reason for row in needed)
+        rows.update(needed)
         if case is not None:
             faults[signature(case)].append(case)
     count = sum(map(len, faults.values()))
