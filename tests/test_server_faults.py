@@ -81,6 +81,8 @@ import asyncore, errno, gc, os, signal, socket, sys, threading, time
 import smtpd
 sys.stderr.reconfigure(line_buffering=True)  # PyPy's is not, on a pipe
 signal.alarm(60)
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=lambda: signal.alarm(60))
 
 class Server(smtpd.SMTPServer):
     def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
@@ -288,7 +290,6 @@ workers = []
 for _ in range(2):
     worker = os.fork()
     if not worker:
-        signal.alarm(60)
         asyncore.loop()
     workers.append(worker)
 tell_port(server)
@@ -425,7 +426,6 @@ class Forking(Channel):
     def smtp_XFORK(self, arg):
         child = os.fork()
         if not child:
-            signal.alarm(20)
             for each in gc.get_objects():
                 if isinstance(each, (smtpd.SMTPServer, smtpd.SMTPChannel)):
                     each.close()
@@ -495,7 +495,6 @@ def test_a_worker_that_closes_leaves_the_listener_to_the_others(use_poll):
 server = Server(('127.0.0.1', 0), None)
 worker = os.fork()
 if not worker:
-    signal.alarm(60)
     waits, closed, ended = threading.Event(), threading.Event(), threading.Event()
     def readable():
         is_readable = smtpd.SMTPServer.readable(server)
@@ -1574,7 +1573,6 @@ with lock:
     signal.alarm(20)
     child = os.fork()
     if not child:
-        signal.alarm(20)
         channel.push('250 from the child')
         os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
