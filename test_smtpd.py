@@ -1104,11 +1104,6 @@ class TestSession:
         assert way(channel, [b'QUIT\r\n', *forged]) == ['S: 221 Bye']
         assert channel.smtp_server.messages == [] and channel.conn.closed
 
-    def test_a_read_event_without_data_is_nothing(self):
-        channel = make_channel()
-        channel.handle_read()
-        assert channel.connected and channel.conn.sent == b''
-
     @pytest.mark.parametrize('error', [ValueError('TLS cannot peek'), OSError()], ids=repr)
     def test_commands_that_come_while_replies_wait_are_executed(self, error):
         channel = make_channel()
