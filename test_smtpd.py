@@ -2688,8 +2688,8 @@ CLASSES = 'want DebuggingServer, PureProxy, MailmanProxy or package.module.Class
 # What stands between "smtpd: " and "; try --help".
 WRONG_ARGUMENTS = [
     (['--foo'], 'option --foo not recognized'),
-    (['-s', 'x'], '-s x: want a number of octets'),
-    (['--size', '9' * 5000], '--size %s: want a number of octets' % ('9' * 5000)),
+    (['-s', 'x'], '-s x: want a number of octets, digits only'),
+    (['--size', '9' * 5000], '--size %s: want a number of octets, digits only' % ('9' * 5000)),
     (['-s'], 'option -s requires argument'),
     (['1025'], '1025: want HOST:PORT'),
     (['localhost:x'], 'localhost:x: want a port from 0 to 65535'),
@@ -2707,7 +2707,6 @@ WRONG_ARGUMENTS = [
     (['-c', ''], ': no such class; ' + CLASSES),
     (['-c', '.Class'], '.Class: no such module; ' + CLASSES),
     (['-c', '..'], '..: no such module; ' + CLASSES),
-    (['-u', '-c', 'PureProxy', '127.0.0.1:0'], 'PureProxy does not support SMTPUTF8'),
 ]
 
 # The system's or the interpreter's own words stand in these.
@@ -2717,6 +2716,8 @@ FAILED_STARTS = {
     'an unknown host': (['no.such.host.invalid:0'], 'no.such.host.invalid:0: '),
     'an address that is not ours': (['192.0.2.1:0'], '192.0.2.1:0: '),
     'a host that is no name': (['a..b:0'], 'a..b:0: '),
+    'a proxy with SMTPUTF8':
+        (['-u', '-c', 'PureProxy', '127.0.0.1:0'], 'PureProxy does not support SMTPUTF8'),
 }
 
 
@@ -2729,12 +2730,12 @@ class TestCommandLine:
     @pytest.mark.parametrize('option', ['-h', '--help'])
     def test_help_names_all_options(self, option):
         done = run_smtpd(option)
-        assert (done.returncode, done.stdout) == (0, '')
-        assert done.stderr.startswith('An RFC 5321 smtp proxy')
-        assert 'Traceback' not in done.stderr and smtpd.__version__ in done.stderr
+        assert (done.returncode, done.stderr) == (0, '')
+        assert done.stdout.startswith('An RFC 5321 smtp proxy')
+        assert max(map(len, done.stdout.splitlines())) <= 80
         for word in ('--nosetuid --version --class --size --smtputf8 --debug --help -n -V -c -s '
                      '-u -d -h 33554432 8025 localhost:localport remotehost:remoteport').split():
-            assert word in done.stderr
+            assert word in done.stdout
 
     @pytest.mark.parametrize('arguments, complaint', WRONG_ARGUMENTS,
                              ids=lambda each: str(each)[:40])
@@ -2748,22 +2749,21 @@ class TestCommandLine:
     def test_a_failed_start_gets_one_line(self, arguments, beginning):
         done = run_smtpd('-n', *arguments)
         assert (done.returncode, done.stdout) == (1, '')
-        assert re.fullmatch('smtpd: %s.*; try --help\n' % re.escape(beginning), done.stderr)
+        assert re.fullmatch('smtpd: %s.*\n' % re.escape(beginning), done.stderr)
 
     def test_a_class_whose_module_imports_what_is_not_there(self, tmp_path):
         (tmp_path / 'keep.py').write_text('import no_such_module\n')
         done = run_briefly([*SMTPD, '-n', '-c', 'keep.Server'], env=environment(tmp_path))
         assert (done.returncode, done.stdout) == (1, '')
         assert done.stderr == ("smtpd: keep.Server: cannot import keep: No module named "
-                               "'no_such_module'; try --help\n")
+                               "'no_such_module'\n")
 
     def test_a_port_in_use_gets_one_line(self):
         with socket.create_server(('127.0.0.1', 0)) as used:
             address = '127.0.0.1:%d' % used.getsockname()[1]
             done = run_smtpd('-n', '-c', 'DebuggingServer', address)
         assert (done.returncode, done.stdout) == (1, '')
-        assert done.stderr == 'smtpd: %s: %s; try --help\n' % (
-            address, os.strerror(errno.EADDRINUSE))
+        assert done.stderr == 'smtpd: %s: %s\n' % (address, os.strerror(errno.EADDRINUSE))
 
     def test_each_message_is_seen_at_once_through_a_pipe(self):
         with command_line('-c', 'DebuggingServer') as (process, address):
@@ -2913,7 +2913,7 @@ runpy.run_module('smtpd', run_name='__main__', alter_sys=True)
                if not name.startswith('COVERAGE')}  # nobody may not write down what it covers
         done = run_briefly([*command, '-c', 'DebuggingServer', '127.0.0.1:0'], env=env)
         assert (done.returncode, done.stdout) == (1, '')
-        assert done.stderr == 'smtpd: %s; try --help\n' % complaint
+        assert done.stderr == 'smtpd: %s\n' % complaint
 
     def test_default_class_of_the_command_line_relays(self, upstream):
         with command_line(remote='%s:%d' % upstream.address) as (_, address):
