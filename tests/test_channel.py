@@ -71,14 +71,6 @@ def test_a_limit_of_less_than_a_second_is_met(clock):
     assert channel.readable() and channel.writable()
 
 
-@pytest.mark.parametrize('base', [smtpd.SMTPChannel, HookedChannel])
-def test_a_command_that_raises_is_451_between_others_that_wait(base, capsys):
-    channel = make_channel(channel_class=variant(base, smtp_XFAIL=lambda self, arg: 1 / 0))
-    assert feed(channel, b'NOOP\r\nXFAIL\r\nNOOP\r\nXFAIL\r\nNOOP\r\n') == (
-        b'250 OK\r\n451 Internal confusion\r\n' * 2 + b'250 OK\r\n')
-    assert capsys.readouterr().err.count('ZeroDivisionError') == 2
-
-
 @three_ways
 @pytest.mark.parametrize('text', [b'', b'x', b'.', b'\r\n', b'\r'], ids=repr)
 def test_messages_that_come_together_stay_two(text, way):
@@ -98,14 +90,6 @@ def test_a_client_that_has_said_quit_and_ended_gets_the_replies_that_wait():
     asyncore.read(channel)
     feed(channel, b'')
     assert channel.conn.sent == b'250 OK\r\n221 Bye\r\n' and channel.conn.closed
-
-
-def test_no_command_is_executed_when_the_replies_before_it_cannot_be_sent():
-    done = []
-    channel = channel_with(smtp_XNOTE=lambda self, arg: done.append(arg))
-    channel.conn.send = unittest.mock.Mock(side_effect=BrokenPipeError(errno.EPIPE, 'gone'))
-    feed(channel, b'NOOP\r\nXNOTE\r\n')
-    assert channel.conn.closed and done == []
 
 
 @pytest.mark.parametrize('terminator', [-1, 1.5, object()], ids=['-1', '1.5', 'an object'])
@@ -233,15 +217,6 @@ def test_a_factory_of_the_programs_own_gives_the_limits_after_ehlo():
     feed(channel, b'EHLO x\r\n')
     assert feed(channel, line) == b'500 Error: line too long\r\n'
     assert feed(channel, b'NOOP\r\n') == b'250 OK\r\n'
-
-
-def test_init_calls_what_a_program_overrides():
-    def set_rset_state(self):
-        smtpd.SMTPChannel._set_rset_state(self)
-        self.credentials = []
-
-    channel = channel_with(_set_rset_state=set_rset_state)
-    assert channel.credentials == []
 
 
 def test_set_rset_state_forgets_the_message():
@@ -421,24 +396,6 @@ def test_what_is_patched_into_asynchat_reads(monkeypatch):
     monkeypatch.setattr(asynchat.async_chat, 'handle_read', handle_read)
     assert feed(channel, b'NOOP\r\n').endswith(b'250 OK\r\n')
     assert read == [channel]
-
-
-@pytest.mark.parametrize('text, calls', [(b'NOOP\r\n', 1), (b'NOOP\r\nNOOP\r\n', 2), (b'NO', 1)])
-def test_get_terminator_is_called_as_often_as_by_asynchat(text, calls):
-    called = []
-    channel = channel_with(get_terminator=lambda self: called.append(self) or b'\r\n')
-    feed(channel, text)
-    assert len(called) == calls
-
-
-def test_a_channel_that_is_closing_still_sees_the_end_of_the_input():
-    ends = []
-    channel = channel_with(handle_close=lambda self: ends.append(self))
-    feed(channel, b'QUIT\r\n')
-    assert channel.readable() and not channel.writable()
-    channel.conn.incoming.append(b'')
-    asyncore.read(channel)
-    assert ends == [channel] * 2
 
 
 def test_a_client_that_has_ended_gets_the_replies_that_wait():

@@ -89,25 +89,6 @@ Orders(0)
 asyncore.loop()
 '''
 
-DESCRIPTORS_SCRIPT = '''
-import asyncore, os, resource, sys
-import smtpd
-resource.setrlimit(resource.RLIMIT_NOFILE, (2000, 2000))
-
-class Server(smtpd.SMTPServer):
-    channels_in_selector = %(selector)r
-
-    def handle_accepted(self, conn, addr):
-        super().handle_accepted(conn, addr)
-        while not hoard or hoard[-1] < 1100:
-            hoard.append(os.dup(0))
-
-hoard = []
-server = Server(('127.0.0.1', 0), None)
-print(server.socket.getsockname()[1], flush=True)
-asyncore.loop(use_poll=%(use_poll)r)
-'''
-
 MEMORY_SCRIPT = '''
 import asyncore, resource
 import smtpd
@@ -168,27 +149,6 @@ class TestServerStaysUpInAProcess:
                 assert waiting.reply().startswith(b'220 ')
             assert first.say(b'QUIT') == b'221 Bye\r\n'
 
-    @pytest.mark.parametrize('selector, use_poll, is_greeted', [
-        (False, False, False), (False, True, True), (True, False, False), (True, True, True)],
-        ids=['select', 'poll', 'select and the selector', 'poll and the selector'])
-    def test_descriptors_over_1023(self, selector, use_poll, is_greeted):
-        """select() cannot wait for them: 421 instead of the end of the process."""
-        if resource_limit() < 2000:
-            pytest.skip('no process may have 2000 descriptors here')
-        with script(DESCRIPTORS_SCRIPT, selector=selector, use_poll=use_poll) as (
-                process, address):
-            with RawClient(address) as first:
-                assert first.reply().startswith(b'220 ')
-                for _ in range(2):
-                    with RawClient(address) as client:
-                        if is_greeted:
-                            assert client.reply().startswith(b'220 ')
-                            assert client.say(b'NOOP') == b'250 OK\r\n'
-                        else:
-                            assert client.rest() == b'421 Service not available\r\n'
-                assert first.say(b'NOOP') == b'250 OK\r\n'
-            assert process.poll() is None
-
     @pytest.mark.slow
     @pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='needs Linux /proc')
     @pytest.mark.parametrize('line', [b'.', b'x' * 76, b'x' * 1_000_000],
@@ -211,8 +171,3 @@ class TestServerStaysUpInAProcess:
                 peak, length = map(int, client.rest().split()[-4:-2])
         assert length == repeats * per_block * (len(line) + 1) - 1
         assert peak < 3.5 * size
-
-
-def resource_limit():
-    resource = pytest.importorskip('resource')
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[1]

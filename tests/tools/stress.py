@@ -483,16 +483,22 @@ def one_cycle(number):
 
 def cycles(options):
     gc.disable()
-    for number in range(options.cycles // 4):
-        one_cycle(number)
+    run_cycles(options.cycles)  # as many, so that as many threads wait for another message
     memory, descriptors = resident_octets(), open_descriptors()
-    for number in range(options.cycles):
-        one_cycle(number)
+    run_cycles(options.cycles)
     grown = resident_octets() - memory
     print('cycles: %d servers made and closed: %d octets of memory more, %d descriptors'
           % (options.cycles, grown, open_descriptors() - descriptors))
     assert open_descriptors() == descriptors
     assert grown < 1024 * options.cycles
+
+
+def run_cycles(count):
+    for number in range(count):
+        one_cycle(number)
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread():
+            thread.join(TIMEOUT)
 
 
 def main():
