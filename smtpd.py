@@ -788,11 +788,11 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
             if self._fileno is not None:  # not closed meanwhile
                 self.close()
             return
-        if self.producer_fifo:
+        had_output, is_unanswered = bool(self.producer_fifo), self._is_unanswered
+        super().handle_write()
+        self._is_unanswered = is_unanswered  # what was sent are replies to earlier input
+        if had_output:
             self._last_sign_of_life = time.monotonic()
-            is_unanswered = self._is_unanswered
-            super().handle_write()
-            self._is_unanswered = is_unanswered  # what was sent are replies to earlier input
         elif self._waits_for is _GOODBYE:
             self.push('421 Error: timeout exceeded')
             self.close_when_done()
