@@ -276,7 +276,7 @@ _ASYNCORES_LOG_INFO = asyncore.dispatcher.log_info
 _ASYNCORES_HANDLE_ERROR = asyncore.dispatcher.handle_error
 
 
-class _Dispatcher:
+class _Common:
     """A mixin for dispatchers: the log goes to standard error, and any thread may close."""
 
     def log_info(self, *args, **kwargs):
@@ -320,7 +320,7 @@ class _Dispatcher:
         return False
 
 
-class _Reader(_Dispatcher, asyncore.dispatcher):
+class _Reader(_Common, asyncore.dispatcher):
     """A dispatcher that is only read from."""
 
     def writable(self):
@@ -511,7 +511,7 @@ def _remove_last(items, item):
     del items[-1 - items[::-1].index(item)]
 
 
-class SMTPChannel(_Dispatcher, asynchat.async_chat):
+class SMTPChannel(_Common, asynchat.async_chat):
     """The dialogue with one client (RFC 5321).
 
     A server calls its `channel_class` with these seven arguments, all positional.
@@ -590,15 +590,15 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
     terminator = _END_OF_LINE
     use_encoding = True  # asynchat's: a terminator may be text, as in Python 2's programs
 
-    # The transaction: see _begin_transaction().
+    # The transaction: see _begin_transaction().  Nothing is ever added to these lists.
     smtp_state = COMMAND
     mailfrom = None
-    rcpttos = ()
-    mail_options = ()
-    rcpt_options = ()
+    rcpttos = []
+    mail_options = []
+    rcpt_options = []
     require_SMTPUTF8 = False  # asked for in MAIL
     received_data = ''  # the last message, until the next DATA
-    received_lines = ()  # pieces of the current line, or of data
+    received_lines = []  # pieces of the current line, or of data
     num_bytes = 0  # octets of the current line, or of data, even over the limit
 
     # str or bytes, as received_lines is; copies of the old found_terminator() use these.
@@ -615,7 +615,7 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
     _waits_for = None  # _NEXT_TURN, _REPLIES_SENT, _GOODBYE, or a list: a step's outcome
     _unread = b''  # input that comes after the wait
     _last_sign_of_life = None  # of the client, on the monotonic clock
-    _sending = threading.RLock()  # one thread at a time sends; each channel has its own
+    _sending = contextlib.nullcontext()  # in __init__() a lock: one thread at a time sends
     _quiet_channels = None  # where it is kept, instead of the map, while it only waits for input
     _relay = None  # takes the steps of this session to a proxy's upstream
 
@@ -636,10 +636,7 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
         if isinstance(self._emptystring, str) != bool(decode_data):
             self._emptystring, self._linesep, self._dotsep, self._newline = (
                 ('', '\r\n', '.', NEWLINE) if decode_data else (b'', b'\r\n', ord(b'.'), b'\n'))
-        self.command_size_limits = type(self).command_size_limits.copy()
-        if getattr(self.command_size_limits, 'default_factory', None) is _standard_limit:
-            self.command_size_limits.default_factory = functools.partial(
-                _give, self.command_size_limit)
+        self.command_size_limits = self._own_limits()
         self.received_lines = []
         self._begin_transaction()
         self._last_sign_of_life = time.monotonic()
@@ -660,6 +657,13 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
         if _is_server(server) and server.channels_in_selector:
             self._quiet_channels = server._quiet_channels_for(self)
             self._settle()
+
+    def _own_limits(self):
+        """The class's, for this session alone: its EHLO must not change those of others."""
+        limits = type(self).command_size_limits.copy()
+        if getattr(limits, 'default_factory', None) is _standard_limit:
+            limits.default_factory = functools.partial(_give, self.command_size_limit)
+        return limits
 
     def _begin_transaction(self):
         """Set the state that RSET and the end of the data return to."""
@@ -882,13 +886,14 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
         self.received_lines = []
         if not isinstance(DEBUGSTREAM, Devnull):
             _debug('Data: %r', whole)
+        whole = [_as_octets(whole)]  # so that a large message can be let go
         self._is_unanswered = True
         try:
             if self.smtp_state == self.COMMAND:
                 octets, self.num_bytes = self.num_bytes, 0
-                self._execute_line(_as_octets(whole), octets)
+                self._execute_line(whole[0], octets)
             elif self.smtp_state == self.DATA:
-                self._end_data(_as_octets(whole))
+                self._end_data(whole)
             else:
                 self.push('451 Internal confusion')
         except BaseException as error:
@@ -1041,12 +1046,21 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
                 self._message = message = _appendable(message)
             message.write(text)
 
-    def _end_data(self, octets):
-        """Handle the message that these octets, if there are any, end."""
+    def _add_in_blocks(self, octets):
+        """Take a whole message piece by piece, for less memory; none ends within CRLF-dot."""
+        start = 0
+        while start < len(octets):
+            end = octets.find(_END_OF_LINE, start + self.ac_in_buffer_size)
+            end = end if end > 0 else len(octets)
+            self._add_to_message(octets[start:end])
+            start = end
+
+    def _end_data(self, collected):
+        """Handle the message; `collected` is a list of what hooks of the program's let in."""
         size, limit = self.num_bytes, self.data_size_limit
-        if octets and not (limit and size > limit):
+        if any(collected) and not (limit and size > limit):
             self.num_bytes = 0
-            self._add_to_message(octets)
+            self._add_in_blocks(collected.pop())
             size = self.num_bytes
         if size:
             size += len(_END_OF_LINE)  # RFC 1870 counts the last one, too
@@ -1280,7 +1294,7 @@ class SMTPChannel(_Dispatcher, asynchat.async_chat):
         if self.recipient_limit is not None and len(self.rcpttos) >= self.recipient_limit:
             self.push('452 Error: too many recipients')  # RFC 5321, 4.5.3.1.10
             return
-        if self.rcpttos == ():  # of a channel whose __init__() never ran
+        if self.rcpttos is SMTPChannel.rcpttos:  # __init__() never ran
             self.rcpttos = []
         self.rcpttos.append(address)
         _debug('recips: %s', self.rcpttos)
@@ -1612,10 +1626,11 @@ class _QuietChannels(_Reader):
         descriptor = channel._fileno
         if channel.readable() and not channel.writable():
             if self._map.get(descriptor) is channel and not self._epoll.closed:
-                self._own_epoll().register(descriptor, select.EPOLLIN)
-                self.channels[descriptor] = self._map.pop(descriptor)
-                self._fileno = self._epoll.fileno()
-                self.add_channel()
+                with contextlib.suppress(OSError):  # the kernel takes no more: it stays there
+                    self._own_epoll().register(descriptor, select.EPOLLIN)
+                    self.channels[descriptor] = self._map.pop(descriptor)
+                    self._fileno = self._epoll.fileno()
+                    self.add_channel()
         elif self.channels.get(descriptor) is channel:
             self._map[descriptor] = channel
             self.discard(channel)
@@ -2531,7 +2546,7 @@ class _UpstreamLost(ConnectionError):
     """The upstream has closed, or its replies can no longer be told apart."""
 
 
-class _Upstream(_Dispatcher, asynchat.async_chat):
+class _Upstream(_Common, asynchat.async_chat):
     """A connection to an SMTP or LMTP server, in the loop.
 
     Not smtplib's: that blocks, waits for ever for a reply that never ends, takes a

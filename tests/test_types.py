@@ -110,7 +110,7 @@ FAULTY_LINES = [6, 8, 9, 12, 16]
 TARGETS = ['3.12', '3.13', '3.14', '3.15']
 TYPED_BLOCKS = sorted(name for name, (language, text) in BLOCKS.items()
                       if language == 'python' and text.startswith('# ')
-                      and not name.startswith(('tutorial-', 'own-')))
+                      and not name.startswith(('tutorial-', 'own-', 'calls')))
 
 
 @pytest.fixture(scope='module')
