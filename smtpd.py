@@ -882,18 +882,18 @@ class SMTPChannel(_Common, asynchat.async_chat):
 
     def found_terminator(self):
         """Execute the collected command, or end the collected data (asynchat's hook)."""
-        whole = self._emptystring.join(self.received_lines)
-        self.received_lines = []
+        pieces = self.received_lines
+        line = b'' if self.smtp_state == self.DATA else _as_octets(self._emptystring.join(pieces))
         if not isinstance(DEBUGSTREAM, Devnull):
-            _debug('Data: %r', whole)
-        whole = [_as_octets(whole)]  # so that a large message can be let go
+            _debug('Data: %r', self._emptystring.join(pieces))
+        self.received_lines = []
         self._is_unanswered = True
         try:
             if self.smtp_state == self.COMMAND:
                 octets, self.num_bytes = self.num_bytes, 0
-                self._execute_line(whole[0], octets)
+                self._execute_line(line, octets)
             elif self.smtp_state == self.DATA:
-                self._end_data(whole)
+                self._end_data(pieces)
             else:
                 self.push('451 Internal confusion')
         except BaseException as error:
@@ -1046,21 +1046,24 @@ class SMTPChannel(_Common, asynchat.async_chat):
                 self._message = message = _appendable(message)
             message.write(text)
 
-    def _add_in_blocks(self, octets):
-        """Take a whole message piece by piece, for less memory; none ends within CRLF-dot."""
-        start = 0
-        while start < len(octets):
-            end = octets.find(_END_OF_LINE, start + self.ac_in_buffer_size)
-            end = end if end > 0 else len(octets)
-            self._add_to_message(octets[start:end])
-            start = end
+    def _add_pieces(self, pieces):
+        """Take collected pieces, which a terminator of the program's may have cut anywhere."""
+        pieces.reverse()  # so that each can be let go: there may be many
+        rest = b''
+        while pieces:
+            octets = rest + _as_octets(self._emptystring + pieces.pop())
+            end = len(octets) - asynchat.find_prefix_at_end(octets, _END_OF_DATA)
+            if end:
+                self._add_to_message(octets[:end])
+            rest = octets[end:]
+        self._add_to_message(rest)
 
-    def _end_data(self, collected):
-        """Handle the message; `collected` is a list of what hooks of the program's let in."""
+    def _end_data(self, pieces):
+        """Handle the message that our hook has put together, or the program's have in pieces."""
         size, limit = self.num_bytes, self.data_size_limit
-        if any(collected) and not (limit and size > limit):
+        if pieces and not (limit and size > limit):
             self.num_bytes = 0
-            self._add_in_blocks(collected.pop())
+            self._add_pieces(pieces)
             size = self.num_bytes
         if size:
             size += len(_END_OF_LINE)  # RFC 1870 counts the last one, too
@@ -1626,7 +1629,8 @@ class _QuietChannels(_Reader):
         descriptor = channel._fileno
         if channel.readable() and not channel.writable():
             if self._map.get(descriptor) is channel and not self._epoll.closed:
-                with contextlib.suppress(OSError):  # the kernel takes no more: it stays there
+                # The kernel takes no more; or another thread closes it at this moment.
+                with contextlib.suppress(OSError, KeyError):
                     self._own_epoll().register(descriptor, select.EPOLLIN)
                     self.channels[descriptor] = self._map.pop(descriptor)
                     self._fileno = self._epoll.fileno()
