@@ -615,7 +615,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
     _waits_for = None  # _NEXT_TURN, _REPLIES_SENT, _GOODBYE, or a list: a step's outcome
     _unread = b''  # input that comes after the wait
     _last_sign_of_life = None  # of the client, on the monotonic clock
-    _sending = contextlib.nullcontext()  # in __init__() a lock: one thread at a time sends
+    _sending = None  # a lock: one thread at a time sends
     _quiet_channels = None  # where it is kept, instead of the map, while it only waits for input
     _relay = None  # takes the steps of this session to a proxy's upstream
 
@@ -640,7 +640,6 @@ class SMTPChannel(_Common, asynchat.async_chat):
         self.received_lines = []
         self._begin_transaction()
         self._last_sign_of_life = time.monotonic()
-        self._sending = threading.RLock()
         with contextlib.suppress(OSError, AttributeError):  # AF_UNIX; a stub
             conn.setsockopt(*_NO_DELAY)
         asynchat.async_chat.__init__(self, conn, map)
@@ -932,10 +931,18 @@ class SMTPChannel(_Common, asynchat.async_chat):
             self.push('421 Error: too many errors')
             self.close_when_done()
 
+    def _make_lock(self):
+        self._sending = lock = threading.RLock()
+        return lock
+
     def initiate_send(self):
         self._is_unanswered = False
-        with self._sending:
+        lock = self._sending or self._make_lock()
+        lock.acquire()  # in fewer steps than `with`
+        try:
             super().initiate_send()
+        finally:
+            lock.release()
         if self.producer_fifo:
             self._settle()
 
