@@ -653,8 +653,8 @@ class SMTPChannel(_Common, asynchat.async_chat):
         _debug('Peer: %r', self.peer)
         # Sent now: TLS subclasses call async_chat.__init__() next, which drops what is queued.
         self.push('220 %s %s' % (self.fqdn, __version__))
-        if _is_server(server) and server.channels_in_selector:
-            self._quiet_channels = server._quiet_channels_for(self)
+        if _is_server(server) and server.channels_in_selector and self._map is server._map:
+            self._quiet_channels = server._quiet_channels_for(type(self))
             self._settle()
 
     def _own_limits(self):
@@ -1628,23 +1628,34 @@ class _QuietChannels(_Reader):
         self._server = server
         self.channels = {}  # by descriptor
         self._epoll = select.epoll()
+        if _is_too_much_for_select(self._epoll.fileno()):
+            self._epoll.close()
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         self._process = os.getpid()
         self._next_look_for_idle = 0.0  # on the monotonic clock
 
     def settle(self, channel):
         """Take the channel out of the map while it only waits for input; else put it back."""
         descriptor = channel._fileno
-        if channel.readable() and not channel.writable():
+        if descriptor is None:  # closed
+            return
+        reads, writes = channel.readable(), channel.writable()  # the first one may end idleness
+        if writes and descriptor < _FD_SETSIZE or not (reads or writes):
+            if self.channels.get(descriptor) is channel:
+                self._map[descriptor] = channel
+                self.discard(channel)
+            return
+        # A loop in select() could not wait until a larger descriptor is writable.
+        event = select.EPOLLOUT if writes else select.EPOLLIN
+        # The kernel takes no more; or another thread closes it at this moment.
+        with contextlib.suppress(OSError, KeyError):
             if self._map.get(descriptor) is channel and not self._epoll.closed:
-                # The kernel takes no more; or another thread closes it at this moment.
-                with contextlib.suppress(OSError, KeyError):
-                    self._own_epoll().register(descriptor, select.EPOLLIN)
-                    self.channels[descriptor] = self._map.pop(descriptor)
-                    self._fileno = self._epoll.fileno()
-                    self.add_channel()
-        elif self.channels.get(descriptor) is channel:
-            self._map[descriptor] = channel
-            self.discard(channel)
+                self._own_epoll().register(descriptor, event)
+                self.channels[descriptor] = self._map.pop(descriptor)
+                self._fileno = self._epoll.fileno()
+                self.add_channel()
+            elif descriptor >= _FD_SETSIZE and self.channels.get(descriptor) is channel:
+                self._own_epoll().modify(descriptor, event)
 
     def discard(self, channel):
         if self.channels.get(channel._fileno) is channel:
@@ -1693,12 +1704,12 @@ class _QuietChannels(_Reader):
         return bool(self.channels)
 
     def handle_read(self):
-        for descriptor, _ in self._own_epoll().poll(0):
+        for descriptor, events in self._own_epoll().poll(0):
             channel = self.channels.get(descriptor)
             if channel is None:
                 self._unregister(descriptor)
             else:
-                asyncore.read(channel)
+                (asyncore.write if events & select.EPOLLOUT else asyncore.read)(channel)
                 self.settle(channel)
         self._leave_if_empty()
 
@@ -1851,7 +1862,8 @@ class SMTPServer(_Reader):
                 raise
             self._wait_for_resources(error)
             return None
-        if pair is not None and _is_too_much_for_select(pair[0].fileno(), self._map):
+        if (pair is not None and _is_too_much_for_select(pair[0].fileno(), self._map)
+                and self._quiet_channels_for(self.channel_class) is None):
             _refuse(pair[0])
             return None
         if pair is not None and self.process_message_threads and self.accepting:
@@ -1949,16 +1961,15 @@ class SMTPServer(_Reader):
         """Run call() in a thread, then resume(outcome) in the loop's."""
         self._own_threads().run(call, resume)
 
-    def _quiet_channels_for(self, channel):
-        """What keeps this channel while it only waits for input; None: the socket map does."""
-        quiet = self._quiet_channels
-        if not (_QuietChannels.is_possible and channel._map is self._map
-                and _leaves_events_alone(type(channel))):
+    def _quiet_channels_for(self, channel_class):
+        """What keeps channels that only wait for input; None: the socket map does."""
+        if not (self.channels_in_selector and _QuietChannels.is_possible
+                and _leaves_events_alone(channel_class)):
             return None
-        if quiet is None:
+        if self._quiet_channels is None:
             with contextlib.suppress(OSError):
-                quiet = self._quiet_channels = _QuietChannels(self)
-        return quiet
+                self._quiet_channels = _QuietChannels(self)
+        return self._quiet_channels
 
     def _relay_for(self, channel):
         """PureProxy's: what takes a channel's steps upstream."""

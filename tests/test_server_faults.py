@@ -727,6 +727,34 @@ asyncore.loop()
             assert client.say(b'NOOP') == b'250 OK\r\n'
 
 
+@needs_limits
+@pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])
+def test_numbers_that_select_cannot_take_are_served_in_the_selector(use_poll):
+    """Also while a client that does not read its replies has to wait."""
+    text = '''
+def smtp_XLONG(self, arg):
+    self.push('250 ' + 10_000_000 * 'x')
+
+Channel.smtp_XLONG = smtp_XLONG
+Server.channels_in_selector = True
+Server.process_message_threads = 1
+limit(2000)
+server = Server(('127.0.0.1', 0), None)
+tell_port(server)
+asyncore.loop(count=1)  # the first client comes, before numbers are large
+hoard(1100)
+asyncore.loop(use_poll=%s)
+''' % use_poll
+    with script(text) as (process, address), RawClient(address) as first:
+        assert first.reply().startswith(b'220 ')
+        with greet(address, b'EHLO x') as client:
+            client.send(b'XLONG\r\nNOOP\r\n')
+            assert first.say(b'NOOP') == b'250 OK\r\n'
+            assert len(client.reply()) == 10_000_006 and client.reply() == b'250 OK\r\n'
+            assert post(client).startswith(b'250 of')
+        assert process.poll() is None
+
+
 @pytest.mark.parametrize('selector', [False, True], indirect=True)
 def test_a_channel_is_asked_only_for_what_it_is_ready_for(selector):
     """A handle_read() or handle_write() of the program's may count on it."""
