@@ -611,7 +611,8 @@ ALLOWED = [
     Allowed('nothing is executed while `connected` is false', [(not_connected, None)]),
     Allowed('a session ends as soon as all is sent', [(closes_at_once, None)]),
     Allowed('what waits is sent before the end', [(sends_before_it_closes, None)]),
-    Allowed('control characters in a command are refused, a bare LF may end it', [(control_character, None)]),
+    Allowed('control characters in a command are refused, a bare LF may end it',
+            [(control_character, None)]),
     Allowed('a reply of several lines is pushed line by line', [(lines_of_a_reply, None)]),
     Allowed('text is taken as a terminator', [(text_as_terminator, None)]),
     Allowed('an empty message is a message', [(first_dot, None)]),
@@ -621,7 +622,8 @@ ALLOWED = [
     Allowed('a channel that cannot be made costs only its connection',
             [(abandoned_connection, None), (listener_lives_on, None), (gone_already, None)]),
     Allowed('command_size_limit holds for every command', [(limit_after_ehlo, None)]),
-    Allowed('a message over the size limit is over, and counted as in RFC 1870', [(too_much_data, None)]),
+    Allowed('a message over the size limit is over, and counted as in RFC 1870',
+            [(too_much_data, None)]),
 ]
 KINDS = [(row.reason, *kind) for row in ALLOWED for kind in row.kinds]
 
