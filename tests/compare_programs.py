@@ -234,6 +234,13 @@ def failed_data_command_is_over(case):
             and ['set_terminator', repr(b'\r\n')] in case.new_rest[:4])
 
 
+def failed_data_is_over(case):
+    """Data that cannot be put together: ours forgets the transaction before handle_error()."""
+    return ('smtp_state' in case.state_differs_in() and case.seen('smtp_state')[1] == '0'
+            and any(event[0] in ('handle_error', 'error', 'log_info')
+                    and event in case.new_rest[:4] for event in case.old_rest[:2]))
+
+
 def failed_message_is_over(case):
     """A handler failed: ours forgets the transaction before handle_error() is called."""
     calls = [event[0] for event in case.old[:case.at]
@@ -338,6 +345,13 @@ def collects_less(case):
             and case.seen('ac_in_buffer')[1] == "b''")
 
 
+def dropped_input_after_the_end(case):
+    """The program has kept the session open after close_when_done(): the input was dropped."""
+    return case.overrides('close', 'handle_close') and case.old_rest[0][0] in (
+        'state', *INPUT) and any(', None)' in event[1].get('producer_fifo', '')
+                                 for event in case.old[:case.at] if event[0] == 'state')
+
+
 def closes_at_once(case):
     """Ours closes at the end of handle_read(), the old module at the next turn."""
     return (case.overrides('handle_read', 'handle_read_event') and asks_for_the_end(case)
@@ -387,8 +401,8 @@ def too_much_data(case):
     not_seen_yet = (case.program['room'] is not None and limit and limit < 1000
                     and 'smtp_state' in case.state_differs_in())
     is_over = (limit and limit < 1000 and case.new_rest[0] == ['_set_post_data_state']
-               and '552 Error: T' in str(case.new))
-    return not_seen_yet or is_over or any('552 Error: T' in str(event) for event in near)
+               and '552 Err' in str(case.new))
+    return not_seen_yet or is_over or any('552 Err' in str(event) for event in near)
 
 
 def sends_before_it_closes(case):
@@ -606,13 +620,15 @@ ALLOWED = [
     Allowed('a failure is answered with 451',
             [(failure_answered, None), (replied_past_push, None)]),
     Allowed('a failed command or message is over',
-            [(failed_message_is_over, None), (failed_data_command_is_over, None)]),
+            [(failed_message_is_over, None), (failed_data_command_is_over, None),
+             (failed_data_is_over, None)]),
     Allowed('nothing is executed after close()',
             [(buffer_is_emptied, without_state('ac_in_buffer')), (stops_at_close, None)]),
     Allowed('nothing is executed after close_when_done()',
             [(collects_less, without_state('received_lines', 'num_bytes', 'ac_in_buffer')),
              (debugs_less, None),
-             (stops_at_close_when_done, None)]),
+             (stops_at_close_when_done, None),
+             (dropped_input_after_the_end, None)]),
     Allowed('nothing is executed while `connected` is false', [(not_connected, None)]),
     Allowed('a session ends as soon as all is sent', [(closes_at_once, None)]),
     Allowed('what waits is sent before the end', [(sends_before_it_closes, None)]),
