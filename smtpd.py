@@ -590,15 +590,15 @@ class SMTPChannel(_Common, asynchat.async_chat):
     terminator = _END_OF_LINE
     use_encoding = True  # asynchat's: a terminator may be text, as in Python 2's programs
 
-    # The transaction: see _begin_transaction().  Nothing is ever added to these lists.
+    # The transaction: see _begin_transaction().  No lists, which sessions would share.
     smtp_state = COMMAND
     mailfrom = None
-    rcpttos = []
-    mail_options = []
-    rcpt_options = []
+    rcpttos = ()
+    mail_options = ()
+    rcpt_options = ()
     require_SMTPUTF8 = False  # asked for in MAIL
     received_data = ''  # the last message, until the next DATA
-    received_lines = []  # pieces of the current line, or of data
+    received_lines = ()  # pieces of the current line, or of data
     num_bytes = 0  # octets of the current line, or of data, even over the limit
 
     # str or bytes, as received_lines is; copies of the old found_terminator() use these.
@@ -1304,7 +1304,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
         if self.recipient_limit is not None and len(self.rcpttos) >= self.recipient_limit:
             self.push('452 Error: too many recipients')  # RFC 5321, 4.5.3.1.10
             return
-        if self.rcpttos is SMTPChannel.rcpttos:  # __init__() never ran
+        if self.rcpttos == ():  # __init__() never ran
             self.rcpttos = []
         self.rcpttos.append(address)
         _debug('recips: %s', self.rcpttos)

@@ -567,6 +567,8 @@ def _name_of(error):
 
 
 def state_text(name, value):
+    if value == ():  # the default of a channel whose __init__() has not run
+        value = []
     if name == 'received_lines' and isinstance(value, list):
         value = _joined(value)
     elif name == 'producer_fifo' and isinstance(value, collections.deque):
