@@ -454,8 +454,8 @@ _NEEDS_CARE = re.compile(rb'\r(?!\n[^.])')
 def _unstuff(octets):
     """Undo dot-stuffing and CRLF (RFC 5321, 4.5.2); return the size in octets, and the text.
 
-    A piece must not end inside CRLF or CRLF-dot; _cut() makes no such piece.  The size is
-    RFC 1870's: with CRLF, without the doubled dots.
+    A piece must not end inside CRLF or CRLF-dot: with this terminator asynchat makes none that
+    does.  The size is RFC 1870's: with CRLF, without the doubled dots.
     """
     if not _NEEDS_CARE.search(octets):
         return len(octets), _without_cr(octets)
@@ -508,7 +508,8 @@ def _standard_limit():
 
 
 def _remove_last(items, item):
-    del items[-1 - items[::-1].index(item)]
+    if item in items:  # a program may have rewritten it
+        del items[-1 - items[::-1].index(item)]
 
 
 class SMTPChannel(_Common, asynchat.async_chat):
@@ -1421,7 +1422,7 @@ def _getfqdn():
 
 
 # ---------------------------------------------------------------------------
-# Aside: threads for handlers, a selector for many channels
+# Aside: threads for handlers, quiet channels outside the map
 # ---------------------------------------------------------------------------
 
 _IDLE_THREAD_SECONDS = 1  # most clients send their next command within it

@@ -1641,13 +1641,6 @@ class TestSocket:
             assert [message[:4] for message in server.messages] == [
                 ((host, port), 'a@b', ['c@d'], in_mode(b'text', decode_data))]
 
-    def test_the_selector_is_one_object_in_the_map(self, selector):
-        with serving() as server, contextlib.ExitStack() as stack:
-            for _ in range(5):
-                stack.enter_context(greet(server))
-            assert is_served(server)  # by then the loop knows that the others are quiet
-            assert is_served(server) and len(server._map) == (2 if selector else 6)
-
     @pytest.mark.parametrize('name, value', [
         ('readable', lambda self: smtpd.SMTPChannel.readable(self)),
         ('handle_read_event', lambda self: smtpd.SMTPChannel.handle_read_event(self))])

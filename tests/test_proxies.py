@@ -557,8 +557,9 @@ def test_upstream_that_select_could_not_wait_for_is_451(upstream, use_poll):
     resource = pytest.importorskip('resource')  # not on Windows
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1200:
         pytest.skip('too few descriptors')
-    with proxy_to(upstream, use_poll=use_poll) as proxy, greet(proxy, HELLO) as client:
-        assert post(proxy) == b'250 OK\r\n'
+    with proxy_to(upstream, use_poll=use_poll) as proxy, greet(proxy, HELLO) as client, \
+            greet(proxy, HELLO) as other:
+        assert codes(steps(other)) == '250 250 354 250'
         with contextlib.ExitStack() as numbers:
             for _ in range(1030):
                 numbers.enter_context(open(os.devnull))
@@ -820,6 +821,20 @@ def test_step_that_the_client_was_told_to_be_taken_stands_whatever_fails_then(
         recipients = ([each[1] for each in upstream.messages] if base is smtpd.PureProxy
                       else [each[2] for each in server.messages])
         assert recipients == [['b@x', 'c@x']]
+
+
+def test_a_refused_recipient_that_the_program_has_rewritten_does_not_end_the_session(upstream):
+    class Channel(smtpd.SMTPChannel):
+        def smtp_RCPT(self, arg):
+            super().smtp_RCPT(arg)
+            self.rcpttos[-1:] = ['other@x']
+
+    proxy_class = type('Proxy', (smtpd.PureProxy,), {'channel_class': Channel})
+    upstream.faults = {'RCPT': '550 no'}
+    with proxy_to(upstream, proxy_class) as proxy, greet(proxy, HELLO) as client:
+        client.say(b'MAIL FROM:<a@x>')
+        assert client.say(b'RCPT TO:<b@x>') == b'550 no\r\n'
+        assert client.say(b'NOOP') == b'250 OK\r\n'
 
 
 def test_recipient_that_comes_twice_keeps_its_first_place_if_the_second_is_put_off(upstream):

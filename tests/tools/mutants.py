@@ -86,7 +86,6 @@ EQUIVALENT = {
     "SMTPChannel.smtp_HELP: ''  ->  'x'": 'not a command either',
     '_Reader.writable: return False  ->  return': 'None is as false',
     '_Threads.readable: return False  ->  return': 'None is as false',
-    '_QuietChannels.readable: return False  ->  return': 'None is as false',
     '_Threads.handle_read: 4096  ->  4097': 'any large number will do',
     "_deliveries_of: '_deliveries'  ->  '_deliverie'": 'nobody else knows the name',
     "_Relay.mail: 'BODY='  ->  'BODY'":
