@@ -578,29 +578,12 @@ class SMTPChannel(_Common, asynchat.async_chat):
     error_limit = 100  # as Postfix's smtpd_hard_error_limit (20), but kinder to test suites
     unsent_reply_limit = 65536  # one read's worth
 
-    # The session.  Attributes are set only where they differ from the class: CPython is
-    # faster with objects that have fewer than 30.
-    smtp_server = None
-    conn = None
-    peer = None
-    fqdn = ''
+    # What most sessions leave as it is; _begin() sets the rest.  CPython is fast with attributes
+    # that stand in the instance alone, and fewer than 30.
     data_size_limit = DATA_SIZE_DEFAULT
     enable_SMTPUTF8 = False
-    extended_smtp = False  # EHLO, not HELO
-    seen_greeting = ''  # what the client called itself
-    terminator = _END_OF_LINE
-    use_encoding = True  # asynchat's: a terminator may be text, as in Python 2's programs
-
-    # The transaction: see _begin_transaction().  No lists, which sessions would share.
-    smtp_state = COMMAND
-    mailfrom = None
-    rcpttos = ()
-    mail_options = ()
-    rcpt_options = ()
     require_SMTPUTF8 = False  # asked for in MAIL
-    received_data = ''  # the last message, until the next DATA
-    received_lines = ()  # pieces of the current line, or of data
-    num_bytes = 0  # octets of the current line, or of data, even over the limit
+    use_encoding = True  # asynchat's: a terminator may be text, as in Python 2's programs
 
     # str or bytes, as received_lines is; copies of the old found_terminator() use these.
     _decode_data = False
@@ -610,12 +593,9 @@ class SMTPChannel(_Common, asynchat.async_chat):
     _newline = b'\n'
 
     # Private.
-    _message = None  # as far as it has come, where no hook of the program's collects it
     _errors = 0  # 5yz replies since the last message
-    _is_unanswered = False  # a command or message is being executed, without a reply so far
     _waits_for = None  # _NEXT_TURN, _REPLIES_SENT, _GOODBYE, or a list: a step's outcome
     _unread = b''  # input that comes after the wait
-    _last_sign_of_life = None  # of the client, on the monotonic clock
     _sending = None  # a lock: one thread at a time sends
     _quiet_channels = None  # where it is kept, instead of the map, while it only waits for input
     _relay = None  # takes the steps of this session to a proxy's upstream
@@ -624,8 +604,9 @@ class SMTPChannel(_Common, asynchat.async_chat):
                  map=None, enable_SMTPUTF8=False, decode_data=False):
         _check_modes(enable_SMTPUTF8, decode_data)
         if self.smtp_server is not None:  # a second call
-            for name in _STATE_OF_A_SESSION:
+            for name in '_errors', '_waits_for', '_unread', '_relay':
                 vars(self).pop(name, None)
+        self._begin()
         self.smtp_server = server
         self.conn = conn
         if self.data_size_limit != data_size_limit:
@@ -638,9 +619,6 @@ class SMTPChannel(_Common, asynchat.async_chat):
             self._emptystring, self._linesep, self._dotsep, self._newline = (
                 ('', '\r\n', '.', NEWLINE) if decode_data else (b'', b'\r\n', ord(b'.'), b'\n'))
         self.command_size_limits = self._own_limits()
-        self.received_lines = []
-        self._begin_transaction()
-        self._last_sign_of_life = time.monotonic()
         with contextlib.suppress(OSError, AttributeError):  # AF_UNIX; a stub
             conn.setsockopt(*_NO_DELAY)
         asynchat.async_chat.__init__(self, conn, map)
@@ -657,6 +635,27 @@ class SMTPChannel(_Common, asynchat.async_chat):
         if _is_server(server) and server.channels_in_selector and self._map is server._map:
             self._quiet_channels = server._quiet_channels_for(type(self))
             self._settle()
+
+    def __new__(cls, *args, **kwargs):
+        self = super().__new__(cls)
+        try:
+            self._begin()  # __init__() may be the program's own
+        except Exception:  # a property of the program's that needs what its __init__() sets
+            pass
+        return self
+
+    __new__.__wrapped__ = __init__  # the signature that help() shows
+
+    def _begin(self):
+        """Set the state of a new session."""
+        self.smtp_server = self.conn = self.peer = None
+        self.fqdn = self.seen_greeting = self.received_data = ''
+        self.extended_smtp = False  # EHLO, not HELO
+        self.received_lines = []
+        self.terminator = _END_OF_LINE
+        self._is_unanswered = False  # what is being executed has no reply so far
+        self._last_sign_of_life = time.monotonic()  # of the client
+        self._begin_transaction()
 
     def _own_limits(self):
         """The class's, for this session alone: its EHLO must not change those of others."""
@@ -675,7 +674,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
         if self.require_SMTPUTF8:
             self.require_SMTPUTF8 = False
         self.num_bytes = 0
-        self._message = None
+        self._message = None  # as far as it has come, where no hook of the program's collects it
 
     def _set_post_data_state(self):
         """Forget the transaction, but not the message (RFC 5321, 4.1.1.4)."""
@@ -756,9 +755,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
 
     def readable(self):
         limit, now = self.idle_timeout_seconds, time.monotonic()
-        if self._last_sign_of_life is None:
-            self._last_sign_of_life = now
-        elif limit is not None and now - self._last_sign_of_life >= limit:
+        if limit is not None and now - self._last_sign_of_life >= limit:
             self._end_idleness(limit)
         if self._waits_for is not None and self._waits_for is not _GOODBYE:
             return False
@@ -1305,8 +1302,6 @@ class SMTPChannel(_Common, asynchat.async_chat):
         if self.recipient_limit is not None and len(self.rcpttos) >= self.recipient_limit:
             self.push('452 Error: too many recipients')  # RFC 5321, 4.5.3.1.10
             return
-        if self.rcpttos == ():  # __init__() never ran
-            self.rcpttos = []
         self.rcpttos.append(address)
         _debug('recips: %s', self.rcpttos)
         if self._relay is None:
@@ -1393,12 +1388,6 @@ for _old, _new in {'server': 'smtp_server', 'line': 'received_lines', 'state': '
 _FOUND_TERMINATOR = SMTPChannel.found_terminator
 _COLLECT = SMTPChannel.collect_incoming_data
 _GET_TERMINATOR = SMTPChannel.get_terminator
-
-_STATE_OF_A_SESSION = (
-    'peer', 'fqdn', 'extended_smtp', 'seen_greeting', 'terminator', 'smtp_state', 'mailfrom',
-    'rcpttos', 'mail_options', 'rcpt_options', 'require_SMTPUTF8', 'received_data',
-    'received_lines', 'num_bytes', '_message', '_errors', '_is_unanswered', '_waits_for',
-    '_unread', '_last_sign_of_life', '_relay')
 
 _COMMAND_SYNTAX = {line.split()[0]: line for line in (
     'EHLO hostname', 'HELO hostname', 'MAIL FROM: <address>', 'RCPT TO: <address>', 'DATA',
