@@ -638,6 +638,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
+        self.terminator = _END_OF_LINE
         try:
             self._begin()  # __init__() may be the program's own
         except Exception:  # a property of the program's that needs what its __init__() sets
@@ -652,7 +653,6 @@ class SMTPChannel(_Common, asynchat.async_chat):
         self.fqdn = self.seen_greeting = self.received_data = ''
         self.extended_smtp = False  # EHLO, not HELO
         self.received_lines = []
-        self.terminator = _END_OF_LINE
         self._is_unanswered = False  # what is being executed has no reply so far
         self._last_sign_of_life = time.monotonic()  # of the client
         self._begin_transaction()

@@ -234,6 +234,25 @@ def test_what_a_channel_is_before_its_init():
     assert channel.received_data == '' and channel.get_terminator() == b'\r\n'
 
 
+def test_a_property_may_need_what_the_programs_init_sets():
+    class Channel(smtpd.SMTPChannel):
+        def __init__(self, *args, **kwargs):
+            self.senders = []
+            super().__init__(*args, **kwargs)
+
+        @property
+        def mailfrom(self):
+            return self.senders[-1]
+
+        @mailfrom.setter
+        def mailfrom(self, value):
+            self.senders.append(value)
+
+    channel = make_channel(channel_class=Channel)
+    feed(channel, b'EHLO x\r\nMAIL FROM:<a@b>\r\n')
+    assert channel.senders[-1] == 'a@b'
+
+
 @pytest.mark.parametrize('terminator, line, answer', [
     (b'\n', b'NOOP\r\n', b'250 OK\r\n'),
     (b'\n', b'NOOP\n', b'250 OK\r\n'),
