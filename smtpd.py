@@ -2231,10 +2231,10 @@ class _Relay:
         return self._take(self._session.mail(mailfrom, options))
 
     def rcpt(self, recipient):
-        reply = yield from self._take(self._session.rcpt(recipient))
-        if reply[:1] == '2':
+        reply = yield from self._session.rcpt(recipient)
+        if _is_success(reply):
             self._rcpttos.append(recipient)
-        return reply
+        return _reply_text(reply)
 
     def data(self):
         return self._take(self._session.data())
@@ -2253,7 +2253,7 @@ class _Relay:
 
     def is_given_up(self):
         """Whether the client does not wait for the reply to the message that is on its way."""
-        self._is_ended = self._is_ended or _has_gone(self._channel)
+        self._is_ended = self._is_ended or _peek(self._channel.socket) == b''
         return self._is_ended
 
     def _take(self, steps):
@@ -2290,12 +2290,14 @@ class _Relay:
             deliveries.under_way.pop(message, None)
 
 
-def _has_gone(channel):
-    """Whether the client has closed the connection, and left nothing to be read."""
+def _peek(connection):
+    """The next octet that was received; b'' at the end of all, None if there is none yet."""
     try:
-        return not channel.socket.recv(1, _PEEK)
-    except Exception as error:  # nothing there; TLS cannot peek; a stub
-        return isinstance(error, ConnectionError)
+        return connection.recv(1, _PEEK)
+    except ConnectionError:
+        return b''
+    except Exception:  # nothing there; TLS cannot peek; a stub
+        return None
 
 
 class _Deliveries:
@@ -2426,23 +2428,15 @@ class _UpstreamSession:
         return self._guarded(self._begin())
 
     def rcpt(self, recipient):
-        if not self._upstream.connected:
-            return 451, _NOT_AVAILABLE
-        reply = self.accepted.get(recipient)
-        if reply is None:
-            line = 'RCPT TO:' + _in_brackets(recipient)
-            reply = yield from self._guarded(self._upstream.ask(line))
-            if _is_success(reply):
-                self.accepted[recipient] = reply
+        if self._upstream.connected and recipient in self.accepted:
+            return self.accepted[recipient]
+        reply = yield from self._ask('RCPT TO:' + _in_brackets(recipient))
+        if _is_success(reply):
+            self.accepted[recipient] = reply
         return reply
 
     def data(self):
-        if not self._upstream.connected:
-            return 451, _NOT_AVAILABLE
-        seconds = self._proxy.upstream_data_timeout_seconds
-        reply = yield from self._guarded(self._upstream.ask('DATA', seconds, [354]))
-        self._upstream.is_in_data = reply[0] == 354
-        return reply
+        return self._ask('DATA', self._proxy.upstream_data_timeout_seconds, [354])
 
     def deliver(self, octets, recipients):
         """Send the message to those recipients; {recipient: reply}, the same for all."""
@@ -2478,25 +2472,27 @@ class _UpstreamSession:
         """Take leave; a message under way gets no final dot, and is none."""
         self._upstream.quit()
 
+    def _ask(self, *command):
+        if self._upstream.connected:
+            return self._guarded(self._upstream.ask(*command))
+        return _at_once(451, _NOT_AVAILABLE)
+
     def _guarded(self, steps):
+        reply = 421, _NOT_AVAILABLE
         try:
             reply = yield from steps
         except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
             self._proxy.log_info(
                 '%s:%s: mail from %s: %s' % (*self._address, self._mail[0], error), 'error')
-            reply = 421, _NOT_AVAILABLE
-        except BaseException:  # a reply may be left unread
-            self._upstream.close()
-            raise
-        if reply[0] == 421:
-            self._upstream.close()
-            reply = 451, reply[1]
-        return reply
+        finally:
+            if reply[0] == 421:  # after a fault a reply may be left unread
+                self._upstream.close()
+        return (451, reply[1]) if reply[0] == 421 else reply
 
     def _begin(self):
         if self._upstream.connected:
             with contextlib.suppress(OSError):
-                reply = yield from self._ask_mail(*self._mail)
+                reply = yield from self._ask_mail()
                 if reply[0] != 421:
                     return reply
             self._upstream.close()
@@ -2505,7 +2501,7 @@ class _UpstreamSession:
             self._upstream.close()
             return _TOO_MANY_HOPS
         yield from self._greet(greeting)
-        return (yield from self._ask_mail(*self._mail))
+        return (yield from self._ask_mail())
 
     def _connect(self):
         """Connect to one of the upstream's addresses; return the greeting."""
@@ -2519,28 +2515,27 @@ class _UpstreamSession:
             addresses = yield functools.partial(self._proxy._run_in_thread, look_up)
         else:  # a loop that has nothing else to do
             addresses = look_up()
-        ends = time.monotonic() + self._proxy.upstream_timeout_seconds
-        for left, (family, _, _, _, address) in zip(range(len(addresses), 0, -1), addresses):
+        seconds = self._proxy.upstream_timeout_seconds / len(addresses)
+        for family, _, _, _, address in addresses:
             self._upstream = _Upstream(self._proxy, self._address, self._sockets)
             try:
-                seconds = (ends - time.monotonic()) / left
                 return (yield from self._upstream.open(family, address, seconds))
-            except OSError:
+            except OSError as error:
                 self._upstream.close()
-                if left == 1:
-                    raise
+                fault = error
+        raise fault
 
     def _greet(self, reply):
         for verb in self._hellos if _is_success(reply) else ():
             reply = yield from self._upstream.ask('%s %s' % (verb, self._proxy._own_name()))
             if _is_success(reply):
-                lines = reply[1].upper().split(b'\n')[1:]
-                self._upstream.extensions = {line.split()[0] for line in lines if line.strip()}
+                self._upstream.extensions = re.findall(rb'\n(\S+)', reply[1].upper())
                 return
         raise _UpstreamLost(_reply_text(reply))
 
-    def _ask_mail(self, mailfrom, options):
+    def _ask_mail(self):
         yield from self._end_transaction()
+        mailfrom, options = self._mail
         parameters = [' ' + each for each in options
                       if _EXTENSIONS.get(each.partition('=')[0]) in self._upstream.extensions]
         reply = yield from self._upstream.ask(
@@ -2550,13 +2545,11 @@ class _UpstreamSession:
 
     def _end_transaction(self):
         """Send RSET if there is one: a refused message need not have ended it."""
-        reply = 250, b'OK'
         if self._upstream.has_transaction:
-            reply = yield from self._upstream.ask('RSET')
-        if not _is_success(reply):
-            raise _UpstreamLost('has not finished the message before')
-        self._upstream.has_transaction = False
-        return reply
+            if not _is_success((yield from self._upstream.ask('RSET'))):
+                raise _UpstreamLost('has not finished the message before')
+            self._upstream.has_transaction = False
+        return 250, b'OK'
 
 
 def _at_once(code, text):
@@ -2582,15 +2575,15 @@ class _Upstream(_Common, asynchat.async_chat):
 
     ac_in_buffer_size = 4096  # replies are short
     terminator = b'\n'
-    extensions = frozenset()
+    extensions = ()  # those that it has offered
     has_transaction = False
     is_in_data = False  # it waits for a message, or the rest of it
 
     _resume = None  # the step that waits for a reply ...
     _deadline = math.inf  # ... until then, on the monotonic clock
-    _octets_read = 0  # of the reply that is being read
+    _lines = b''  # of the reply that is being read
+    _early_reply = None  # to a message that is still to be sent; or to nothing
     _blocks = iter(())  # of a message, to be sent
-    _fault = None  # why it is lost, if no step was told
 
     handle_expt = SMTPChannel.handle_expt
 
@@ -2598,8 +2591,6 @@ class _Upstream(_Common, asynchat.async_chat):
         asynchat.async_chat.__init__(self, map=sockets)
         self.host_and_port = host_and_port
         self._proxy = proxy
-        self._texts = []  # lines of the reply that is being read
-        self._replies = []  # that no step has taken yet
 
     def open(self, family, address, seconds):
         """Connect; return the greeting."""
@@ -2607,34 +2598,34 @@ class _Upstream(_Common, asynchat.async_chat):
         if _is_too_much_for_select(self.socket.fileno(), self._map):
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         self.socket.setsockopt(*_NO_DELAY)
+        self._allow(seconds)
         self.connect(address)
-        return (yield from self._reply(seconds))
+        return (yield self._wait)
 
     def ask(self, line, seconds=None, good=range(200, 300)):
         """Send a command; return the reply, a good one or a refusal."""
         if '\r' in line or '\n' in line:
             raise ValueError('a line end in %r' % line)
-        self.handle_read()
-        if self.is_in_data or self._replies or self._octets_read or self.ac_in_buffer:
+        if (self.is_in_data or self._lines or self._early_reply or self.ac_in_buffer
+                or _peek(self.socket) is not None):
             raise _UpstreamLost('waits for a message, or talks unasked')
+        self._allow(seconds or self._proxy.upstream_command_timeout_seconds)
         self.push(line.encode('utf-8', 'surrogateescape') + _END_OF_LINE)
-        if seconds is None:
-            seconds = self._proxy.upstream_command_timeout_seconds
-        return _check((yield from self._reply(seconds)), good)
+        reply = _check((yield self._wait), good)
+        self.is_in_data = reply[0] == 354
+        return reply
 
     def send_message(self, octets):
         """Send the message, after DATA; return the reply to it."""
-        final = self._proxy.upstream_final_timeout_seconds
         self._blocks = _blocks(octets)
         self.handle_read()
         self.producer_fifo.append(self)  # asynchat asks more() for a block when it has sent one
         try:
-            if not self._replies:  # else it refuses the message already
+            reply = self._early_reply
+            if reply is None:
                 self.initiate_send()
-                if not self.producer_fifo:
-                    self._allow(final)
-                yield self._wait
-            reply = _check(self._replies.pop(), () if self.producer_fifo else range(200, 300))
+                reply = yield self._wait
+            _check(reply, () if self.producer_fifo else range(200, 300))
         except OSError as error:
             if self.producer_fifo:
                 raise
@@ -2649,11 +2640,10 @@ class _Upstream(_Common, asynchat.async_chat):
     def more(self):
         """The next block of the message; with the last one the queue is empty."""
         block, is_last = next(self._blocks)
-        seconds = self._proxy.upstream_block_timeout_seconds
         if is_last:
             self.producer_fifo.clear()
-            seconds += self._proxy.upstream_final_timeout_seconds
-        self._allow(seconds)
+        self._allow(self._proxy.upstream_final_timeout_seconds if is_last
+                    else self._proxy.upstream_block_timeout_seconds)
         return block
 
     def quit(self):
@@ -2667,21 +2657,12 @@ class _Upstream(_Common, asynchat.async_chat):
         self.ac_in_buffer = b''
         super().close()
 
-    def _reply(self, seconds):
-        self._allow(seconds)
-        yield self._wait
-        return self._replies.pop()
-
     def _allow(self, seconds):
         self._deadline = time.monotonic() + seconds
 
-    def _why(self):
-        # Not kept: an exception refers to all that it went through, and so to the message.
-        return vars(self).pop('_fault', None) or _UpstreamLost('closed the connection')
-
     def _wait(self, resume):
         if not (self.connected or self.connecting):
-            raise self._why()
+            raise _UpstreamLost('closed the connection')
         self._resume = resume
 
     # Events
@@ -2689,7 +2670,6 @@ class _Upstream(_Common, asynchat.async_chat):
     def readable(self):
         if self._resume is not None and time.monotonic() > self._deadline:
             # The loop is collecting descriptors: none may be closed before its next event.
-            self._fault = TimeoutError('timed out')
             with contextlib.suppress(OSError):
                 self.socket.shutdown(_SHUT_BOTH)
         return True
@@ -2698,30 +2678,31 @@ class _Upstream(_Common, asynchat.async_chat):
         self._allow(self._proxy.upstream_command_timeout_seconds)
 
     def collect_incoming_data(self, data):
-        self._collect_incoming_data(data)
-        self._octets_read += len(data)
-        if self._octets_read > _MOST_OF_A_REPLY:
+        self._lines += data
+        if len(self._lines) > _MOST_OF_A_REPLY:
             raise _UpstreamLost('a reply without an end')
 
     def found_terminator(self):
-        line = self._get_data().rstrip(b'\r')
+        line = self._lines.rpartition(b'\n')[2].rstrip(b'\r')
         match = _REPLY_LINE.fullmatch(line)
-        if not match or self._replies:
+        if not match or self._early_reply:
             raise _UpstreamLost('no reply: %r' % line[:100])
-        code, mark, text = match.groups()
-        self._texts.append(text or b'')
-        if mark != b'-':
-            self._replies.append((int(code), b'\n'.join(self._texts)))
-            self._texts, self._octets_read = [], 0
-            resume, self._resume = self._resume, None
-            if resume is not None:
-                resume(functools.partial(_give, None))
+        if match[2] == b'-':
+            self.collect_incoming_data(b'\n')
+            return
+        reply = int(match[1]), re.sub(rb'^.{3}[ -]?|\r+$', b'', self._lines, flags=re.MULTILINE)
+        resume, self._resume, self._lines = self._resume, None, b''
+        if resume is None:
+            self._early_reply = reply
+        else:
+            resume(functools.partial(_give, reply))
 
     def handle_close(self):
         if self.connected:  # it could not be sent to: its last word may be left to read
             self.connected = False
             self.handle_read()
-        self._end(self._why())
+        self._end(TimeoutError('timed out') if time.monotonic() > self._deadline
+                  else _UpstreamLost('closed the connection'))
 
     def handle_error(self):
         self._end(sys.exc_info()[1])
@@ -2730,9 +2711,7 @@ class _Upstream(_Common, asynchat.async_chat):
         resume, self._resume = self._resume, None
         self.connected = self.connecting = False
         self.del_channel()
-        if resume is None:
-            self._fault = error
-        else:
+        if resume is not None:
             resume(functools.partial(_throw, error))
         self.close()  # only now: the loop may hold more events for its number
 
