@@ -1144,7 +1144,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
             is_refused = reply[:1] not in '23'
             if reply[:1] == '5':
                 self._errors -= 1  # how many may come is the upstream's business
-            for line in _reply_lines(reply):
+            for line in reply.split(NEWLINE):
                 self.push(line)
         except BaseException:
             is_refused = is_refused or self._is_unanswered  # what the client was told stands
@@ -2045,7 +2045,7 @@ _NULL_PATH = '<>'
 _NOT_AVAILABLE = b'Upstream not available'
 _TOO_MANY_HOPS = 554, b'Error: too many hops'
 _TRACE_HEADER = re.compile(rb'^(?:received|x-peer)[ \t]*:', re.IGNORECASE | re.MULTILINE)
-_REPLY_LINE = re.compile(rb'([2-5][0-9][0-9])(?:([ -])(.*))?', re.DOTALL)
+_REPLY_LINE = re.compile(rb'([2-5][0-9][0-9])(?:([ -])|$)(.*)', re.DOTALL)
 _MOST_OF_A_REPLY = 65536  # octets; no real reply is as long
 _MOST_OF_A_LINE = 506  # octets of text; RFC 5321, 4.5.3.1.5: 512 with code and CRLF
 _MOST_DELIVERIES = 1000  # messages to remember ...
@@ -2581,7 +2581,8 @@ class _Upstream(_Common, asynchat.async_chat):
 
     _resume = None  # the step that waits for a reply ...
     _deadline = math.inf  # ... until then, on the monotonic clock
-    _lines = b''  # of the reply that is being read
+    _line = b''  # that is being read ...
+    _text = b''  # ... of a reply of several lines
     _early_reply = None  # to a message that is still to be sent; or to nothing
     _blocks = iter(())  # of a message, to be sent
 
@@ -2606,7 +2607,7 @@ class _Upstream(_Common, asynchat.async_chat):
         """Send a command; return the reply, a good one or a refusal."""
         if '\r' in line or '\n' in line:
             raise ValueError('a line end in %r' % line)
-        if (self.is_in_data or self._lines or self._early_reply or self.ac_in_buffer
+        if (self.is_in_data or self._line or self._text or self._early_reply or self.ac_in_buffer
                 or _peek(self.socket) is not None):
             raise _UpstreamLost('waits for a message, or talks unasked')
         self._allow(seconds or self._proxy.upstream_command_timeout_seconds)
@@ -2678,20 +2679,22 @@ class _Upstream(_Common, asynchat.async_chat):
         self._allow(self._proxy.upstream_command_timeout_seconds)
 
     def collect_incoming_data(self, data):
-        self._lines += data
-        if len(self._lines) > _MOST_OF_A_REPLY:
+        self._line += data
+        if len(self._line) + len(self._text) > _MOST_OF_A_REPLY:
             raise _UpstreamLost('a reply without an end')
 
     def found_terminator(self):
-        line = self._lines.rpartition(b'\n')[2].rstrip(b'\r')
+        line, self._line = self._line.rstrip(b'\r'), b''
         match = _REPLY_LINE.fullmatch(line)
         if not match or self._early_reply:
             raise _UpstreamLost('no reply: %r' % line[:100])
-        if match[2] == b'-':
-            self.collect_incoming_data(b'\n')
+        code, mark, text = match.groups()
+        self._text += text
+        if mark == b'-':
+            self._text += b'\n'
             return
-        reply = int(match[1]), re.sub(rb'^.{3}[ -]?|\r+$', b'', self._lines, flags=re.MULTILINE)
-        resume, self._resume, self._lines = self._resume, None, b''
+        reply, self._text = (int(code), self._text), b''
+        resume, self._resume = self._resume, None
         if resume is None:
             self._early_reply = reply
         else:
@@ -2770,11 +2773,11 @@ def _reply_for_all(refused, recipients):
 
 @functools.lru_cache(maxsize=64)
 def _reply_text(reply):
-    """(code, text) as process_message() returns replies."""
+    """(code, text) as the lines that the client gets."""
     code, text = reply
     lines = _as_octets(text).decode('ascii', 'replace').split('\n')
-    return NEWLINE.join('%d %s' % (code, _printable(line.strip()[:_MOST_OF_A_LINE]))
-                        for line in lines)
+    return NEWLINE.join(_reply_lines(NEWLINE.join(
+        '%d %s' % (code, _printable(line.strip()[:_MOST_OF_A_LINE])) for line in lines)))
 
 
 def _in_brackets(path):
