@@ -755,6 +755,8 @@ class SMTPChannel(_Common, asynchat.async_chat):
         return False
 
     def readable(self):
+        if isinstance(self._waits_for, list):  # for us, not for the client: it is not idle
+            return False
         limit, now = self.idle_timeout_seconds, time.monotonic()
         if self._last_sign_of_life is None:
             self._last_sign_of_life = now
@@ -809,8 +811,6 @@ class SMTPChannel(_Common, asynchat.async_chat):
     def _end_idleness(self, limit):
         """Mark a session that was idle for too long, so that the loop's next turn ends it."""
         # The loop is collecting descriptors: nothing here may raise, or close one.
-        if isinstance(self._waits_for, list):  # for us, not for the client
-            return
         self._last_sign_of_life = time.monotonic() - limit + 1  # it has a second
         if self.producer_fifo or self._waits_for is not None:  # it does not even read
             with contextlib.suppress(OSError, ValueError, AttributeError):
