@@ -2095,6 +2095,8 @@ class PureProxy(SMTPServer):
     upstream_connection_limit = 200  # a circle of proxies ends before descriptors do (1024)
     hop_limit = 50  # Postfix: hopcount_limit
 
+    _deliveries = functools.cached_property(lambda self: _Deliveries())
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.enable_SMTPUTF8:
@@ -2107,15 +2109,15 @@ class PureProxy(SMTPServer):
         octets = _lf_lines(_as_octets(data))
         if self._has_too_many_hops(octets):
             return _reply_text(_TOO_MANY_HOPS)
-        deliveries = _deliveries_of(self)
-        left = deliveries.left(mailfrom, octets, rcpttos)
+        message = _digest(mailfrom, octets)
+        left = self._deliveries.left(message, rcpttos)
         traced = _with_peer_header(octets, peer)
         if isinstance(data, str):
             traced = traced.decode('utf-8', 'surrogateescape')
         refused = (self._deliver(mailfrom, left, traced) if left else None) or {}
-        code, text = _reply_for_all(refused, rcpttos) if refused else (250, b'OK')
+        code, text = _reply_for_all(refused, rcpttos)
         comes_again = 400 <= code < 500
-        deliveries.note(mailfrom, octets, rcpttos, refused, comes_again)
+        self._deliveries.note(message, rcpttos, refused, comes_again)
         return _reply_text((451 if comes_again else code, text)) if refused else None
 
     def _deliver(self, mailfrom, rcpttos, data):
@@ -2131,12 +2133,12 @@ class PureProxy(SMTPServer):
         return _UpstreamSession(self, self._remoteaddr, sockets)
 
     def _relay_for(self, channel):
-        """The relay of this channel; None if the program overrides what relays."""
-        relay = channel._relay
-        if _relays_step_by_step(self):
-            return relay or _Relay(self, channel)
-        if relay is not None:  # overridden since the last message
-            relay.end()
+        """The relay of this channel; None if a class, a patch or the proxy overrides a handler."""
+        handlers = self.process_message, self._deliver
+        if tuple(getattr(each, '__func__', None) for each in handlers) == _HANDLERS_OF_OURS:
+            return channel._relay or _Relay(self, channel)
+        if channel._relay is not None:  # overridden since the last message
+            channel._relay.end()
         return None
 
     def _has_too_many_hops(self, octets):
@@ -2169,16 +2171,6 @@ class MailmanProxy(PureProxy):
 
 
 _HANDLERS_OF_OURS = PureProxy.process_message, PureProxy._deliver  # before a program patches them
-
-
-def _relays_step_by_step(proxy):
-    """False if a class, a patch or the proxy itself overrides process_message() or _deliver()."""
-    handlers = proxy.process_message, proxy._deliver
-    return tuple(getattr(each, '__func__', None) for each in handlers) == _HANDLERS_OF_OURS
-
-
-def _deliveries_of(proxy):
-    return vars(proxy).setdefault('_deliveries', _Deliveries())
 
 
 def _run(steps, sockets):
@@ -2267,8 +2259,7 @@ class _Relay:
         if self._proxy._has_too_many_hops(octets):
             self._session.quit()
             return _TOO_MANY_HOPS
-        deliveries = _deliveries_of(self._proxy)
-        message = self._mailfrom, octets
+        deliveries, message = self._proxy._deliveries, _digest(self._mailfrom, octets)
         other = deliveries.under_way.get(message)
         if other is not None and other.is_given_up():
             self._session.quit()
@@ -2276,14 +2267,14 @@ class _Relay:
         deliveries.under_way[message] = self
         self._is_delivering = True
         try:
-            left = deliveries.left(*message, self._rcpttos)
             replies = yield from self._session.deliver(
-                _with_peer_header(octets, self._channel.peer), left)
+                _with_peer_header(octets, self._channel.peer),
+                deliveries.left(message, self._rcpttos))
             refused = _refused_of(replies)
             reply = (_reply_for_all(refused, self._rcpttos) if refused
                      else next(iter(replies.values()), (250, b'OK')))
             comes_again = self._is_ended or 400 <= reply[0] < 500
-            deliveries.note(*message, self._rcpttos, refused, comes_again)
+            deliveries.note(message, self._rcpttos, refused, comes_again)
             return reply
         finally:
             self._is_delivering = False
@@ -2301,42 +2292,38 @@ def _peek(connection):
 
 
 class _Deliveries:
-    """Remembers who got a message that the client will send again, since others did not."""
+    """Who has which message: its client sends it again if others have not got it."""
 
     def __init__(self):
         self.under_way = {}  # relays by message
-        self._delivered = collections.OrderedDict()  # (recipients, when) by message
+        self._delivered = {}  # (recipients, when) by message, the oldest first
 
-    def left(self, mailfrom, octets, rcpttos):
+    def left(self, message, rcpttos):
         """The recipients that have not got the message yet."""
-        if not self._delivered:
+        recipients, noted = self._delivered.get(message, ((), math.inf))
+        if time.monotonic() - noted > _DELIVERY_SECONDS:
+            del self._delivered[message]
             return rcpttos
-        delivered = self._recipients_of(_digest(mailfrom, octets))
-        return [each for each in rcpttos if each not in delivered]
+        return [each for each in rcpttos if each not in recipients]
 
-    def note(self, mailfrom, octets, rcpttos, refused, comes_again):
+    def note(self, message, rcpttos, refused, comes_again):
         """All but those refused have the message now."""
-        delivered = {each for each in rcpttos if each not in refused}
-        if not (self._delivered or comes_again and delivered):
-            return
-        message = _digest(mailfrom, octets)
-        recipients = self._recipients_of(message)
-        self._delivered.pop(message, None)
-        # Unless it comes again, the next message that looks like this one is another.
-        recipients = recipients | delivered if comes_again else recipients.difference(rcpttos)
+        recipients, _ = self._delivered.pop(message, (frozenset(), 0))
+        if comes_again:
+            recipients = recipients.union(each for each in rcpttos if each not in refused)
+        else:  # the next message that looks like this one is another
+            recipients = recipients.difference(rcpttos)
         if recipients:
             self._delivered[message] = recipients, time.monotonic()
         if len(self._delivered) > _MOST_DELIVERIES:
-            self._delivered.popitem(last=False)
-
-    def _recipients_of(self, message):
-        recipients, noted = self._delivered.get(message, (frozenset(), 0))
-        return recipients if time.monotonic() - noted < _DELIVERY_SECONDS else frozenset()
+            del self._delivered[next(iter(self._delivered))]
 
 
 def _digest(mailfrom, octets):
     import hashlib
-    return hashlib.sha256(b'\n'.join((_as_octets(mailfrom), octets))).digest()
+    digest = hashlib.sha256(_as_octets(mailfrom) + b'\n')
+    digest.update(octets)
+    return digest.digest()
 
 
 class _MailmanSession:
@@ -2380,21 +2367,18 @@ class _MailmanSession:
     def deliver(self, octets, recipients):
         others = [each for each in recipients if each.lower() not in self._lists]
         replies = yield from self._upstream.deliver(octets, others)
-        reply = replies[others[0]] if others else (250, b'OK')
+        reply = next(iter(replies.values()), (250, b'OK'))
         if not _is_success(reply):
             return dict.fromkeys(recipients, reply)
         # One transaction for each list: to some faults Mailman gives one reply for all its
         # recipients, and not one for each (RFC 2033, 4.2): the others would never come.
-        posts = {}
-        for each in recipients:
-            address = each.lower()
-            if address in self._lists:
-                if address not in posts and not 400 <= reply[0] < 500:  # else at the next try
-                    spelling = self._lists[address][0]
-                    reply = (yield from self._mailman.deliver(octets, [spelling]))[spelling]
-                    posts[address] = reply
-                replies[each] = posts.get(address, reply)
-        return replies
+        posts = dict.fromkeys(each.lower() for each in recipients if each not in replies)
+        for address in posts:
+            if not 400 <= reply[0] < 500:  # else at the next try
+                spelling = self._lists[address][0]
+                reply = (yield from self._mailman.deliver(octets, [spelling]))[spelling]
+            posts[address] = reply
+        return {each: replies.get(each) or posts[each.lower()] for each in recipients}
 
     def reset(self):
         yield from self._mailman.reset()
@@ -2735,8 +2719,8 @@ def _blocks(octets):
 def _leads_to_itself(proxy, connection):
     """Whether the proxy has connected to the address that it listens on."""
     try:
-        listening = proxy.socket.getsockname()
-        here, there = connection.getsockname(), connection.getpeername()
+        listening, here, there = (proxy.socket.getsockname(), connection.getsockname(),
+                                  connection.getpeername())
     except (OSError, AttributeError):  # closed meanwhile, or never opened
         return False
     is_any = listening[0] in ('0.0.0.0', '::') and here[0] == there[0]
@@ -2758,17 +2742,18 @@ def _refused_of(replies):
     return {each: reply for each, reply in replies.items() if not _is_success(reply)}
 
 
-def _reply_for_all(refused, recipients):
-    """One reply, where some are refused and the others have the message."""
-    replies = {each: reply if 400 <= reply[0] < 600 else (451, _NOT_AVAILABLE)
-               for each, reply in refused.items()}
-    for code, text in replies.values():
-        if code < 500:
-            return code, text
-    if len(refused) < len(set(recipients)):  # the sender must be able to tell who was
-        text = b'\n'.join(b'%.180s (%s)' % (b' '.join(_as_octets(said).split()), _as_octets(each))
-                          for each, (_, said) in replies.items())
-    return code, text
+def _reply_for_all(refused, recipients, reply=(250, b'OK')):
+    """One reply for all; those who are not refused have the message."""
+    refused = {each: said if 400 <= said[0] < 600 else (451, _NOT_AVAILABLE)
+               for each, said in refused.items()}
+    for reply in refused.values():
+        if reply[0] < 500:
+            return reply
+    if refused and len(refused) < len(set(recipients)):  # the sender must know who was
+        return reply[0], b'\n'.join(
+            b'%.180s (%s)' % (b' '.join(_as_octets(text).split()), _as_octets(each))
+            for each, (_, text) in refused.items())
+    return reply
 
 
 @functools.lru_cache(maxsize=64)
@@ -2801,17 +2786,14 @@ def _end_of_headers(octets):
 
 def _with_peer_header(octets, peer):
     """The message with X-Peer after its headers."""
-    headers_end = _end_of_headers(octets)
-    peer_header = b'X-Peer: ' + _host_of(peer).encode('ascii', 'backslashreplace')
+    end = _end_of_headers(octets)
+    is_line = octets[end - 1:end] in (b'', b'\n')  # the last header, as nearly always
+    header = b'X-Peer: %s\n' % _host_of(peer).encode('ascii', 'backslashreplace')
     # Otherwise _deliver() would take the last, empty line for a line end.
-    line_end = b'\n' if octets[-1:] == b'\n' else b''
-    if line_end or headers_end < len(octets):
-        peer_header += b'\n'
-    elif octets:
-        peer_header = b'\n' + peer_header
+    last = b'\n' if octets[-1:] == b'\n' else b''
     # Joined, since the message may be large.
-    return b''.join((octets[:headers_end], peer_header, memoryview(octets)[headers_end:],
-                     line_end))
+    return b''.join((octets[:end], b'' if is_line else b'\n', header, memoryview(octets)[end:],
+                     last))
 
 
 # ---------------------------------------------------------------------------
