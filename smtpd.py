@@ -2041,7 +2041,6 @@ def _host_of(peer):
 # Imported before root becomes nobody, who may be unable to read the files.
 _MODULES_OF_PROXIES = ('encodings.idna', 'hashlib')
 
-_NULL_PATH = '<>'
 _NOT_AVAILABLE = b'Upstream not available'
 _TOO_MANY_HOPS = 554, b'Error: too many hops'
 _TRACE_HEADER = re.compile(rb'^(?:received|x-peer)[ \t]*:', re.IGNORECASE | re.MULTILINE)
@@ -2340,17 +2339,15 @@ class _MailmanSession:
         # RCPT shows who must be asked: mail for lists alone needs no upstream.
         self._mail = mailfrom, options
         self._replies_to_mail = {}  # by session
-        self._lists = {}  # by address in lower case: as the client wrote it first, reply
+        self._lists = {}  # by address in lower case: as the client wrote it
         self._upstream.accepted = {}
-        return _at_once(250, b'OK')
+        yield from ()
+        return 250, b'OK'
 
     def rcpt(self, recipient):
-        address = recipient.lower()
-        if address in self._lists:  # in any spelling it is posted once
-            return self._lists[address][1]
         reply = yield from self._ask(self._mailman, recipient)
         if _is_success(reply):
-            self._lists[address] = recipient, reply
+            self._lists.setdefault(recipient.lower(), recipient)  # in any spelling posted once
         return (yield from self._ask(self._upstream, recipient)) if reply[0] >= 500 else reply
 
     def _ask(self, session, recipient):
@@ -2361,8 +2358,8 @@ class _MailmanSession:
 
     def data(self):
         if self._upstream.accepted:
-            return self._upstream.data()
-        return _at_once(354, b'End data with <CR><LF>.<CR><LF>')
+            return (yield from self._upstream.data())
+        return 354, b'End data with <CR><LF>.<CR><LF>'
 
     def deliver(self, octets, recipients):
         others = [each for each in recipients if each.lower() not in self._lists]
@@ -2375,7 +2372,7 @@ class _MailmanSession:
         posts = dict.fromkeys(each.lower() for each in recipients if each not in replies)
         for address in posts:
             if not 400 <= reply[0] < 500:  # else at the next try
-                spelling = self._lists[address][0]
+                spelling = self._lists[address]
                 reply = (yield from self._mailman.deliver(octets, [spelling]))[spelling]
             posts[address] = reply
         return {each: replies.get(each) or posts[each.lower()] for each in recipients}
@@ -2412,15 +2409,17 @@ class _UpstreamSession:
         return self._guarded(self._begin())
 
     def rcpt(self, recipient):
-        if self._upstream.connected and recipient in self.accepted:
+        if self._upstream.connected and recipient in self.accepted:  # it gets the message once
             return self.accepted[recipient]
-        reply = yield from self._ask('RCPT TO:' + _in_brackets(recipient))
+        line = 'RCPT TO:' + _in_brackets(recipient)
+        reply = yield from self._guarded(self._upstream.ask(line))
         if _is_success(reply):
             self.accepted[recipient] = reply
         return reply
 
     def data(self):
-        return self._ask('DATA', self._proxy.upstream_data_timeout_seconds, [354])
+        seconds = self._proxy.upstream_data_timeout_seconds
+        return self._guarded(self._upstream.ask('DATA', seconds, [354]))
 
     def deliver(self, octets, recipients):
         """Send the message to those recipients; {recipient: reply}, the same for all."""
@@ -2437,12 +2436,10 @@ class _UpstreamSession:
         # It may have closed while the client sent its data, and may have more recipients
         # than are left: as nothing has been sent yet, another transaction does no harm.
         if not self._upstream.connected or list(self.accepted) != recipients:
-            reply = yield from self.mail(*self._mail)
-            for each in recipients:
-                if _is_success(reply):
-                    reply = yield from self.rcpt(each)
-            if not _is_success(reply):
-                return 451, reply[1]
+            for step in [self.mail(*self._mail), *map(self.rcpt, recipients)]:
+                reply = yield from step
+                if not _is_success(reply):
+                    return 451, reply[1]
         return None if self._upstream.is_in_data else (yield from self.data())
 
     def reset(self):
@@ -2455,11 +2452,6 @@ class _UpstreamSession:
     def quit(self):
         """Take leave; a message under way gets no final dot, and is none."""
         self._upstream.quit()
-
-    def _ask(self, *command):
-        if self._upstream.connected:
-            return self._guarded(self._upstream.ask(*command))
-        return _at_once(451, _NOT_AVAILABLE)
 
     def _guarded(self, steps):
         reply = 421, _NOT_AVAILABLE
@@ -2534,12 +2526,6 @@ class _UpstreamSession:
                 raise _UpstreamLost('has not finished the message before')
             self._upstream.has_transaction = False
         return 250, b'OK'
-
-
-def _at_once(code, text):
-    """A step that waits for nothing."""
-    yield from ()
-    return code, text
 
 
 class _UpstreamLost(ConnectionError):
@@ -2766,7 +2752,7 @@ def _reply_text(reply):
 
 
 def _in_brackets(path):
-    return path if path == _NULL_PATH else '<%s>' % path
+    return path if path == '<>' else '<%s>' % path
 
 
 def _as_octets(data):
