@@ -2071,15 +2071,15 @@ class PureProxy(SMTPServer):
     Class attributes that a subclass may override, besides SMTPServer's; the time
     limits are in seconds, and the loop looks at them at each of its turns:
 
-    upstream_timeout_seconds          to connect, to all of the host's addresses
-                                      together (60: our own)
+    upstream_timeout_seconds          to connect; the host's addresses share it (60: our
+                                      own)
     upstream_command_timeout_seconds  for the greeting and the replies to EHLO, MAIL,
                                       RCPT and RSET (300: RFC 5321, 4.5.3.2.1)
     upstream_data_timeout_seconds     for the reply to DATA (120: RFC 5321, 4.5.3.2.4)
     upstream_block_timeout_seconds    to send each 64 KB of a message (180: RFC 5321,
                                       4.5.3.2.5)
-    upstream_final_timeout_seconds    for the reply to a message (600: RFC 5321,
-                                      4.5.3.2.6)
+    upstream_final_timeout_seconds    for the last 64 KB of a message and the reply to
+                                      it (600: RFC 5321, 4.5.3.2.6)
     upstream_connection_limit         connections to one upstream, then 451 (200: our
                                       own); None for no limit
     hop_limit                         X-Peer and Received headers that show a message
@@ -2222,10 +2222,10 @@ class _Relay:
         return self._take(self._session.mail(mailfrom, options))
 
     def rcpt(self, recipient):
-        reply = yield from self._session.rcpt(recipient)
-        if _is_success(reply):
+        reply = yield from self._take(self._session.rcpt(recipient))
+        if reply[:1] == '2':
             self._rcpttos.append(recipient)
-        return _reply_text(reply)
+        return reply
 
     def data(self):
         return self._take(self._session.data())
@@ -2295,13 +2295,13 @@ class _Deliveries:
 
     def __init__(self):
         self.under_way = {}  # relays by message
-        self._delivered = {}  # (recipients, when) by message, the oldest first
+        self._delivered = collections.OrderedDict()  # (recipients, when) by message
 
     def left(self, message, rcpttos):
         """The recipients that have not got the message yet."""
         recipients, noted = self._delivered.get(message, ((), math.inf))
         if time.monotonic() - noted > _DELIVERY_SECONDS:
-            del self._delivered[message]
+            self._delivered.pop(message, None)
             return rcpttos
         return [each for each in rcpttos if each not in recipients]
 
@@ -2315,7 +2315,7 @@ class _Deliveries:
         if recipients:
             self._delivered[message] = recipients, time.monotonic()
         if len(self._delivered) > _MOST_DELIVERIES:
-            del self._delivered[next(iter(self._delivered))]
+            self._delivered.popitem(last=False)
 
 
 def _digest(mailfrom, octets):
