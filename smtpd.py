@@ -754,6 +754,8 @@ class SMTPChannel(_Common, asynchat.async_chat):
         return False
 
     def readable(self):
+        if isinstance(self._waits_for, list):  # for us, not for the client: it is not idle
+            return False
         limit, now = self.idle_timeout_seconds, time.monotonic()
         if limit is not None and now - self._last_sign_of_life >= limit:
             self._end_idleness(limit)
@@ -806,8 +808,6 @@ class SMTPChannel(_Common, asynchat.async_chat):
     def _end_idleness(self, limit):
         """Mark a session that was idle for too long, so that the loop's next turn ends it."""
         # The loop is collecting descriptors: nothing here may raise, or close one.
-        if isinstance(self._waits_for, list):  # for us, not for the client
-            return
         self._last_sign_of_life = time.monotonic() - limit + 1  # it has a second
         if self.producer_fifo or self._waits_for is not None:  # it does not even read
             with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -1141,7 +1141,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
             is_refused = reply[:1] not in '23'
             if reply[:1] == '5':
                 self._errors -= 1  # how many may come is the upstream's business
-            for line in _reply_lines(reply):
+            for line in reply.split(NEWLINE):
                 self.push(line)
         except BaseException:
             is_refused = is_refused or self._is_unanswered  # what the client was told stands
@@ -2030,11 +2030,10 @@ def _host_of(peer):
 # Imported before root becomes nobody, who may be unable to read the files.
 _MODULES_OF_PROXIES = ('encodings.idna', 'hashlib')
 
-_NULL_PATH = '<>'
 _NOT_AVAILABLE = b'Upstream not available'
 _TOO_MANY_HOPS = 554, b'Error: too many hops'
 _TRACE_HEADER = re.compile(rb'^(?:received|x-peer)[ \t]*:', re.IGNORECASE | re.MULTILINE)
-_REPLY_LINE = re.compile(rb'([2-5][0-9][0-9])(?:([ -])(.*))?', re.DOTALL)
+_REPLY_LINE = re.compile(rb'([2-5][0-9][0-9])(?:([ -])|$)(.*)', re.DOTALL)
 _MOST_OF_A_REPLY = 65536  # octets; no real reply is as long
 _MOST_OF_A_LINE = 506  # octets of text; RFC 5321, 4.5.3.1.5: 512 with code and CRLF
 _MOST_DELIVERIES = 1000  # messages to remember ...
@@ -2061,15 +2060,15 @@ class PureProxy(SMTPServer):
     Class attributes that a subclass may override, besides SMTPServer's; the time
     limits are in seconds, and the loop looks at them at each of its turns:
 
-    upstream_timeout_seconds          to connect, to all of the host's addresses
-                                      together (60: our own)
+    upstream_timeout_seconds          to connect; the host's addresses share it (60: our
+                                      own)
     upstream_command_timeout_seconds  for the greeting and the replies to EHLO, MAIL,
                                       RCPT and RSET (300: RFC 5321, 4.5.3.2.1)
     upstream_data_timeout_seconds     for the reply to DATA (120: RFC 5321, 4.5.3.2.4)
     upstream_block_timeout_seconds    to send each 64 KB of a message (180: RFC 5321,
                                       4.5.3.2.5)
-    upstream_final_timeout_seconds    for the reply to a message (600: RFC 5321,
-                                      4.5.3.2.6)
+    upstream_final_timeout_seconds    for the last 64 KB of a message and the reply to
+                                      it (600: RFC 5321, 4.5.3.2.6)
     upstream_connection_limit         connections to one upstream, then 451 (200: our
                                       own); None for no limit
     hop_limit                         X-Peer and Received headers that show a message
@@ -2084,6 +2083,8 @@ class PureProxy(SMTPServer):
     upstream_connection_limit = 200  # a circle of proxies ends before descriptors do (1024)
     hop_limit = 50  # Postfix: hopcount_limit
 
+    _deliveries = functools.cached_property(lambda self: _Deliveries())
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.enable_SMTPUTF8:
@@ -2096,15 +2097,15 @@ class PureProxy(SMTPServer):
         octets = _lf_lines(_as_octets(data))
         if self._has_too_many_hops(octets):
             return _reply_text(_TOO_MANY_HOPS)
-        deliveries = _deliveries_of(self)
-        left = deliveries.left(mailfrom, octets, rcpttos)
+        message = _digest(mailfrom, octets)
+        left = self._deliveries.left(message, rcpttos)
         traced = _with_peer_header(octets, peer)
         if isinstance(data, str):
             traced = traced.decode('utf-8', 'surrogateescape')
         refused = (self._deliver(mailfrom, left, traced) if left else None) or {}
-        code, text = _reply_for_all(refused, rcpttos) if refused else (250, b'OK')
+        code, text = _reply_for_all(refused, rcpttos)
         comes_again = 400 <= code < 500
-        deliveries.note(mailfrom, octets, rcpttos, refused, comes_again)
+        self._deliveries.note(message, rcpttos, refused, comes_again)
         return _reply_text((451 if comes_again else code, text)) if refused else None
 
     def _deliver(self, mailfrom, rcpttos, data):
@@ -2120,12 +2121,12 @@ class PureProxy(SMTPServer):
         return _UpstreamSession(self, self._remoteaddr, sockets)
 
     def _relay_for(self, channel):
-        """The relay of this channel; None if the program overrides what relays."""
-        relay = channel._relay
-        if _relays_step_by_step(self):
-            return relay or _Relay(self, channel)
-        if relay is not None:  # overridden since the last message
-            relay.end()
+        """The relay of this channel; None if a class, a patch or the proxy overrides a handler."""
+        handlers = self.process_message, self._deliver
+        if tuple(getattr(each, '__func__', None) for each in handlers) == _HANDLERS_OF_OURS:
+            return channel._relay or _Relay(self, channel)
+        if channel._relay is not None:  # overridden since the last message
+            channel._relay.end()
         return None
 
     def _has_too_many_hops(self, octets):
@@ -2158,16 +2159,6 @@ class MailmanProxy(PureProxy):
 
 
 _HANDLERS_OF_OURS = PureProxy.process_message, PureProxy._deliver  # before a program patches them
-
-
-def _relays_step_by_step(proxy):
-    """False if a class, a patch or the proxy itself overrides process_message() or _deliver()."""
-    handlers = proxy.process_message, proxy._deliver
-    return tuple(getattr(each, '__func__', None) for each in handlers) == _HANDLERS_OF_OURS
-
-
-def _deliveries_of(proxy):
-    return vars(proxy).setdefault('_deliveries', _Deliveries())
 
 
 def _run(steps, sockets):
@@ -2242,7 +2233,7 @@ class _Relay:
 
     def is_given_up(self):
         """Whether the client does not wait for the reply to the message that is on its way."""
-        self._is_ended = self._is_ended or _has_gone(self._channel)
+        self._is_ended = self._is_ended or _peek(self._channel.socket) == b''
         return self._is_ended
 
     def _take(self, steps):
@@ -2256,8 +2247,7 @@ class _Relay:
         if self._proxy._has_too_many_hops(octets):
             self._session.quit()
             return _TOO_MANY_HOPS
-        deliveries = _deliveries_of(self._proxy)
-        message = self._mailfrom, octets
+        deliveries, message = self._proxy._deliveries, _digest(self._mailfrom, octets)
         other = deliveries.under_way.get(message)
         if other is not None and other.is_given_up():
             self._session.quit()
@@ -2265,65 +2255,63 @@ class _Relay:
         deliveries.under_way[message] = self
         self._is_delivering = True
         try:
-            left = deliveries.left(*message, self._rcpttos)
             replies = yield from self._session.deliver(
-                _with_peer_header(octets, self._channel.peer), left)
+                _with_peer_header(octets, self._channel.peer),
+                deliveries.left(message, self._rcpttos))
             refused = _refused_of(replies)
             reply = (_reply_for_all(refused, self._rcpttos) if refused
                      else next(iter(replies.values()), (250, b'OK')))
             comes_again = self._is_ended or 400 <= reply[0] < 500
-            deliveries.note(*message, self._rcpttos, refused, comes_again)
+            deliveries.note(message, self._rcpttos, refused, comes_again)
             return reply
         finally:
             self._is_delivering = False
             deliveries.under_way.pop(message, None)
 
 
-def _has_gone(channel):
-    """Whether the client has closed the connection, and left nothing to be read."""
+def _peek(connection):
+    """The next octet that was received; b'' at the end of all, None if there is none yet."""
     try:
-        return not channel.socket.recv(1, _PEEK)
-    except Exception as error:  # nothing there; TLS cannot peek; a stub
-        return isinstance(error, ConnectionError)
+        return connection.recv(1, _PEEK)
+    except ConnectionError:
+        return b''
+    except Exception:  # nothing there; TLS cannot peek; a stub
+        return None
 
 
 class _Deliveries:
-    """Remembers who got a message that the client will send again, since others did not."""
+    """Who has which message: its client sends it again if others have not got it."""
 
     def __init__(self):
         self.under_way = {}  # relays by message
         self._delivered = collections.OrderedDict()  # (recipients, when) by message
 
-    def left(self, mailfrom, octets, rcpttos):
+    def left(self, message, rcpttos):
         """The recipients that have not got the message yet."""
-        if not self._delivered:
+        recipients, noted = self._delivered.get(message, ((), math.inf))
+        if time.monotonic() - noted > _DELIVERY_SECONDS:
+            self._delivered.pop(message, None)
             return rcpttos
-        delivered = self._recipients_of(_digest(mailfrom, octets))
-        return [each for each in rcpttos if each not in delivered]
+        return [each for each in rcpttos if each not in recipients]
 
-    def note(self, mailfrom, octets, rcpttos, refused, comes_again):
+    def note(self, message, rcpttos, refused, comes_again):
         """All but those refused have the message now."""
-        delivered = {each for each in rcpttos if each not in refused}
-        if not (self._delivered or comes_again and delivered):
-            return
-        message = _digest(mailfrom, octets)
-        recipients = self._recipients_of(message)
-        self._delivered.pop(message, None)
-        # Unless it comes again, the next message that looks like this one is another.
-        recipients = recipients | delivered if comes_again else recipients.difference(rcpttos)
+        recipients, _ = self._delivered.pop(message, (frozenset(), 0))
+        if comes_again:
+            recipients = recipients.union(each for each in rcpttos if each not in refused)
+        else:  # the next message that looks like this one is another
+            recipients = recipients.difference(rcpttos)
         if recipients:
             self._delivered[message] = recipients, time.monotonic()
         if len(self._delivered) > _MOST_DELIVERIES:
             self._delivered.popitem(last=False)
 
-    def _recipients_of(self, message):
-        recipients, noted = self._delivered.get(message, (frozenset(), 0))
-        return recipients if time.monotonic() - noted < _DELIVERY_SECONDS else frozenset()
-
 
 def _digest(mailfrom, octets):
     import hashlib
-    return hashlib.sha256(b'\n'.join((_as_octets(mailfrom), octets))).digest()
+    digest = hashlib.sha256(_as_octets(mailfrom) + b'\n')
+    digest.update(octets)
+    return digest.digest()
 
 
 class _MailmanSession:
@@ -2340,17 +2328,15 @@ class _MailmanSession:
         # RCPT shows who must be asked: mail for lists alone needs no upstream.
         self._mail = mailfrom, options
         self._replies_to_mail = {}  # by session
-        self._lists = {}  # by address in lower case: as the client wrote it first, reply
+        self._lists = {}  # by address in lower case: as the client wrote it
         self._upstream.accepted = {}
-        return _at_once(250, b'OK')
+        yield from ()
+        return 250, b'OK'
 
     def rcpt(self, recipient):
-        address = recipient.lower()
-        if address in self._lists:  # in any spelling it is posted once
-            return self._lists[address][1]
         reply = yield from self._ask(self._mailman, recipient)
         if _is_success(reply):
-            self._lists[address] = recipient, reply
+            self._lists.setdefault(recipient.lower(), recipient)  # in any spelling posted once
         return (yield from self._ask(self._upstream, recipient)) if reply[0] >= 500 else reply
 
     def _ask(self, session, recipient):
@@ -2361,27 +2347,24 @@ class _MailmanSession:
 
     def data(self):
         if self._upstream.accepted:
-            return self._upstream.data()
-        return _at_once(354, b'End data with <CR><LF>.<CR><LF>')
+            return (yield from self._upstream.data())
+        return 354, b'End data with <CR><LF>.<CR><LF>'
 
     def deliver(self, octets, recipients):
         others = [each for each in recipients if each.lower() not in self._lists]
         replies = yield from self._upstream.deliver(octets, others)
-        reply = replies[others[0]] if others else (250, b'OK')
+        reply = next(iter(replies.values()), (250, b'OK'))
         if not _is_success(reply):
             return dict.fromkeys(recipients, reply)
         # One transaction for each list: to some faults Mailman gives one reply for all its
         # recipients, and not one for each (RFC 2033, 4.2): the others would never come.
-        posts = {}
-        for each in recipients:
-            address = each.lower()
-            if address in self._lists:
-                if address not in posts and not 400 <= reply[0] < 500:  # else at the next try
-                    spelling = self._lists[address][0]
-                    reply = (yield from self._mailman.deliver(octets, [spelling]))[spelling]
-                    posts[address] = reply
-                replies[each] = posts.get(address, reply)
-        return replies
+        posts = dict.fromkeys(each.lower() for each in recipients if each not in replies)
+        for address in posts:
+            if not 400 <= reply[0] < 500:  # else at the next try
+                spelling = self._lists[address]
+                reply = (yield from self._mailman.deliver(octets, [spelling]))[spelling]
+            posts[address] = reply
+        return {each: replies.get(each) or posts[each.lower()] for each in recipients}
 
     def reset(self):
         yield from self._mailman.reset()
@@ -2415,23 +2398,17 @@ class _UpstreamSession:
         return self._guarded(self._begin())
 
     def rcpt(self, recipient):
-        if not self._upstream.connected:
-            return 451, _NOT_AVAILABLE
-        reply = self.accepted.get(recipient)
-        if reply is None:
-            line = 'RCPT TO:' + _in_brackets(recipient)
-            reply = yield from self._guarded(self._upstream.ask(line))
-            if _is_success(reply):
-                self.accepted[recipient] = reply
+        if self._upstream.connected and recipient in self.accepted:  # it gets the message once
+            return self.accepted[recipient]
+        line = 'RCPT TO:' + _in_brackets(recipient)
+        reply = yield from self._guarded(self._upstream.ask(line))
+        if _is_success(reply):
+            self.accepted[recipient] = reply
         return reply
 
     def data(self):
-        if not self._upstream.connected:
-            return 451, _NOT_AVAILABLE
         seconds = self._proxy.upstream_data_timeout_seconds
-        reply = yield from self._guarded(self._upstream.ask('DATA', seconds, [354]))
-        self._upstream.is_in_data = reply[0] == 354
-        return reply
+        return self._guarded(self._upstream.ask('DATA', seconds, [354]))
 
     def deliver(self, octets, recipients):
         """Send the message to those recipients; {recipient: reply}, the same for all."""
@@ -2448,12 +2425,10 @@ class _UpstreamSession:
         # It may have closed while the client sent its data, and may have more recipients
         # than are left: as nothing has been sent yet, another transaction does no harm.
         if not self._upstream.connected or list(self.accepted) != recipients:
-            reply = yield from self.mail(*self._mail)
-            for each in recipients:
-                if _is_success(reply):
-                    reply = yield from self.rcpt(each)
-            if not _is_success(reply):
-                return 451, reply[1]
+            for step in [self.mail(*self._mail), *map(self.rcpt, recipients)]:
+                reply = yield from step
+                if not _is_success(reply):
+                    return 451, reply[1]
         return None if self._upstream.is_in_data else (yield from self.data())
 
     def reset(self):
@@ -2468,24 +2443,21 @@ class _UpstreamSession:
         self._upstream.quit()
 
     def _guarded(self, steps):
+        reply = 421, _NOT_AVAILABLE
         try:
             reply = yield from steps
         except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
             self._proxy.log_info(
                 '%s:%s: mail from %s: %s' % (*self._address, self._mail[0], error), 'error')
-            reply = 421, _NOT_AVAILABLE
-        except BaseException:  # a reply may be left unread
-            self._upstream.close()
-            raise
-        if reply[0] == 421:
-            self._upstream.close()
-            reply = 451, reply[1]
-        return reply
+        finally:
+            if reply[0] == 421:  # after a fault a reply may be left unread
+                self._upstream.close()
+        return (451, reply[1]) if reply[0] == 421 else reply
 
     def _begin(self):
         if self._upstream.connected:
             with contextlib.suppress(OSError):
-                reply = yield from self._ask_mail(*self._mail)
+                reply = yield from self._ask_mail()
                 if reply[0] != 421:
                     return reply
             self._upstream.close()
@@ -2494,7 +2466,7 @@ class _UpstreamSession:
             self._upstream.close()
             return _TOO_MANY_HOPS
         yield from self._greet(greeting)
-        return (yield from self._ask_mail(*self._mail))
+        return (yield from self._ask_mail())
 
     def _connect(self):
         """Connect to one of the upstream's addresses; return the greeting."""
@@ -2508,28 +2480,27 @@ class _UpstreamSession:
             addresses = yield functools.partial(self._proxy._run_in_thread, look_up)
         else:  # a loop that has nothing else to do
             addresses = look_up()
-        ends = time.monotonic() + self._proxy.upstream_timeout_seconds
-        for left, (family, _, _, _, address) in zip(range(len(addresses), 0, -1), addresses):
+        seconds = self._proxy.upstream_timeout_seconds / len(addresses)
+        for family, _, _, _, address in addresses:
             self._upstream = _Upstream(self._proxy, self._address, self._sockets)
             try:
-                seconds = (ends - time.monotonic()) / left
                 return (yield from self._upstream.open(family, address, seconds))
-            except OSError:
+            except OSError as error:
                 self._upstream.close()
-                if left == 1:
-                    raise
+                fault = error
+        raise fault
 
     def _greet(self, reply):
         for verb in self._hellos if _is_success(reply) else ():
             reply = yield from self._upstream.ask('%s %s' % (verb, self._proxy._own_name()))
             if _is_success(reply):
-                lines = reply[1].upper().split(b'\n')[1:]
-                self._upstream.extensions = {line.split()[0] for line in lines if line.strip()}
+                self._upstream.extensions = re.findall(rb'\n(\S+)', reply[1].upper())
                 return
         raise _UpstreamLost(_reply_text(reply))
 
-    def _ask_mail(self, mailfrom, options):
+    def _ask_mail(self):
         yield from self._end_transaction()
+        mailfrom, options = self._mail
         parameters = [' ' + each for each in options
                       if _EXTENSIONS.get(each.partition('=')[0]) in self._upstream.extensions]
         reply = yield from self._upstream.ask(
@@ -2539,19 +2510,11 @@ class _UpstreamSession:
 
     def _end_transaction(self):
         """Send RSET if there is one: a refused message need not have ended it."""
-        reply = 250, b'OK'
         if self._upstream.has_transaction:
-            reply = yield from self._upstream.ask('RSET')
-        if not _is_success(reply):
-            raise _UpstreamLost('has not finished the message before')
-        self._upstream.has_transaction = False
-        return reply
-
-
-def _at_once(code, text):
-    """A step that waits for nothing."""
-    yield from ()
-    return code, text
+            if not _is_success((yield from self._upstream.ask('RSET'))):
+                raise _UpstreamLost('has not finished the message before')
+            self._upstream.has_transaction = False
+        return 250, b'OK'
 
 
 class _UpstreamLost(ConnectionError):
@@ -2571,15 +2534,16 @@ class _Upstream(_Common, asynchat.async_chat):
 
     ac_in_buffer_size = 4096  # replies are short
     terminator = b'\n'
-    extensions = frozenset()
+    extensions = ()  # those that it has offered
     has_transaction = False
     is_in_data = False  # it waits for a message, or the rest of it
 
     _resume = None  # the step that waits for a reply ...
     _deadline = math.inf  # ... until then, on the monotonic clock
-    _octets_read = 0  # of the reply that is being read
+    _line = b''  # that is being read ...
+    _text = b''  # ... of a reply of several lines
+    _early_reply = None  # to a message that is still to be sent; or to nothing
     _blocks = iter(())  # of a message, to be sent
-    _fault = None  # why it is lost, if no step was told
 
     handle_expt = SMTPChannel.handle_expt
 
@@ -2587,8 +2551,6 @@ class _Upstream(_Common, asynchat.async_chat):
         asynchat.async_chat.__init__(self, map=sockets)
         self.host_and_port = host_and_port
         self._proxy = proxy
-        self._texts = []  # lines of the reply that is being read
-        self._replies = []  # that no step has taken yet
 
     def open(self, family, address, seconds):
         """Connect; return the greeting."""
@@ -2596,34 +2558,34 @@ class _Upstream(_Common, asynchat.async_chat):
         if _is_too_much_for_select(self.socket.fileno(), self._map):
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         self.socket.setsockopt(*_NO_DELAY)
+        self._allow(seconds)
         self.connect(address)
-        return (yield from self._reply(seconds))
+        return (yield self._wait)
 
     def ask(self, line, seconds=None, good=range(200, 300)):
         """Send a command; return the reply, a good one or a refusal."""
         if '\r' in line or '\n' in line:
             raise ValueError('a line end in %r' % line)
-        self.handle_read()
-        if self.is_in_data or self._replies or self._octets_read or self.ac_in_buffer:
+        if (self.is_in_data or self._line or self._text or self._early_reply or self.ac_in_buffer
+                or _peek(self.socket) is not None):
             raise _UpstreamLost('waits for a message, or talks unasked')
+        self._allow(seconds or self._proxy.upstream_command_timeout_seconds)
         self.push(line.encode('utf-8', 'surrogateescape') + _END_OF_LINE)
-        if seconds is None:
-            seconds = self._proxy.upstream_command_timeout_seconds
-        return _check((yield from self._reply(seconds)), good)
+        reply = _check((yield self._wait), good)
+        self.is_in_data = reply[0] == 354
+        return reply
 
     def send_message(self, octets):
         """Send the message, after DATA; return the reply to it."""
-        final = self._proxy.upstream_final_timeout_seconds
         self._blocks = _blocks(octets)
         self.handle_read()
         self.producer_fifo.append(self)  # asynchat asks more() for a block when it has sent one
         try:
-            if not self._replies:  # else it refuses the message already
+            reply = self._early_reply
+            if reply is None:
                 self.initiate_send()
-                if not self.producer_fifo:
-                    self._allow(final)
-                yield self._wait
-            reply = _check(self._replies.pop(), () if self.producer_fifo else range(200, 300))
+                reply = yield self._wait
+            _check(reply, () if self.producer_fifo else range(200, 300))
         except OSError as error:
             if self.producer_fifo:
                 raise
@@ -2638,11 +2600,10 @@ class _Upstream(_Common, asynchat.async_chat):
     def more(self):
         """The next block of the message; with the last one the queue is empty."""
         block, is_last = next(self._blocks)
-        seconds = self._proxy.upstream_block_timeout_seconds
         if is_last:
             self.producer_fifo.clear()
-            seconds += self._proxy.upstream_final_timeout_seconds
-        self._allow(seconds)
+        self._allow(self._proxy.upstream_final_timeout_seconds if is_last
+                    else self._proxy.upstream_block_timeout_seconds)
         return block
 
     def quit(self):
@@ -2656,21 +2617,12 @@ class _Upstream(_Common, asynchat.async_chat):
         self.ac_in_buffer = b''
         super().close()
 
-    def _reply(self, seconds):
-        self._allow(seconds)
-        yield self._wait
-        return self._replies.pop()
-
     def _allow(self, seconds):
         self._deadline = time.monotonic() + seconds
 
-    def _why(self):
-        # Not kept: an exception refers to all that it went through, and so to the message.
-        return vars(self).pop('_fault', None) or _UpstreamLost('closed the connection')
-
     def _wait(self, resume):
         if not (self.connected or self.connecting):
-            raise self._why()
+            raise _UpstreamLost('closed the connection')
         self._resume = resume
 
     # Events
@@ -2678,7 +2630,6 @@ class _Upstream(_Common, asynchat.async_chat):
     def readable(self):
         if self._resume is not None and time.monotonic() > self._deadline:
             # The loop is collecting descriptors: none may be closed before its next event.
-            self._fault = TimeoutError('timed out')
             with contextlib.suppress(OSError):
                 self.socket.shutdown(_SHUT_BOTH)
         return True
@@ -2687,30 +2638,33 @@ class _Upstream(_Common, asynchat.async_chat):
         self._allow(self._proxy.upstream_command_timeout_seconds)
 
     def collect_incoming_data(self, data):
-        self._collect_incoming_data(data)
-        self._octets_read += len(data)
-        if self._octets_read > _MOST_OF_A_REPLY:
+        self._line += data
+        if len(self._line) + len(self._text) > _MOST_OF_A_REPLY:
             raise _UpstreamLost('a reply without an end')
 
     def found_terminator(self):
-        line = self._get_data().rstrip(b'\r')
+        line, self._line = self._line.rstrip(b'\r'), b''
         match = _REPLY_LINE.fullmatch(line)
-        if not match or self._replies:
+        if not match or self._early_reply:
             raise _UpstreamLost('no reply: %r' % line[:100])
         code, mark, text = match.groups()
-        self._texts.append(text or b'')
-        if mark != b'-':
-            self._replies.append((int(code), b'\n'.join(self._texts)))
-            self._texts, self._octets_read = [], 0
-            resume, self._resume = self._resume, None
-            if resume is not None:
-                resume(functools.partial(_give, None))
+        self._text += text
+        if mark == b'-':
+            self._text += b'\n'
+            return
+        reply, self._text = (int(code), self._text), b''
+        resume, self._resume = self._resume, None
+        if resume is None:
+            self._early_reply = reply
+        else:
+            resume(functools.partial(_give, reply))
 
     def handle_close(self):
         if self.connected:  # it could not be sent to: its last word may be left to read
             self.connected = False
             self.handle_read()
-        self._end(self._why())
+        self._end(TimeoutError('timed out') if time.monotonic() > self._deadline
+                  else _UpstreamLost('closed the connection'))
 
     def handle_error(self):
         self._end(sys.exc_info()[1])
@@ -2719,9 +2673,7 @@ class _Upstream(_Common, asynchat.async_chat):
         resume, self._resume = self._resume, None
         self.connected = self.connecting = False
         self.del_channel()
-        if resume is None:
-            self._fault = error
-        else:
+        if resume is not None:
             resume(functools.partial(_throw, error))
         self.close()  # only now: the loop may hold more events for its number
 
@@ -2742,8 +2694,8 @@ def _blocks(octets):
 def _leads_to_itself(proxy, connection):
     """Whether the proxy has connected to the address that it listens on."""
     try:
-        listening = proxy.socket.getsockname()
-        here, there = connection.getsockname(), connection.getpeername()
+        listening, here, there = (proxy.socket.getsockname(), connection.getsockname(),
+                                  connection.getpeername())
     except (OSError, AttributeError):  # closed meanwhile, or never opened
         return False
     is_any = listening[0] in ('0.0.0.0', '::') and here[0] == there[0]
@@ -2765,30 +2717,31 @@ def _refused_of(replies):
     return {each: reply for each, reply in replies.items() if not _is_success(reply)}
 
 
-def _reply_for_all(refused, recipients):
-    """One reply, where some are refused and the others have the message."""
-    replies = {each: reply if 400 <= reply[0] < 600 else (451, _NOT_AVAILABLE)
-               for each, reply in refused.items()}
-    for code, text in replies.values():
-        if code < 500:
-            return code, text
-    if len(refused) < len(set(recipients)):  # the sender must be able to tell who was
-        text = b'\n'.join(b'%.180s (%s)' % (b' '.join(_as_octets(said).split()), _as_octets(each))
-                          for each, (_, said) in replies.items())
-    return code, text
+def _reply_for_all(refused, recipients, reply=(250, b'OK')):
+    """One reply for all; those who are not refused have the message."""
+    refused = {each: said if 400 <= said[0] < 600 else (451, _NOT_AVAILABLE)
+               for each, said in refused.items()}
+    for reply in refused.values():
+        if reply[0] < 500:
+            return reply
+    if refused and len(refused) < len(set(recipients)):  # the sender must know who was
+        return reply[0], b'\n'.join(
+            b'%.180s (%s)' % (b' '.join(_as_octets(text).split()), _as_octets(each))
+            for each, (_, text) in refused.items())
+    return reply
 
 
 @functools.lru_cache(maxsize=64)
 def _reply_text(reply):
-    """(code, text) as process_message() returns replies."""
+    """(code, text) as the lines that the client gets."""
     code, text = reply
     lines = _as_octets(text).decode('ascii', 'replace').split('\n')
-    return NEWLINE.join('%d %s' % (code, _printable(line.strip()[:_MOST_OF_A_LINE]))
-                        for line in lines)
+    return NEWLINE.join(_reply_lines(NEWLINE.join(
+        '%d %s' % (code, _printable(line.strip()[:_MOST_OF_A_LINE])) for line in lines)))
 
 
 def _in_brackets(path):
-    return path if path == _NULL_PATH else '<%s>' % path
+    return path if path == '<>' else '<%s>' % path
 
 
 def _as_octets(data):
@@ -2808,17 +2761,14 @@ def _end_of_headers(octets):
 
 def _with_peer_header(octets, peer):
     """The message with X-Peer after its headers."""
-    headers_end = _end_of_headers(octets)
-    peer_header = b'X-Peer: ' + _host_of(peer).encode('ascii', 'backslashreplace')
+    end = _end_of_headers(octets)
+    is_line = octets[end - 1:end] in (b'', b'\n')  # the last header, as nearly always
+    header = b'X-Peer: %s\n' % _host_of(peer).encode('ascii', 'backslashreplace')
     # Otherwise _deliver() would take the last, empty line for a line end.
-    line_end = b'\n' if octets[-1:] == b'\n' else b''
-    if line_end or headers_end < len(octets):
-        peer_header += b'\n'
-    elif octets:
-        peer_header = b'\n' + peer_header
+    last = b'\n' if octets[-1:] == b'\n' else b''
     # Joined, since the message may be large.
-    return b''.join((octets[:headers_end], peer_header, memoryview(octets)[headers_end:],
-                     line_end))
+    return b''.join((octets[:end], b'' if is_line else b'\n', header, memoryview(octets)[end:],
+                     last))
 
 
 # ---------------------------------------------------------------------------
