@@ -1870,12 +1870,11 @@ class TestServerStaysUp:
     def test_a_channel_that_fails_in_init_closes_its_connection_alone(
             self, capsys, monkeypatch):
         monkeypatch.setattr(Exploding, 'made', 0)
-        with looping(variant(channel_class=Exploding)) as (server, thread):
+        with looping(variant(channel_class=Exploding)) as server:
             with greet(server) as other, RawClient(server) as unlucky:
                 assert unlucky.rest() in (b'', BANNER)
                 assert other.say(b'NOOP') == b'250 OK\r\n'
             server.close()
-            thread.join(10)  # nothing of it is left in the map
         assert 'RuntimeError: in __init__' in capsys.readouterr().err
 
     @pytest.mark.parametrize('name', [
@@ -1906,18 +1905,8 @@ class TestServerStaysUp:
     @pytest.mark.parametrize('threads', [0, 2], ids='{} threads'.format)
     def test_close_from_another_thread_ends_the_loop(self, threads):
         """Even one that sits in select() for 30 seconds."""
-        waits = threading.Event()
-
-        def readable(self):
-            waits.set()  # this thread keeps the GIL until it is in select()
-            return smtpd.SMTPServer.readable(self)
-
-        server_class = variant(process_message_threads=threads, readable=readable)
-        with looping(server_class) as (server, thread):
-            assert waits.wait(20)
+        with looping(variant(process_message_threads=threads)) as server:
             server.close()
-            thread.join(10)
-            assert not thread.is_alive()
 
     @pytest.mark.parametrize('in_the_loop', [False, True], ids=['twice', 'and then in the loop'])
     def test_close_from_another_thread_while_the_loop_is_busy(self, in_the_loop):
@@ -1927,16 +1916,13 @@ class TestServerStaysUp:
                 if in_the_loop:
                     self.close()
 
-        with looping(Server) as (server, thread):
-            with greet(server) as client:
-                client.send(ONE_MESSAGE + b'QUIT\r\n')
-                assert server.arrived.wait(20)
-                server.close()
-                server.close()
-                server.go.set()
-                assert client.rest() == ANSWERED + b'221 Bye\r\n'
-            thread.join(10)
-            assert not thread.is_alive()
+        with looping(Server) as server, greet(server) as client:
+            client.send(ONE_MESSAGE + b'QUIT\r\n')
+            assert server.arrived.wait(20)
+            server.close()
+            server.close()
+            server.go.set()
+            assert client.rest() == ANSWERED + b'221 Bye\r\n'
 
     @in_map_and_selector
     def test_a_server_may_close_when_it_has_one_client(self, capsys):
@@ -1970,17 +1956,14 @@ class TestServerStaysUp:
     def test_nothing_else_stays_in_the_map(self, threads):
         """`while asyncore.socket_map:` ends when the last server and channel are closed."""
         server_class = variant(process_message_threads=threads)
-        with looping(server_class) as (server, thread):
-            with greet(server) as client:
-                client.send(ONE_MESSAGE)
-                assert read_replies(client, 5) == ANSWERED
-                assert is_served(server)
-                assert len(server._map) == 2
-                server.close()
-                assert client.say(b'NOOP') == b'250 OK\r\n'
-                assert client.say(b'QUIT') == b'221 Bye\r\n'
-            thread.join(10)
-            assert not thread.is_alive()
+        with looping(server_class) as server, greet(server) as client:
+            client.send(ONE_MESSAGE)
+            assert read_replies(client, 5) == ANSWERED
+            assert is_served(server)
+            assert len(server._map) == 2
+            server.close()
+            assert client.say(b'NOOP') == b'250 OK\r\n'
+            assert client.say(b'QUIT') == b'221 Bye\r\n'
 
     @pytest.mark.parametrize('attribute', [
         {}, {'channels_in_selector': True}, {'process_message_threads': 2}],
@@ -2128,17 +2111,14 @@ class TestHandlerThreads:
     @pytest.mark.parametrize('is_early', [False, True], ids=['meanwhile', 'before'])
     def test_a_server_that_is_closed(self, is_early):
         """The message under way is answered, and the loop ends after it."""
-        with looping(WaitingServer) as (server, thread), greet(server) as client:
+        with looping(WaitingServer) as server, greet(server) as client:
             if is_early:
                 server.close()
             client.send(ONE_MESSAGE + b'QUIT\r\n')
             server.wait_until_entered()
             server.close()
-            assert thread.is_alive()
             server.go.set()
             assert client.rest() == ANSWERED + b'221 Bye\r\n'
-            thread.join(10)
-            assert not thread.is_alive()
 
     @pytest.mark.parametrize('threads', [0, 2], ids='{} threads'.format)
     def test_a_handler_may_close_its_server(self, threads):
@@ -2148,11 +2128,9 @@ class TestHandlerThreads:
 
         server_class = variant(process_message_threads=threads,
                                process_message=process_message)
-        with looping(server_class) as (server, thread), greet(server) as client:
+        with looping(server_class) as server, greet(server) as client:
             client.send(ONE_MESSAGE + b'QUIT\r\n')
             assert client.rest() == ANSWERED_TO_DATA + b'250 closed\r\n221 Bye\r\n'
-            thread.join(10)
-            assert not thread.is_alive()
 
     def test_all_that_is_closed_meanwhile(self, capsys):
         """asyncore.close_all() with a message under way: nobody is there to be told."""

@@ -533,19 +533,25 @@ def turning(server_class=RecordingServer, **kwargs):
 
 
 @contextlib.contextmanager
-def looping(server_class=RecordingServer):
-    """A server in a loop that ends when nothing is left in its map: yields it and the thread."""
-    sockets = {}
-    server = server_class(('127.0.0.1', 0), None, map=sockets)
-    thread = threading.Thread(target=asyncore.loop, kwargs={'map': sockets})
+def looping(server_class=RecordingServer, timeout=30, use_poll=False):
+    """A server whose loop must end with the block, when nothing is left in its map."""
+    waits = threading.Event()
+
+    def readable(self):
+        waits.set()  # this thread keeps the GIL until it is in select()
+        return server_class.readable(self)
+
+    server = variant(server_class, readable=readable)(map={})
+    thread = threading.Thread(target=asyncore.loop, args=(timeout, use_poll, server._map))
     thread.start()
     try:
-        yield server, thread
-        assert sockets == {}
+        assert waits.wait(20)
+        yield server
+        thread.join(20)
+        assert not thread.is_alive() and server._map == {}
     finally:
         server.close()
         thread.join(20)
-        assert not thread.is_alive()
 
 
 def has_input(client):
@@ -662,6 +668,18 @@ def running(command, **kwargs):
                 process.communicate(timeout=20)
             process.kill()
             process.communicate()
+
+
+@contextlib.contextmanager
+def script(text, options=STRICT, **kwargs):
+    """A process that runs a script, which first prints its port: yields it and its address.
+
+    It ends with its standard input.
+    """
+    with running([*options, '-c', text], stdin=subprocess.PIPE, **kwargs) as process:
+        first = process.stdout.readline()
+        assert first, process.stderr.read().decode()
+        yield process, ('127.0.0.1', int(first))
 
 
 SMTPD = STRICT + ['-m', 'smtpd']
