@@ -10,7 +10,6 @@ import errno
 import functools
 import gc
 import importlib.util
-import io
 import itertools
 import os
 import re
@@ -275,19 +274,6 @@ class SelfMadeChannel(smtpd.SMTPChannel):
         self.push(status or '250 OK')
 
 
-class PlainListener(asyncore.dispatcher):
-    """A server that has nothing of ours but the channel."""
-
-    def __init__(self, localaddr, remoteaddr, map):
-        super().__init__(map=map)
-        self.create_socket(socket.AF_INET, socket.SOCK_STREAM)
-        self.bind(localaddr)
-        self.listen(5)
-
-    def handle_accepted(self, conn, addr):
-        smtpd.SMTPChannel(self, conn, addr, map=self._map)
-
-
 class LMTPServer(smtpd.SMTPServer):
     """Built from the parts, as an LMTP server on AF_UNIX is: the base's __init__ never runs."""
 
@@ -334,13 +320,6 @@ class HookedChannel(smtpd.SMTPChannel):
 class WithoutRepr:
     def __repr__(self):
         raise ValueError
-
-
-class ShortOfMemory(io.BytesIO):
-    def write(self, octets):
-        if len(self.getvalue()) + len(octets) > 100:
-            raise MemoryError
-        return super().write(octets)
 
 
 class Exploding(smtpd.SMTPChannel):
