@@ -103,10 +103,12 @@ class StubServer:
 
     def __init__(self, reply=None):
         self.messages = []
+        self.arrived = threading.Event()
         self.reply = reply
 
     def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
         self.messages.append((peer, mailfrom, list(rcpttos), data, kwargs))
+        self.arrived.set()
         if isinstance(self.reply, Exception):
             raise self.reply
         return self.reply
@@ -218,42 +220,6 @@ def without_init(server, conn, addr, map=None, decode_data=False):
     return channel
 
 
-class AuthChannel(smtpd.SMTPChannel):
-    """AUTH LOGIN, as programs did it: the answers are caught in found_terminator."""
-
-    questions = ()
-    authenticated = False
-
-    def smtp_EHLO(self, arg):
-        self.seen_greeting = arg
-        self.extended_smtp = True
-        self.push('250-' + self.fqdn)
-        self.push('250-AUTH LOGIN')
-        self.push('250 HELP')
-
-    def smtp_AUTH(self, arg):
-        self.credentials = []
-        self.questions = ['334 VXNlcm5hbWU6', '334 UGFzc3dvcmQ6', '235 Authentication successful']
-        self.push(self.questions.pop(0))
-
-    def smtp_MAIL(self, arg):
-        if self.authenticated:
-            super().smtp_MAIL(arg)
-        else:
-            self.push('530 Authentication required')
-
-    def found_terminator(self):
-        if not self.questions:
-            super().found_terminator()
-            return
-        answer = self._emptystring.join(self.received_lines)
-        self.received_lines = []
-        self.num_bytes = 0
-        self.credentials.append(answer if self._decode_data else answer.decode())
-        self.push(self.questions.pop(0))
-        self.authenticated = not self.questions
-
-
 class SelfMadeChannel(smtpd.SMTPChannel):
     """Copied its found_terminator from somewhere: all of it is its own."""
 
@@ -300,13 +266,6 @@ class LMTPChannel(smtpd.SMTPChannel):
         self.smtp_HELO(arg)
 
 
-class ThreeArguments(smtpd.SMTPChannel):
-    """As programs of Python 2 have it."""
-
-    def __init__(self, server, conn, addr):
-        smtpd.SMTPChannel.__init__(self, server, conn, addr)
-
-
 class HookedChannel(smtpd.SMTPChannel):
     """Takes asynchat's way, since it overrides the hooks."""
 
@@ -317,50 +276,13 @@ class HookedChannel(smtpd.SMTPChannel):
         super().found_terminator()
 
 
-class WithoutRepr:
-    def __repr__(self):
-        raise ValueError
-
-
-class Exploding(smtpd.SMTPChannel):
-    """The second one fails."""
-
-    made = 0
-
-    def __init__(self, server, *args, **kwargs):
-        super().__init__(server, *args, **kwargs)
-        Exploding.made += 1
-        if Exploding.made == 2:
-            raise RuntimeError('in __init__')
-
-
 # ---------------------------------------------------------------------------------------------
 # A server in a thread, and a client of raw octets
 
-class RecordingServer(smtpd.SMTPServer):
-    """Keeps the messages; `arrived` is set at each."""
-
+class RecordingServer(StubServer, smtpd.SMTPServer):
     def __init__(self, localaddr=('127.0.0.1', 0), remoteaddr=None, **kwargs):
-        self.messages = []
-        self.arrived = threading.Event()
-        self.reply = None
-        super().__init__(localaddr, remoteaddr, **kwargs)
-
-    def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
-        self.messages.append((peer, mailfrom, list(rcpttos), data, kwargs))
-        self.arrived.set()
-        if isinstance(self.reply, Exception):
-            raise self.reply
-        return self.reply
-
-
-class FailingServer(RecordingServer):
-    """Fails for one recipient."""
-
-    def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
-        if rcpttos == ['fail@example']:
-            raise ZeroDivisionError
-        return super().process_message(peer, mailfrom, rcpttos, data, **kwargs)
+        StubServer.__init__(self)
+        smtpd.SMTPServer.__init__(self, localaddr, remoteaddr, **kwargs)
 
 
 @contextlib.contextmanager
@@ -560,18 +482,6 @@ def count_lines(client, turn):
         chunk = client.socket.recv(1 << 20)
         lines += chunk.count(b'\n')
     return lines
-
-
-class BusyServer(RecordingServer):
-    """Its handler keeps the loop busy until it is told to go on."""
-
-    def __init__(self, *args, **kwargs):
-        self.go = threading.Event()
-        super().__init__(*args, **kwargs)
-
-    def process_message(self, *args, **kwargs):
-        super().process_message(*args, **kwargs)
-        self.go.wait(20)
 
 
 class Listener:
@@ -1039,24 +949,14 @@ def copy_of_the_source(directory):
 # ---------------------------------------------------------------------------------------------
 # Fixtures
 
-@pytest.fixture(scope='session')
-def threads_that_end_later():
-    """Those for handlers wait a second for the next message: too long for each test."""
-    threads = []
-    yield threads
-    for thread in threads:
-        thread.join(10)
-        assert not thread.is_alive(), thread
-
 
 @pytest.fixture(autouse=True)
-def no_thread_outlives_its_test(threads_that_end_later):
+def no_thread_outlives_its_test():
+    """Those for handlers may: they wait a second for the next message."""
     before = threading.enumerate()
     yield
     for thread in threading.enumerate():
-        if thread not in before and thread.daemon:
-            threads_that_end_later.append(thread)
-        elif thread not in before:
+        if thread not in before and not thread.daemon:
             thread.join(10)
             assert not thread.is_alive(), thread
 

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import gc
 import os
-import queue
 import select
 import signal
 import socket
@@ -379,28 +378,18 @@ serve(Forking)
 @needs_fork
 @both_loops
 def test_a_worker_that_closes_leaves_the_listener_to_the_others(use_poll):
-    """It closes just when its loop will wait for the listener."""
     text = '''
 server = Server(('127.0.0.1', 0), None)
 worker = os.fork()
 if not worker:
-    waits, closed, ended = threading.Event(), threading.Event(), threading.Event()
-    def readable():
-        is_readable = smtpd.SMTPServer.readable(server)
-        waits.set()
-        closed.wait()
-        return is_readable
-    def loop():
-        asyncore.loop(.05, %r)
-        ended.set()
-    server.readable = readable
-    thread = threading.Thread(target=loop, daemon=True)
+    turned = threading.Event()
+    server.readable = lambda: turned.set() or smtpd.SMTPServer.readable(server)
+    thread = threading.Thread(target=asyncore.loop, args=(.05, %r))
     thread.start()
-    waits.wait()
+    turned.wait()
     server.close()
-    closed.set()
     thread.join(20)
-    os._exit(bool(asyncore.socket_map) or not ended.is_set())
+    os._exit(bool(asyncore.socket_map))
 assert os.waitpid(worker, 0)[1] == 0
 tell_port(server)
 asyncore.loop()
@@ -874,37 +863,6 @@ except (KeyboardInterrupt, asyncore.ExitNow):
         else:
             client.send(b'XEND\r\n')
         assert process.wait(20) == 0 and process.stderr.read() == b'ended'
-
-
-def test_a_message_that_comes_just_when_a_thread_gives_up_is_handled(monkeypatch):
-    class Late(queue.SimpleQueue):
-        """Each other wait is in vain, though something has come by its end."""
-
-        def __init__(self):
-            super().__init__()
-            self.has_come = threading.Semaphore(0)
-            self.waits_in_vain = False
-
-        def put(self, thing):
-            super().put(thing)
-            self.has_come.release()
-
-        def get(self, block=True, timeout=None):
-            if timeout is None:
-                return super().get(block)
-            self.waits_in_vain = not self.waits_in_vain
-            if not self.waits_in_vain:
-                return super().get(timeout=20)
-            assert self.has_come.acquire(timeout=20)
-            raise queue.Empty
-
-    monkeypatch.setattr(queue, 'SimpleQueue', Late)
-    with serving(variant(process_message_threads=1)) as server, greet(server, HELLO) as client:
-        assert [relay_message(client) for _ in range(3)] == 3 * [OK]
-        # The thread that waits would keep the test from ending.
-        for each in gc.get_objects():
-            if isinstance(each, Late):
-                each.has_come.release()
 
 
 # ---------------------------------------------------------------------------------------------
