@@ -183,33 +183,6 @@ def channel_with(**attributes):
     return make_channel(channel_class=variant(smtpd.SMTPChannel, **attributes))
 
 
-class OwnInit(smtpd.SMTPChannel):
-    """Sets all that the old module's instances had, and never calls the base's __init__."""
-
-    def __init__(self, server, conn, addr, map=None, decode_data=False):
-        asynchat.async_chat.__init__(self, conn, map)
-        self.smtp_server = server
-        self.conn = conn
-        self.addr = self.peer = addr
-        self.data_size_limit = smtpd.DATA_SIZE_DEFAULT
-        self.enable_SMTPUTF8 = False
-        self._decode_data = decode_data
-        self._emptystring, self._linesep, self._dotsep, self._newline = (
-            ('', '\r\n', '.', '\n') if decode_data else (b'', b'\r\n', ord('.'), b'\n'))
-        self.received_lines = []
-        self.smtp_state = self.COMMAND
-        self.mailfrom = None
-        self.rcpttos = []
-        self.received_data = ''
-        self.num_bytes = 0
-        self.require_SMTPUTF8 = False
-        self.seen_greeting = ''
-        self.extended_smtp = False
-        self.command_size_limits.clear()
-        self.fqdn = FQDN
-        self.set_terminator(b'\r\n')
-
-
 def without_init(server, conn, addr, map=None, decode_data=False):
     """Nothing is set but what a program of its own has to say."""
     channel = smtpd.SMTPChannel.__new__(smtpd.SMTPChannel)
@@ -218,26 +191,6 @@ def without_init(server, conn, addr, map=None, decode_data=False):
     channel._decode_data, channel._emptystring = decode_data, '' if decode_data else b''
     channel.set_terminator(b'\r\n')
     return channel
-
-
-class SelfMadeChannel(smtpd.SMTPChannel):
-    """Copied its found_terminator from somewhere: all of it is its own."""
-
-    def found_terminator(self):
-        whole = self._emptystring.join(self.received_lines)
-        self.received_lines = []
-        self.num_bytes = 0
-        if self.smtp_state == self.COMMAND:
-            verb, _, argument = (whole if self._decode_data else whole.decode()).partition(' ')
-            getattr(self, 'smtp_' + verb.upper())(argument or None)
-            return
-        undotted = [line[1:] if line and line[0] == self._dotsep else line
-                    for line in whole.split(self._linesep)]
-        self.received_data = self._newline.join(undotted)
-        status = self.smtp_server.process_message(
-            self.peer, self.mailfrom, self.rcpttos, self.received_data)
-        self._set_post_data_state()
-        self.push(status or '250 OK')
 
 
 class LMTPServer(smtpd.SMTPServer):

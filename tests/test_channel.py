@@ -20,7 +20,6 @@ from tests.support import (
     TO_DATA,
     HookedChannel,
     RecordingServer,
-    SelfMadeChannel,
     StubServer,
     WaitingServer,
     both_modes,
@@ -243,9 +242,8 @@ def test_a_greeting_ends_the_transaction_before_it():
 
 
 @both_modes
-@pytest.mark.parametrize('base', [smtpd.SMTPChannel, SelfMadeChannel])
-def test_a_second_init_begins_a_session_anew_in_its_own_mode(base, decode_data):
-    channel = make_channel(channel_class=base, decode_data=not decode_data)
+def test_a_second_init_begins_a_session_anew_in_its_own_mode(decode_data):
+    channel = make_channel(decode_data=not decode_data)
     feed(channel, TO_DATA + b'half of a message')
     channel.__init__(channel.smtp_server, channel.conn, PEER, map={}, decode_data=decode_data)
     assert b'503' not in feed(channel, TO_DATA + b'..x', b'\r\ny\r\n.\r\n')
@@ -287,19 +285,6 @@ def test_a_session_that_the_program_closes_while_its_handler_runs(capsys):
             again.send(ONE_MESSAGE)
             assert read_replies(again, 5).endswith(b'250 OK\r\n')
     assert capsys.readouterr() == ('', '')
-
-
-def test_what_a_mixin_after_the_channel_replaces_is_called():
-    """It comes there in the method order, where the old module called it."""
-    class Mixin(asynchat.async_chat):
-        readable = unittest.mock.Mock(return_value=False)
-        writable = unittest.mock.Mock(return_value=True)
-        handle_read = unittest.mock.Mock()
-
-    channel = make_channel(channel_class=type('Mixed', (smtpd.SMTPChannel, Mixin), {}))
-    assert (bool(channel.readable()), bool(channel.writable())) == (False, True)
-    asyncore.read(channel)
-    assert Mixin.handle_read.called
 
 
 def test_what_is_patched_into_asynchat_reads(monkeypatch):
