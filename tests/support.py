@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import types
+import unittest.mock
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -437,18 +438,11 @@ def count_lines(client, turn):
     return lines
 
 
-class Listener:
-    """A listening socket whose accept() raises."""
-
-    def __init__(self, real, error):
-        self.real, self.error, self.attempts = real, error, 0
-
-    def accept(self):
-        self.attempts += 1
-        raise OSError(self.error, os.strerror(self.error))
-
-    def __getattr__(self, name):
-        return getattr(self.real, name)
+def failing_listener(server, error):
+    """A socket as the server's, whose accept() raises."""
+    listener = unittest.mock.Mock(wraps=server.socket)
+    listener.accept.side_effect = OSError(error, os.strerror(error))
+    return listener
 
 
 class WaitingServer(RecordingServer):
@@ -458,24 +452,15 @@ class WaitingServer(RecordingServer):
 
     def __init__(self, *args, **kwargs):
         self.go = threading.Event()
-        self.running = self.running_at_most = 0
         self.threads = set()
-        self.counting = threading.Lock()
         self.entered = threading.Semaphore(0)
         super().__init__(*args, **kwargs)
 
     def process_message(self, *args, **kwargs):
-        with self.counting:
-            self.running += 1
-            self.running_at_most = max(self.running, self.running_at_most)
-            self.threads.add(threading.get_ident())
+        self.threads.add(threading.get_ident())
         self.entered.release()
         assert self.go.wait(20)
-        try:
-            return super().process_message(*args, **kwargs)
-        finally:
-            with self.counting:
-                self.running -= 1
+        return super().process_message(*args, **kwargs)
 
     def wait_until_entered(self):
         assert self.entered.acquire(timeout=20)

@@ -372,7 +372,6 @@ def test_the_recipe_for_logging_logs_dialogue_and_tracebacks(start, tmp_path):
     assert re.search(r'^\d{4}-\S+ \S+ ERROR .*ZeroDivisionError', errors, re.MULTILINE | re.DOTALL)
 
 
-
 @pytest.mark.parametrize('name, module, package, subject', [
     pytest.param('recipe-django', 'django', 'Django', 'Hello from Django',
                  marks=pytest.mark.real),
