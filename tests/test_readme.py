@@ -33,11 +33,6 @@ def test_the_links_of_the_readme_lead_somewhere():
         assert target.startswith('https:') or os.path.isfile(os.path.join(HERE, target))
 
 
-def columns_of(docstring):
-    """The names in the first of a docstring's two columns."""
-    return re.findall(r'^ *(\w+) {2,}\S', docstring, re.MULTILINE)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.version_info < (3, 12), reason='Sphinx needs a newer Python')
 def test_the_manual_builds_and_its_reference_names_all_that_is_public(tmp_path):
@@ -56,9 +51,10 @@ def test_the_manual_builds_and_its_reference_names_all_that_is_public(tmp_path):
     assert public - set(told) == set()
 
 
-LIMITS = [(cls, name) for cls in (smtpd.SMTPChannel, smtpd.SMTPServer, smtpd.PureProxy)
-          for name in columns_of(cls.__doc__)
-          if re.search('_(limit|seconds|backlog|per_event|threads)$', name)]
+LIMITS = [  # in the first of a docstring's two columns
+    (cls, name) for cls in (smtpd.SMTPChannel, smtpd.SMTPServer, smtpd.PureProxy)
+    for name in re.findall(r'^ *(\w+_(?:limit|seconds|backlog|per_event|threads)) {2,}\S',
+                           cls.__doc__, re.MULTILINE)]
 
 
 @pytest.mark.parametrize('cls, name', LIMITS, ids=[name for cls, name in LIMITS])

@@ -550,19 +550,6 @@ def test_a_listener_that_blocks_is_accepted_from_once_an_event():
             assert is_served(server)
 
 
-def test_an_accept_that_always_has_a_connection_is_asked_once_an_event():
-    connections = []
-
-    def accept():
-        connections.append(FakeConnection(1000 + len(connections)))
-        return connections[-1], PEER
-
-    with contextlib.closing(RecordingServer(map={})) as server:
-        server.accept = accept
-        server.handle_read_event()
-    assert len(connections) == 1
-
-
 # ---------------------------------------------------------------------------------------------
 # What the system's ways to wait cannot do
 
@@ -1067,18 +1054,6 @@ def test_a_server_that_was_closed_may_listen_again():
     server.close()
     thread.join(20)
     assert not thread.is_alive()
-
-
-def test_close_of_a_mixin_after_the_server_is_called():
-    class Mixin(asyncore.dispatcher):
-        def close(self):
-            closed.append(self)
-            super().close()
-
-    closed = []
-    server = type('Server', (RecordingServer, Mixin), {})(map={})
-    server.close()
-    assert closed == [server] and server._map == {}
 
 
 def test_a_server_that_is_closed_just_before_it_accepts_has_nothing_to_complain_about(capfd):
