@@ -2497,6 +2497,32 @@ runpy.run_module('smtpd', run_name='__main__', alter_sys=True)
         assert refusal.value.recipients == {'b@example.com': (550, b'5.1.1 No such user')}
         assert upstream.messages == [('a@example.com', ['b@example.com'], with_x_peer(PROXIED))]
 
+    @pytest.mark.parametrize('base, selector', [
+        ('smtpd.SMTPServer', True), ('asyncore.dispatcher', None)])
+    def test_the_loop_that_it_runs(self, base, selector, tmp_path):
+        """One for thousands of sessions: a selector where the class knows of it, and poll()."""
+        (tmp_path / 'own.py').write_text(textwrap.dedent('''
+            import asyncore, smtpd
+
+            def loop(*args, **kwargs):
+                print(args, sorted(kwargs.items()), getattr(own, 'channels_in_selector', None))
+
+            class Own(%s):
+                def __init__(self, *args, **kwargs):
+                    global own
+                    own = self
+                    print(args, kwargs)
+                    asyncore.dispatcher.__init__(self)
+
+            asyncore.loop = loop
+        ''' % base))
+        done = run_briefly([*SMTPD, '-n', '-c', 'own.Own', 'a:1', 'b:2'],
+                           env=environment(tmp_path))
+        assert (done.returncode, done.stderr) == (0, '')
+        assert done.stdout.splitlines() == [
+            "(('a', 1), ('b', 2), 33554432) {'enable_SMTPUTF8': False}",
+            "() [('timeout', 1), ('use_poll', True)] %s" % selector]
+
 
 class TestArguments:
     """parseargs(), which programs call."""
