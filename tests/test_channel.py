@@ -241,9 +241,30 @@ def test_a_greeting_ends_the_transaction_before_it():
     assert feed(channel, b'MAIL FROM:<c@d>\r\n') == b'250 OK\r\n' and channel.mailfrom == 'c@d'
 
 
+class SelfMadeChannel(smtpd.SMTPChannel):
+    """Copied its found_terminator from somewhere: all of it is its own."""
+
+    def found_terminator(self):
+        whole = self._emptystring.join(self.received_lines)
+        self.received_lines = []
+        self.num_bytes = 0
+        if self.smtp_state == self.COMMAND:
+            verb, _, argument = (whole if self._decode_data else whole.decode()).partition(' ')
+            getattr(self, 'smtp_' + verb.upper())(argument or None)
+            return
+        undotted = [line[1:] if line and line[0] == self._dotsep else line
+                    for line in whole.split(self._linesep)]
+        self.received_data = self._newline.join(undotted)
+        status = self.smtp_server.process_message(
+            self.peer, self.mailfrom, self.rcpttos, self.received_data)
+        self._set_post_data_state()
+        self.push(status or '250 OK')
+
+
 @both_modes
-def test_a_second_init_begins_a_session_anew_in_its_own_mode(decode_data):
-    channel = make_channel(decode_data=not decode_data)
+@pytest.mark.parametrize('base', [smtpd.SMTPChannel, SelfMadeChannel])
+def test_a_second_init_begins_a_session_anew_in_its_own_mode(base, decode_data):
+    channel = make_channel(channel_class=base, decode_data=not decode_data)
     feed(channel, TO_DATA + b'half of a message')
     channel.__init__(channel.smtp_server, channel.conn, PEER, map={}, decode_data=decode_data)
     assert b'503' not in feed(channel, TO_DATA + b'..x', b'\r\ny\r\n.\r\n')
