@@ -1054,6 +1054,20 @@ class TestSession:
         assert channel.conn.closed and channel.smtp_server.messages == []
         assert error.__name__ in capsys.readouterr().err
 
+    def test_memory_that_ends_in_mid_message_ends_the_session(self, monkeypatch, capsys):
+        """The rest of the data would be taken for commands."""
+        class ShortOfMemory(io.BytesIO):
+            def write(self, octets):
+                if len(self.getvalue()) + len(octets) > 100:
+                    raise MemoryError
+                return super().write(octets)
+
+        monkeypatch.setattr(smtpd, 'io', types.SimpleNamespace(BytesIO=ShortOfMemory))
+        channel = make_channel()
+        feed(channel, TO_DATA)
+        assert feed(channel, b'first\r\n', b'y' * 120, b'\r\nforged\r\n.\r\n') == b''
+        assert channel.conn.closed and channel.smtp_server.messages == []
+
     def test_each_channel_has_its_own_command_size_limits(self):
         extended, plain = make_channel(), make_channel()
         feed(extended, b'EHLO x\r\n')

@@ -393,8 +393,9 @@ def looping(server_class=RecordingServer, timeout=30, use_poll=False):
     waits = threading.Event()
 
     def readable(self):
-        waits.set()  # this thread keeps the GIL until it is in select()
-        return server_class.readable(self)
+        is_readable = server_class.readable(self)
+        waits.set()  # this thread keeps the GIL until it waits
+        return is_readable
 
     server = variant(server_class, readable=readable)(map={})
     thread = threading.Thread(target=asyncore.loop, args=(timeout, use_poll, server._map))

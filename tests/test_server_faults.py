@@ -4,6 +4,7 @@ import contextlib
 import errno
 import gc
 import os
+import queue
 import select
 import signal
 import socket
@@ -850,6 +851,37 @@ except (KeyboardInterrupt, asyncore.ExitNow):
         else:
             client.send(b'XEND\r\n')
         assert process.wait(20) == 0 and process.stderr.read() == b'ended'
+
+
+def test_a_message_that_comes_just_when_a_thread_gives_up_is_handled(monkeypatch):
+    class Late(queue.SimpleQueue):
+        """Each other wait is in vain, though something has come by its end."""
+
+        def __init__(self):
+            super().__init__()
+            self.has_come = threading.Semaphore(0)
+            self.waits_in_vain = False
+
+        def put(self, thing):
+            super().put(thing)
+            self.has_come.release()
+
+        def get(self, block=True, timeout=None):
+            if timeout is None:
+                return super().get(block)
+            self.waits_in_vain = not self.waits_in_vain
+            if not self.waits_in_vain:
+                return super().get(timeout=20)
+            assert self.has_come.acquire(timeout=20)
+            raise queue.Empty
+
+    monkeypatch.setattr(queue, 'SimpleQueue', Late)
+    with serving(variant(process_message_threads=1)) as server, greet(server, HELLO) as client:
+        assert [relay_message(client) for _ in range(3)] == 3 * [OK]
+        # The thread that waits would keep the test from ending.
+        for each in gc.get_objects():
+            if isinstance(each, Late):
+                each.has_come.release()
 
 
 # ---------------------------------------------------------------------------------------------
