@@ -12,7 +12,6 @@ import asyncore
 import contextlib
 import errno
 import functools
-import gc
 import inspect
 import io
 import itertools
@@ -39,7 +38,6 @@ from tests.support import (
     BANNER,
     FQDN,
     FROM_AND_TO,
-    HELLO,
     MODULE_DIR,
     ONE_MESSAGE,
     PEER,
@@ -51,30 +49,20 @@ from tests.support import (
     TO_DATA,
     TRANSACTION,
     TRANSACTION_ANSWERED,
-    AuthChannel,
-    BusyServer,
-    Exploding,
-    FailingServer,
     FakeConnection,
     HookedChannel,
-    Listener,
     LMTPServer,
-    OwnInit,
-    PlainListener,
     RawClient,
     RecordingServer,
-    SelfMadeChannel,
-    ShortOfMemory,
     StubServer,
-    ThreeArguments,
     WaitingServer,
-    WithoutRepr,
     both_modes,
     channel_with,
     channels_of,
     command_line,
     count_lines,
     environment,
+    failing_listener,
     feed,
     greet,
     has_input,
@@ -86,7 +74,6 @@ from tests.support import (
     looping,
     make_channel,
     octets,
-    post,
     read_replies,
     read_until,
     reset,
@@ -96,7 +83,6 @@ from tests.support import (
     shut,
     small_buffers,
     smtpd,
-    start_message,
     three_ways,
     traced_memory,
     turning,
@@ -110,6 +96,7 @@ pytest_plugins = ['tests.support']  # its fixtures
 # ---------------------------------------------------------------------------
 # The module
 # ---------------------------------------------------------------------------
+
 
 def test_the_module_under_test_is_ours():
     """On Python up to 3.11 it is easily the standard library's."""
@@ -148,8 +135,7 @@ class TestModule:
         assert getattr(smtpd, name) == value
 
     def test_a_name_that_is_not_there_is_an_attribute_error(self):
-        with pytest.raises(AttributeError, match='NO_SUCH_NAME'):
-            getattr(smtpd, 'NO_SUCH_' + 'NAME')
+        assert not hasattr(smtpd, 'NO_SUCH_NAME')
 
     def test_devnull_takes_text_and_keeps_quiet(self, capsys):
         print('text', file=smtpd.Devnull(), flush=True)
@@ -239,12 +225,6 @@ def hold(channel, transcript, way):
             line for line in transcript if line.startswith('S: ')]
 
 
-def dialogues(*tables):
-    return pytest.mark.parametrize('transcript', [
-        pytest.param(transcript, id=sentence)
-        for table in tables for sentence, transcript in table.items()])
-
-
 HELO = ('C: HELO client.example', 'S: 250 mx.example')
 EHLO = ('C: EHLO client.example', 'S: 250-mx.example', 'S: 250-SIZE 33554432',
         'S: 250-8BITMIME', 'S: 250 HELP')
@@ -252,205 +232,137 @@ MAIL = ('C: MAIL FROM:<sender@example>', 'S: 250 OK')
 RCPT = ('C: RCPT TO:<one@example>', 'S: 250 OK')
 DATA = ('C: DATA', 'S: 354 End data with <CR><LF>.<CR><LF>')
 MESSAGE = MAIL + RCPT + DATA + ('C: Subject: x', 'C: ', 'C: text', 'C: .', 'S: 250 OK')
+UNKNOWN = ('C: FOO', 'S: 500 Error: command "FOO" not recognized')
 
 COMMANDS = 'EHLO HELO MAIL RCPT DATA RSET NOOP QUIT VRFY'
-MAIL_SYNTAX = 'S: 501 Syntax: MAIL FROM: <address>'
-RCPT_SYNTAX = 'S: 501 Syntax: RCPT TO: <address>'
 PARAMETERS = ' [SP <mail-parameters>]'
+MAIL_SYNTAX = '501 Syntax: MAIL FROM: <address>'
+RCPT_SYNTAX = '501 Syntax: RCPT TO: <address>'
+MAIL_UNKNOWN = '555 MAIL FROM parameters not recognized or not implemented'
+RCPT_UNKNOWN = '555 RCPT TO parameters not recognized or not implemented'
+BODY_SYNTAX = '501 Error: BODY can only be one of 7BIT, 8BITMIME'
 
-HELO_TABLE = {
-    'HELO gets the name of the server': HELO,
-    'HELO without a name is refused': ('C: HELO', 'S: 501 Syntax: HELO hostname'),
-    'a second HELO is refused': HELO + ('C: HELO again', 'S: 503 Duplicate HELO/EHLO'),
-    'a second HELO without a name is refused for its syntax':
-        HELO + ('C: HELO', 'S: 501 Syntax: HELO hostname'),
-    'HELO after EHLO is refused': EHLO + ('C: HELO again', 'S: 503 Duplicate HELO/EHLO'),
-    'a verb may be written in any case': ('C: hElO client.example', 'S: 250 mx.example'),
-    'blanks around the name of HELO do no harm': ('C: HELO  client ', 'S: 250 mx.example'),
-}
-EHLO_TABLE = {
-    'EHLO gets the list of extensions': EHLO,
-    'EHLO without a name is refused': ('C: EHLO', 'S: 501 Syntax: EHLO hostname'),
-    'a second EHLO is refused': EHLO + ('C: EHLO again', 'S: 503 Duplicate HELO/EHLO'),
-    'EHLO after HELO is refused': HELO + ('C: EHLO again', 'S: 503 Duplicate HELO/EHLO'),
-    'EHLO after a refused EHLO is taken':
-        ('C: EHLO', 'S: 501 Syntax: EHLO hostname') + EHLO,
-}
-SMALL_TABLE = {
-    'NOOP does nothing': ('C: NOOP', 'S: 250 OK'),
-    'NOOP takes no argument': ('C: NOOP hi', 'S: 501 Syntax: NOOP'),
-    'a blank after NOOP is no argument': ('C: NOOP ', 'S: 250 OK'),
-    'RSET is taken at any time': ('C: RSET', 'S: 250 OK'),
-    'RSET takes no argument': ('C: RSET hi', 'S: 501 Syntax: RSET'),
+# What was said before, commands, and what each of them is answered then.
+ANSWERS = [
+    ((), ['HELO client.example', 'hElO client.example', 'HELO  client '], '250 mx.example'),
+    ((), ['HELO'], '501 Syntax: HELO hostname'),
+    (HELO, ['HELO'], '501 Syntax: HELO hostname'),
+    ((), ['EHLO'], '501 Syntax: EHLO hostname'),
+    (HELO, ['HELO again', 'EHLO again'], '503 Duplicate HELO/EHLO'),
+    (EHLO, ['HELO again', 'EHLO again'], '503 Duplicate HELO/EHLO'),
+    ((), ['NOOP', 'NOOP ', 'RSET'], '250 OK'),
+    ((), ['NOOP hi'], '501 Syntax: NOOP'),
+    ((), ['RSET hi'], '501 Syntax: RSET'),
+    ((), ['QUIT', 'QUIT now'], '221 Bye'),
+    ((), ['VRFY one@example', 'VRFY <one@example>', 'VRFY one', 'VRFY Jane Doe', 'VRFY <a@b> x'],
+     '252 Cannot VRFY user, but will accept message and attempt delivery'),
+    ((), ['VRFY'], '501 Syntax: VRFY <address>'),
+    ((), ['EXPN', 'EXPN list'], '502 EXPN not implemented'),
+    ((), ['HELP'], '250 Supported commands: ' + COMMANDS),
+    ((), ['HELP me', 'HELP MAIL RCPT'], '501 Supported commands: ' + COMMANDS),
+    *(((), ['HELP ' + syntax.split()[0], 'help ' + syntax.split()[0].lower()],
+       '250 Syntax: ' + syntax)
+      for syntax in ['HELO hostname', 'EHLO hostname', 'MAIL FROM: <address>',
+                     'RCPT TO: <address>', 'DATA', 'RSET', 'NOOP', 'QUIT', 'VRFY <address>']),
+    (EHLO, ['HELP MAIL'], '250' + MAIL_SYNTAX[3:] + PARAMETERS),
+    (EHLO, ['HELP RCPT'], '250' + RCPT_SYNTAX[3:] + PARAMETERS),
+
+    ((), ['MAIL FROM:<a@b>', 'RCPT TO:<a@b>', 'DATA'], '503 Error: send HELO first'),
+    (EHLO + MAIL, ['MAIL FROM:<a@b>'], '503 Error: nested MAIL command'),
+    (EHLO, ['mail from:<a@b>', 'MAIL FROM:  <a@b>', 'MAIL FROM:<>', 'MAIL FROM:<> SIZE=9',
+            'MAIL FROM:<a@b> size=9', 'MAIL FROM:<a@b> SIZE=33554432'], '250 OK'),
+    (EHLO, ['MAIL FROM:<a@b> SIZE=33554433'],
+     '552 Error: message size exceeds fixed maximum message size'),
+    (EHLO, ['MAIL FROM:<a@b> X=Y', 'MAIL FROM:<a@b> SMTPUTF8'], MAIL_UNKNOWN),
+    (HELO, ['MAIL', 'MAIL FROM:<a@b> SIZE=9'], MAIL_SYNTAX),
+    (EHLO, ['MAIL', 'MAIL <a@b>', 'MAIL FROM <a@b>', 'MAIL FROM:', 'MAIL FROM: ', 'MAIL TO:<a@b>',
+            *('MAIL FROM:<a@b> ' + parameter for parameter in [
+                'SIZE', 'SIZE=', 'SIZE=-1', 'SIZE=+1', 'SIZE=x', 'SIZE=\xb2', 'SIZE=1_0',
+                'SIZE=\u0661', '=', '=x', 'X=', 'X= SIZE=1'])], MAIL_SYNTAX + PARAMETERS),
+
+    (EHLO, ['RCPT TO:<a@b>'], '503 Error: need MAIL command'),
+    (EHLO + MAIL, ['rcpt to:<a@b>'], '250 OK'),
+    (EHLO + MAIL, ['RCPT TO:<a@b> NOTIFY=NEVER'], RCPT_UNKNOWN),
+    (HELO + MAIL, ['RCPT', 'RCPT TO:<a@b> X=Y'], RCPT_SYNTAX),
+    (EHLO + MAIL, ['RCPT', 'RCPT <a@b>', 'RCPT TO:', 'RCPT FROM:<a@b>'],
+     RCPT_SYNTAX + PARAMETERS),
+    (EHLO, ['DATA'], '503 Error: need RCPT command'),
+    (EHLO + MAIL, ['DATA'], '503 Error: need RCPT command'),
+    (EHLO + MAIL + RCPT, ['DATA now'], '501 Syntax: DATA'),
+
+    ((), ['foo x y'], UNKNOWN[1][3:]),
+    ((), [' ', ' NOOP'], '500 Error: command "" not recognized'),
+    ((), ['set_terminator'], '500 Error: command "SET_TERMINATOR" not recognized'),
+    ((), ['MAILFROM:<a@b>'], '500 Error: command "MAILFROM:<A@B>" not recognized'),
+    ((), ['\xdcBER'], '500 Error: command "?BER" not recognized'),
+    ((), ['QU\u0131T'], '500 Error: command "QU?T" not recognized'),  # the dotless i
+    (EHLO, ['', '\udcff', 'MAIL FROM:<\udce9@b>', '\x00\udcff\udcfe',
+            *('NO%sOP' % control for control in '\x00\x01\n\x0b\r\x1b\x7f')],
+     '500 Error: bad syntax'),
+]
+# With decode_data there is no 8BITMIME to offer, and so no BODY to take.
+BODY_ANSWERS = [
+    (EHLO, ['MAIL FROM:<a@b> ' + parameters for parameters in [
+        'BODY=7BIT', 'body=8bitmime', 'SIZE=1 BODY=7BIT']], '250 OK'),
+    (EHLO, ['MAIL FROM:<a@b> BODY=BINARYMIME', 'MAIL FROM:<a@b> BODY'], BODY_SYNTAX),
+]
+UTF8_EHLO = EHLO[:-1] + ('S: 250-SMTPUTF8', 'S: 250 HELP')
+SMTPUTF8_ANSWERS = [
+    (UTF8_EHLO, ['MAIL FROM:<\xe4@\xf6> SMTPUTF8', 'MAIL FROM:<a@b> BODY=8BITMIME SMTPUTF8',
+                 'MAIL FROM:<a@b> SIZE=5'], '250 OK'),
+    (UTF8_EHLO, ['MAIL FROM:<a@b> SMTPUTF8=1'], '501 Error: SMTPUTF8 takes no arguments'),
+]
+LONGER = {
     'RSET forgets the transaction': EHLO + MAIL + RCPT + (
         'C: RSET', 'S: 250 OK', 'C: DATA', 'S: 503 Error: need RCPT command',
         'C: RCPT TO:<x@example>', 'S: 503 Error: need MAIL command') + MAIL,
     'RSET keeps the greeting': EHLO + (
         'C: RSET', 'S: 250 OK', 'C: EHLO again', 'S: 503 Duplicate HELO/EHLO'),
-    'QUIT says good-bye': ('C: QUIT', 'S: 221 Bye'),
-    'QUIT with an argument works': ('C: QUIT now', 'S: 221 Bye'),
-    'VRFY of an address': ('C: VRFY one@example', 'S: 252 Cannot VRFY user, '
-                           'but will accept message and attempt delivery'),
-    'VRFY of an address in brackets': ('C: VRFY <one@example>', 'S: 252 Cannot VRFY user, '
-                                       'but will accept message and attempt delivery'),
-    'VRFY of a local name': ('C: VRFY one', 'S: 252 Cannot VRFY user, '
-                             'but will accept message and attempt delivery'),
-    'VRFY without an address': ('C: VRFY', 'S: 501 Syntax: VRFY <address>'),
-    'EXPN is not implemented': ('C: EXPN', 'S: 502 EXPN not implemented'),
-    'EXPN of a list is not implemented': ('C: EXPN list', 'S: 502 EXPN not implemented'),
-}
-HELP_TABLE = {
-    'HELP names the commands': ('C: HELP', 'S: 250 Supported commands: ' + COMMANDS),
-    'HELP of an unknown verb': ('C: HELP me', 'S: 501 Supported commands: ' + COMMANDS),
-    'HELP of two verbs': ('C: HELP MAIL RCPT', 'S: 501 Supported commands: ' + COMMANDS),
-    'HELP in lower case': ('C: help noop', 'S: 250 Syntax: NOOP'),
-    'HELP MAIL before a greeting': ('C: HELP MAIL', 'S: 250 Syntax: MAIL FROM: <address>'),
-    'HELP MAIL after EHLO tells of parameters':
-        EHLO + ('C: HELP MAIL', 'S: 250 Syntax: MAIL FROM: <address>' + PARAMETERS),
-    'HELP RCPT after EHLO tells of parameters':
-        EHLO + ('C: HELP RCPT', 'S: 250 Syntax: RCPT TO: <address>' + PARAMETERS),
-}
-HELP_TABLE.update({
-    'HELP ' + verb: ('C: HELP ' + verb, 'S: 250 Syntax: ' + syntax)
-    for verb, syntax in [('HELO', 'HELO hostname'), ('EHLO', 'EHLO hostname'),
-                         ('RCPT', 'RCPT TO: <address>'), ('DATA', 'DATA'), ('RSET', 'RSET'),
-                         ('NOOP', 'NOOP'), ('QUIT', 'QUIT'), ('VRFY', 'VRFY <address>')]})
-MAIL_TABLE = {
-    'MAIL before a greeting': ('C: MAIL FROM:<a@b>', 'S: 503 Error: send HELO first'),
-    'MAIL twice': EHLO + MAIL + ('C: MAIL FROM:<a@b>', 'S: 503 Error: nested MAIL command'),
-    'MAIL without anything': EHLO + ('C: MAIL', MAIL_SYNTAX + PARAMETERS),
-    'MAIL without anything after HELO': HELO + ('C: MAIL', MAIL_SYNTAX),
-    'MAIL without FROM': EHLO + ('C: MAIL <a@b>', MAIL_SYNTAX + PARAMETERS),
-    'MAIL without a colon': EHLO + ('C: MAIL FROM <a@b>', MAIL_SYNTAX + PARAMETERS),
-    'MAIL without a path': EHLO + ('C: MAIL FROM:', MAIL_SYNTAX + PARAMETERS),
-    'MAIL with a blank for a path': EHLO + ('C: MAIL FROM: ', MAIL_SYNTAX + PARAMETERS),
-    'MAIL TO': EHLO + ('C: MAIL TO:<a@b>', MAIL_SYNTAX + PARAMETERS),
-    'MAIL with a keyword in lower case': EHLO + ('C: mail from:<a@b>', 'S: 250 OK'),
-    'MAIL with blanks after the colon': EHLO + ('C: MAIL FROM:  <a@b>', 'S: 250 OK'),
-    'MAIL of the null path': EHLO + ('C: MAIL FROM:<>', 'S: 250 OK'),
-    'MAIL of the null path with a size': EHLO + ('C: MAIL FROM:<> SIZE=9', 'S: 250 OK'),
-    'MAIL takes no parameter after HELO':
-        HELO + ('C: MAIL FROM:<a@b> SIZE=9', MAIL_SYNTAX),
-    'MAIL in a size below the limit': EHLO + ('C: MAIL FROM:<a@b> SIZE=33554432', 'S: 250 OK'),
-    'MAIL with its size in lower case': EHLO + ('C: MAIL FROM:<a@b> size=9', 'S: 250 OK'),
-    'MAIL in a size over the limit': EHLO + (
-        'C: MAIL FROM:<a@b> SIZE=33554433',
-        'S: 552 Error: message size exceeds fixed maximum message size'),
-    'MAIL in the unknown': EHLO + (
-        'C: MAIL FROM:<a@b> X=Y', 'S: 555 MAIL FROM parameters not recognized or not implemented'),
-    'MAIL without SMTPUTF8 being offered': EHLO + (
-        'C: MAIL FROM:<a@b> SMTPUTF8',
-        'S: 555 MAIL FROM parameters not recognized or not implemented'),
-}
-MAIL_TABLE.update({
-    'MAIL with the malformed parameter ' + ascii(parameter):
-        EHLO + ('C: MAIL FROM:<a@b> ' + parameter, MAIL_SYNTAX + PARAMETERS)
-    for parameter in ['SIZE', 'SIZE=', 'SIZE=-1', 'SIZE=+1', 'SIZE=x', 'SIZE=\xb2', 'SIZE=1_0',
-                      'SIZE=\u0661', '=', '=x', 'X=', 'X= SIZE=1']})
-RCPT_TABLE = {
-    'RCPT before a greeting': ('C: RCPT TO:<a@b>', 'S: 503 Error: send HELO first'),
-    'RCPT before MAIL': EHLO + ('C: RCPT TO:<a@b>', 'S: 503 Error: need MAIL command'),
+    'EHLO after a refused EHLO': ('C: EHLO', 'S: 501 Syntax: EHLO hostname') + EHLO,
     'RCPT after a refused MAIL': EHLO + (
-        'C: MAIL FROM:', MAIL_SYNTAX + PARAMETERS,
+        'C: MAIL FROM:', 'S: ' + MAIL_SYNTAX + PARAMETERS,
         'C: RCPT TO:<a@b>', 'S: 503 Error: need MAIL command'),
-    'RCPT without anything': EHLO + MAIL + ('C: RCPT', RCPT_SYNTAX + PARAMETERS),
-    'RCPT without anything after HELO': HELO + MAIL + ('C: RCPT', RCPT_SYNTAX),
-    'RCPT without TO': EHLO + MAIL + ('C: RCPT <a@b>', RCPT_SYNTAX + PARAMETERS),
-    'RCPT without a path': EHLO + MAIL + ('C: RCPT TO:', RCPT_SYNTAX + PARAMETERS),
-    'RCPT FROM': EHLO + MAIL + ('C: RCPT FROM:<a@b>', RCPT_SYNTAX + PARAMETERS),
-    'RCPT with a keyword in lower case': EHLO + MAIL + ('C: rcpt to:<a@b>', 'S: 250 OK'),
-    'RCPT in the unknown': EHLO + MAIL + (
-        'C: RCPT TO:<a@b> NOTIFY=NEVER',
-        'S: 555 RCPT TO parameters not recognized or not implemented'),
-    'RCPT takes no parameter after HELO':
-        HELO + MAIL + ('C: RCPT TO:<a@b> X=Y', RCPT_SYNTAX),
     'RCPT for many': EHLO + MAIL + RCPT * 5,
-}
-DATA_TABLE = {
-    'DATA before a greeting': ('C: DATA', 'S: 503 Error: send HELO first'),
-    'DATA before MAIL': EHLO + ('C: DATA', 'S: 503 Error: need RCPT command'),
-    'DATA before RCPT': EHLO + MAIL + ('C: DATA', 'S: 503 Error: need RCPT command'),
-    'DATA takes no argument': EHLO + MAIL + RCPT + ('C: DATA now', 'S: 501 Syntax: DATA'),
-    'a message': EHLO + MESSAGE,
     'a message after HELO': HELO + MESSAGE,
     'two messages and good-bye': EHLO + MESSAGE * 2 + ('C: QUIT', 'S: 221 Bye'),
     'an empty message': EHLO + MAIL + RCPT + DATA + ('C: .', 'S: 250 OK', 'C: NOOP', 'S: 250 OK'),
     'commands inside of data are data':
         EHLO + MAIL + RCPT + DATA + ('C: QUIT', 'C: RSET', 'C: .', 'S: 250 OK'),
+    'a session goes on after nonsense': ('C: \x00\udcff', 'S: 500 Error: bad syntax') + EHLO,
 }
-UNKNOWN_TABLE = {
-    'an unknown verb': ('C: FOO', 'S: 500 Error: command "FOO" not recognized'),
-    'an unknown verb with an argument':
-        ('C: foo x y', 'S: 500 Error: command "FOO" not recognized'),
-    'an empty line': ('C: ', 'S: 500 Error: bad syntax'),
-    'a line of one blank': ('C:  ', 'S: 500 Error: command "" not recognized'),
-    'a blank before the verb': ('C:  NOOP', 'S: 500 Error: command "" not recognized'),
-    'the name of a method is no verb':
-        ('C: set_terminator', 'S: 500 Error: command "SET_TERMINATOR" not recognized'),
-    'a verb glued to its argument':
-        ('C: MAILFROM:<a@b>', 'S: 500 Error: command "MAILFROM:<A@B>" not recognized'),
-    'a verb in Latin letters that are not ASCII':
-        ('C: \xdcBER', 'S: 500 Error: command "?BER" not recognized'),
-    'a verb with the dotless i is not QUIT':
-        ('C: QU\u0131T', 'S: 500 Error: command "QU?T" not recognized'),
-    'octets that are not UTF-8': ('C: \udcff', 'S: 500 Error: bad syntax'),
-    'octets that are not UTF-8 in an argument':
-        EHLO + ('C: MAIL FROM:<\udce9@b>', 'S: 500 Error: bad syntax', 'C: NOOP', 'S: 250 OK'),
-    'a session goes on after nonsense': ('C: \x00\udcff\udcfe', 'S: 500 Error: bad syntax') + EHLO,
-}
-UNKNOWN_TABLE.update({
-    'a command with the control character %r' % control:
-        ('C: NO%sOP' % control, 'S: 500 Error: bad syntax', 'C: NOOP', 'S: 250 OK')
-    for control in ['\x00', '\x01', '\n', '\x0b', '\r', '\x1b', '\x7f']})
-ALL_TABLES = (HELO_TABLE, EHLO_TABLE, SMALL_TABLE, HELP_TABLE, MAIL_TABLE, RCPT_TABLE, DATA_TABLE,
-              UNKNOWN_TABLE)
 
-# With decode_data there is no 8BITMIME to offer, and so no BODY to take.
-BODY_TABLE = {
-    'MAIL with BODY=7BIT': EHLO + ('C: MAIL FROM:<a@b> BODY=7BIT', 'S: 250 OK'),
-    'MAIL with BODY=8BITMIME': EHLO + ('C: MAIL FROM:<a@b> body=8bitmime', 'S: 250 OK'),
-    'MAIL with a size and a body': EHLO + ('C: MAIL FROM:<a@b> SIZE=1 BODY=7BIT', 'S: 250 OK'),
-    'MAIL with BODY=BINARYMIME': EHLO + (
-        'C: MAIL FROM:<a@b> BODY=BINARYMIME',
-        'S: 501 Error: BODY can only be one of 7BIT, 8BITMIME'),
-    'MAIL with BODY alone': EHLO + (
-        'C: MAIL FROM:<a@b> BODY', 'S: 501 Error: BODY can only be one of 7BIT, 8BITMIME'),
-}
-UTF8_EHLO = EHLO[:-1] + ('S: 250-SMTPUTF8', 'S: 250 HELP')
-SMTPUTF8_TABLE = {
-    'EHLO offers SMTPUTF8': UTF8_EHLO,
-    'MAIL with SMTPUTF8': UTF8_EHLO + ('C: MAIL FROM:<\xe4@\xf6> SMTPUTF8', 'S: 250 OK'),
-    'MAIL with SMTPUTF8 and a body': UTF8_EHLO + (
-        'C: MAIL FROM:<a@b> BODY=8BITMIME SMTPUTF8', 'S: 250 OK'),
-    'SMTPUTF8 takes no value': UTF8_EHLO + (
-        'C: MAIL FROM:<a@b> SMTPUTF8=1', 'S: 501 Error: SMTPUTF8 takes no arguments'),
-}
+
+def dialogues(answers, longer=()):
+    return pytest.mark.parametrize('transcript', [
+        *(pytest.param((*before, 'C: ' + command, 'S: ' + reply),
+                       id=' '.join([*(line[3:7] for line in before if line[0] == 'C'),
+                                    ascii(command)]))
+          for before, commands, reply in answers for command in commands),
+        *(pytest.param(longer[sentence], id=sentence) for sentence in longer)])
 
 
 class TestDialogues:
     @three_ways
     @both_modes
-    @dialogues(*ALL_TABLES)
+    @dialogues(ANSWERS, LONGER)
     def test_dialogue(self, transcript, decode_data, way):
         if decode_data:
             transcript = [line for line in transcript if line != 'S: 250-8BITMIME']
         hold(make_channel(decode_data=decode_data), transcript, way)
 
     @three_ways
-    @dialogues(BODY_TABLE)
+    @dialogues(BODY_ANSWERS)
     def test_body_parameter(self, transcript, way):
         hold(make_channel(), transcript, way)
 
-    @dialogues(BODY_TABLE)
+    @dialogues(BODY_ANSWERS)
     def test_body_parameter_is_unknown_with_decode_data(self, transcript):
-        *_, command, _ = transcript
         channel = make_channel(decode_data=True)
         feed(channel, b'EHLO client\r\n')
-        hold(channel, (command, 'S: 555 MAIL FROM parameters not recognized or not implemented'),
-             line_by_line)
+        hold(channel, (transcript[-2], 'S: ' + MAIL_UNKNOWN), line_by_line)
 
     @three_ways
-    @dialogues(SMTPUTF8_TABLE)
+    @dialogues(SMTPUTF8_ANSWERS)
     def test_smtputf8(self, transcript, way):
         hold(make_channel(enable_SMTPUTF8=True), transcript, way)
 
@@ -472,7 +384,7 @@ class TestDialogues:
     def test_a_message_reaches_the_handler_with_its_envelope(self, way, decode_data):
         channel = make_channel(decode_data=decode_data)
         way(channel, client_lines((
-            'C: EHLO client.example', 'C: MAIL FROM:<sender@example> SIZE=20',
+            'C: EHLO client.example', 'C: MAIL FROM:<sender@example> size=20',
             'C: RCPT TO:<one@example>', 'C: RCPT TO:<two@example>', 'C: DATA', 'C: Subject: x',
             'C: ', 'C: text', 'C: .')))
         data = b'Subject: x\n\ntext'
@@ -480,13 +392,6 @@ class TestDialogues:
         assert channel.smtp_server.messages == [(
             PEER, 'sender@example', ['one@example', 'two@example'],
             data.decode() if decode_data else data, {} if decode_data else keywords)]
-
-    def test_options_are_given_in_upper_case(self):
-        channel = make_channel(enable_SMTPUTF8=True)
-        feed(channel, b'EHLO x\r\nMAIL FROM:<a@b> smtputf8 body=8bitmime\r\n'
-                      b'RCPT TO:<c@d>\r\nDATA\r\nx\r\n.\r\n')
-        assert channel.smtp_server.messages[0][4] == {
-            'mail_options': ['SMTPUTF8', 'BODY=8BITMIME'], 'rcpt_options': []}
 
     def test_instance_variables_are_the_documented_ones(self):
         channel = make_channel()
@@ -506,25 +411,17 @@ class TestDialogues:
         assert channel.smtp_state == channel.COMMAND
         assert (channel.mailfrom, channel.rcpttos) == (None, [])
 
-    @pytest.mark.parametrize('greeting, verb, limit', [
-        (b'HELO x', b'NOOP ', 512), (b'HELO x', b'MAIL FROM:', 512),
-        (b'EHLO x', b'NOOP ', 512), (b'EHLO x', b'MAIL FROM:', 538),
-        (b'EHLO x', b'RCPT TO:', 512)])
-    def test_a_command_line_may_be_as_long_as_its_limit(self, greeting, verb, limit):
-        channel = make_channel()
+    @pytest.mark.parametrize('greeting, verb, limit, smtputf8', [
+        (b'HELO x', b'NOOP ', 512, False), (b'HELO x', b'MAIL FROM:', 512, False),
+        (b'EHLO x', b'NOOP ', 512, False), (b'EHLO x', b'MAIL FROM:', 538, False),
+        (b'EHLO x', b'RCPT TO:', 512, False), (b'EHLO x', b'MAIL FROM:', 548, True)])
+    def test_a_command_line_may_be_as_long_as_its_limit(self, greeting, verb, limit, smtputf8):
+        channel = make_channel(enable_SMTPUTF8=smtputf8)
         feed(channel, greeting + b'\r\n')
         line = verb + b'x' * (limit - len(verb))
         assert feed(channel, line + b'\r\n') != b'500 Error: line too long\r\n'
         assert feed(channel, line + b'x\r\n', b'RSET\r\n') == (
             b'500 Error: line too long\r\n250 OK\r\n')
-
-    def test_smtputf8_allows_longer_mail_commands(self):
-        channel = make_channel(enable_SMTPUTF8=True)
-        feed(channel, b'EHLO x\r\n')
-        start, end = b'MAIL FROM:<', b'@x> SMTPUTF8\r\n'
-        fill = 512 + 26 + 10 - len(start + end) + 2
-        assert feed(channel, start + b'a' * (fill + 1) + end) == b'500 Error: line too long\r\n'
-        assert feed(channel, start + b'a' * fill + end) == b'250 OK\r\n'
 
     @three_ways
     def test_an_endless_command_line_gets_one_reply_at_its_end(self, way):
@@ -533,7 +430,7 @@ class TestDialogues:
         line = b'x' * 10_000
         with traced_memory() as now_and_peak:
             sent = way(channel, [line, line, b'\r\n', b'NOOP\r\n'])
-            assert now_and_peak()[0] < 10_000
+            assert now_and_peak()[0] < 15_000
         assert sent == ['S: 500 Error: line too long', 'S: 250 OK']
 
 
@@ -702,6 +599,7 @@ BODIES = {  # sentence: as sent before the last dot, as handed on
     'a dot that was not doubled': (b'a\r\n.b\r\n', b'a\nb'),
     'a dot inside a line': (b'a.b.\r\n', b'a.b.'),
     'a bare LF': (b'a\nb\r\n', b'a\nb'),
+    'a dot between bare LFs at the beginning': (b'\n.\nb\r\n', b'\n.\nb'),
     'a dot after a bare LF': (b'a\n.b\r\n', b'a\n.b'),
     'a bare CR': (b'a\rb\r\n', b'a\rb'),
     'a CR before CRLF': (b'a\r\r\nb\r\n', b'a\r\nb'),
@@ -749,16 +647,6 @@ class TestData:
         assert [message[3] for message in channel.smtp_server.messages] == [
             in_mode(message_of(body), decode_data)]
 
-    @pytest.mark.parametrize('no_end', NO_ENDS, ids=ascii)
-    def test_no_other_end_at_the_very_beginning_either(self, no_end):
-        channel = make_channel()
-        feed(channel, TO_DATA)
-        body = no_end[1:] if no_end[:1] == b'\n' else no_end[2:]
-        if body == b'.\r\n':
-            body = b'\n.\r\n'  # after the CRLF of DATA it would be an end
-        assert feed(channel, body + b'text\r\n.\r\n') == b'250 OK\r\n'
-        assert channel.smtp_server.messages[0][3] == message_of(body + b'text')
-
     @three_ways
     @both_modes
     def test_after_too_much_data_the_session_is_back_in_command_state(self, way, decode_data):
@@ -787,8 +675,7 @@ class TestData:
             feed(channel, TO_DATA)
             return feed(channel, *in_pieces(body + b'.\r\n', size))
 
-        if counted:
-            assert reply_with_limit(counted) == b'250 OK\r\n'
+        assert reply_with_limit(counted or 1) == b'250 OK\r\n'
         if counted > 1:
             assert reply_with_limit(counted - 1) == b'552 Error: Too much mail data\r\n'
 
@@ -886,15 +773,33 @@ RETURNS = {  # sentence: what the handler returns, what the client gets
     'text that is not ASCII': ('550 caf\xe9', b'550 caf?\r\n'),
     'a first line without a last one is the last': ('550-no', b'550 no\r\n'),
     'the same in bytes': (b'550-no', b'550 no\r\n'),
+    'the code before each line is not doubled':
+        ('250 one\n250-two\n250', b'250-one\r\n250-two\r\n250 \r\n'),
+    'a number that begins with it is text':
+        ('250 queued:\n2500 messages', b'250-queued:\r\n250 2500 messages\r\n'),
+    'a code and a semicolon':
+        ('451;later\n451;or never', b'451-later\r\n451 or never\r\n'),
 }
+
+
+def fail(*args, **kwargs):
+    raise ZeroDivisionError('on purpose')
 
 
 JUNK = {
     'an int': 250, 'True': True, 'an object': object(), 'a list': ['250 OK'],
-    'an object without a repr': WithoutRepr(),
+    'an object without a repr': unittest.mock.Mock(__repr__=fail),
     'text without a code': 'thanks', 'bytes without a code': b'thanks',
     'a code of two digits': '25 OK', 'an impossible code': '999 x',
     'a code that SMTP has not': '100 x', 'a code of other digits': '2\u0665\u0660 OK'}
+
+
+def takes_any(*args, **kwargs):
+    return '250 %s' % sorted(kwargs)
+
+
+def takes_none(peer, mailfrom, rcpttos, data):
+    return '250 none'
 
 
 class TestHandlers:
@@ -916,7 +821,8 @@ class TestHandlers:
         assert out == '' and len(err.splitlines()) == 1
 
     @pytest.mark.parametrize('returned, reply', [
-        ('550 caf\xe9', b'550 caf\xc3\xa9\r\n'), ('550 caf\udce9', b'550 caf?\r\n')], ids=ascii)
+        ('550 caf\xe9', b'550 caf\xc3\xa9\r\n'), ('550 caf\udce9', b'550 caf?\r\n'),
+        (b'550 caf\xe9', b'550 caf\xe9\r\n')], ids=ascii)
     def test_text_goes_out_as_utf_8_where_the_client_asked_for_it(self, returned, reply):
         channel = make_channel(StubServer(returned), enable_SMTPUTF8=True)
         feed(channel, TO_DATA.replace(b'<a@b>', b'<a@b> SMTPUTF8'))
@@ -1016,48 +922,31 @@ class TestHandlers:
             assert feed(channel, b'x\r\n.\r\nNOOP\r\n') == b'451 Internal confusion\r\n250 OK\r\n'
         assert 'NotImplementedError' in capsys.readouterr().err
 
-    def test_handlers_get_the_keywords_that_they_take(self):
+    @pytest.mark.parametrize('handler, reply', [
+        (lambda peer, mailfrom, rcpttos, data: '250 none', '250 none'),
+        (types.MethodType(lambda self, peer, mailfrom, rcpttos, data: '250 none', 0), '250 none'),
+        (lambda peer, mailfrom, rcpttos, data, mail_options=None: '250 %s' % mail_options,
+         "250 ['SIZE=9']"),
+        (lambda peer, mailfrom, rcpttos, data, mail_options, *, rcpt_options:
+         '250 %s %s' % (mail_options, rcpt_options), "250 ['SIZE=9'] []"),
+        (lambda peer, mailfrom, rcpttos, data, *, rcpt_options, mail_options:
+         '250 %s %s' % (mail_options, rcpt_options), "250 ['SIZE=9'] []"),
+        (lambda *args: '250 %d' % len(args), '250 4'),
+        (takes_any, "250 ['mail_options', 'rcpt_options']"),
+        (functools.partial(takes_any), "250 ['mail_options', 'rcpt_options']"),
+        (functools.wraps(takes_any)(lambda peer, mailfrom, rcpttos, data: '250 none'), '250 none'),
+        (functools.wraps(takes_none)(lambda *args, **kwargs: takes_none(*args, **kwargs)),
+         '250 none'),
+    ], ids=[
+        'none', 'a method', 'one', 'both', 'by name alone', 'positional', 'any', 'partial',
+        'wrapping one that takes any', 'wrapping one that takes none'])
+    def test_a_handler_gets_the_keywords_that_it_takes(self, handler, reply):
         """Those of Python 2 take none: the most reported break of the old module."""
-        got = []
-
-        def with_none(peer, mailfrom, rcpttos, data):
-            got.append((peer, mailfrom, rcpttos, data))
-
-        def with_one(peer, mailfrom, rcpttos, data, mail_options=None):
-            got.append(mail_options)
-
-        def with_both(peer, mailfrom, rcpttos, data, mail_options, *, rcpt_options):
-            got.append((mail_options, rcpt_options))
-
-        def by_name_alone(peer, mailfrom, rcpttos, data, *, rcpt_options, mail_options):
-            got.append((mail_options, rcpt_options))
-
-        def positional(*args):
-            got.append(len(args))
-
-        def with_any(*args, **kwargs):
-            got.append(sorted(kwargs))
-
-        @functools.wraps(with_any)
-        def wrapping_with_any(peer, mailfrom, rcpttos, data):
-            got.append('wrapping')
-
-        @functools.wraps(positional)
-        def wrapping(*args, **kwargs):
-            return positional(*args, **kwargs)
-
-        handlers = [with_none, types.MethodType(lambda self, *four: with_none(*four), self),
-                    with_one, with_both, by_name_alone, positional, with_any,
-                    functools.partial(with_any), wrapping_with_any, wrapping]
-        for handler in handlers:
-            server = StubServer()
-            server.process_message = handler  # on the instance, as some programs do
-            channel = make_channel(server)
-            feed(channel, TO_DATA.replace(b'<a@b>', b'<a@b> SIZE=9'))
-            assert feed(channel, b'x\r\n.\r\n') == b'250 OK\r\n'
-        assert got == 2 * [(PEER, 'a@b', ['c@d'], b'x')] + [
-            ['SIZE=9'], (['SIZE=9'], []), (['SIZE=9'], []), 4, ['mail_options', 'rcpt_options'],
-            ['mail_options', 'rcpt_options'], 'wrapping', 4]
+        server = StubServer()
+        server.process_message = handler  # on the instance, as some programs do
+        channel = make_channel(server)
+        feed(channel, TO_DATA.replace(b'<a@b>', b'<a@b> SIZE=9'))
+        assert feed(channel, b'x\r\n.\r\n') == reply.encode() + b'\r\n'
 
     def test_a_type_error_inside_a_handler_is_not_taken_for_its_signature(self, capsys):
         calls = []
@@ -1135,7 +1024,7 @@ class TestSession:
 
     @pytest.mark.parametrize('has_repr', [True, False], ids=['plain', 'without a repr'])
     def test_a_connection_that_breaks_is_closed_and_the_log_says_why(self, has_repr, capsys):
-        channel = channel_with(**{} if has_repr else {'__repr__': WithoutRepr.__repr__})
+        channel = channel_with(**{} if has_repr else {'__repr__': fail})
         feed(channel, OSError(errno.ETIMEDOUT, 'timed out'))
         assert channel.conn.closed and not channel.connected
         out, err = capsys.readouterr()
@@ -1167,6 +1056,12 @@ class TestSession:
 
     def test_memory_that_ends_in_mid_message_ends_the_session(self, monkeypatch, capsys):
         """The rest of the data would be taken for commands."""
+        class ShortOfMemory(io.BytesIO):
+            def write(self, octets):
+                if len(self.getvalue()) + len(octets) > 100:
+                    raise MemoryError
+                return super().write(octets)
+
         monkeypatch.setattr(smtpd, 'io', types.SimpleNamespace(BytesIO=ShortOfMemory))
         channel = make_channel()
         feed(channel, TO_DATA)
@@ -1215,20 +1110,6 @@ class TestSession:
             assert sent.endswith(READY + b'250 OK\r\n')
         assert feed(channel, b'FOO\r\n' * 4).endswith(b'421 Error: too many errors\r\n')
 
-    def test_good_bye_is_said_once(self):
-        pushed = []
-
-        def push(self, msg):
-            pushed.append(msg)
-            smtpd.SMTPChannel.push(self, msg)
-
-        def smtp_XTWO(self, arg):
-            self.push('554 one')
-            self.push('554 two')
-
-        feed(channel_with(error_limit=1, push=push, smtp_XTWO=smtp_XTWO), b'XTWO\r\n')
-        assert pushed[1:] == ['554 one', '421 Error: too many errors', '554 two']
-
     @pytest.mark.parametrize('attribute, lines', [
         ('error_limit', [b'FOO\r\n'] * 300),
         ('recipient_limit', [TO_DATA[:-6]] + [b'RCPT TO:<c@d>\r\n'] * 2500)])
@@ -1243,7 +1124,7 @@ class TestSession:
 # ---------------------------------------------------------------------------
 
 SESSION = (
-    EHLO + MESSAGE + ('C: RSET', 'S: 250 OK') + UNKNOWN_TABLE['an unknown verb']
+    EHLO + MESSAGE + ('C: RSET', 'S: 250 OK') + UNKNOWN
     + MESSAGE + ('C: QUIT', 'S: 221 Bye'))
 
 
@@ -1370,11 +1251,10 @@ class TestExistingPrograms:
         assert [call[0][0] for call in connection.send.call_args_list] == [
             b'220 mx.example Python SMTP proxy version 0.3\r\n', b'250 OK\r\n', b'221 Bye\r\n']
 
-    @pytest.mark.parametrize('make', [OwnInit, without_init])
     @three_ways
     @both_modes
-    def test_methods_work_where_init_never_ran(self, decode_data, way, make):
-        channel = make(StubServer(), FakeConnection(), PEER, {}, decode_data)
+    def test_methods_work_where_init_never_ran(self, decode_data, way):
+        channel = without_init(StubServer(), FakeConnection(), PEER, {}, decode_data)
         hold(channel, [line for line in SESSION
                        if not (decode_data and line == 'S: 250-8BITMIME')], way)
         assert [message[1:4] for message in channel.smtp_server.messages] == 2 * [
@@ -1408,31 +1288,18 @@ class TestExistingPrograms:
         assert channel.response == b'c2VjcmV0'
 
     def test_a_hook_that_is_patched_in_the_class_is_called(self, monkeypatch):
-        real, calls = smtpd.SMTPChannel.found_terminator, []
-
-        def found_terminator(self):
-            calls.append(list(self.received_lines))
-            real(self)
-
+        hook = unittest.mock.Mock(side_effect=smtpd.SMTPChannel.found_terminator)
         channel = make_channel()
         assert feed(channel, b'NOOP\r\n') == b'250 OK\r\n'
-        monkeypatch.setattr(smtpd.SMTPChannel, 'found_terminator', found_terminator)
+        monkeypatch.setattr(smtpd.SMTPChannel, 'found_terminator', lambda self: hook(self))
         assert feed(channel, b'NOOP\r\n') == b'250 OK\r\n'
-        assert calls == [[b'NOOP']]
+        hook.assert_called_once_with(channel)
 
     @pytest.mark.parametrize('size', [1, 5, 100], ids='in pieces of {}'.format)
     @pytest.mark.parametrize('attributes, sent, answered', TERMINATORS.values(),
                              ids=TERMINATORS.keys())
     def test_another_terminator_is_obeyed(self, attributes, sent, answered, size):
         assert feed(channel_with(**attributes), *in_pieces(sent, size)) == answered
-
-    @pytest.mark.parametrize('terminator', [None, 0, b''])
-    def test_without_a_terminator_a_hook_gets_all_that_comes(self, terminator):
-        pieces = []
-        channel = channel_with(collect_incoming_data=lambda self, data: pieces.append(data))
-        channel.set_terminator(terminator)
-        assert feed(channel, b'EHLO\r\n', b'x') == b''
-        assert pieces == [b'EHLO\r\n', b'x']
 
     @pytest.mark.parametrize('chunk, message', [
         (b'one\r\ntwo\r\n.\r\nthree\r\n', b'one\ntwo\n\nthree\n'),
@@ -1449,54 +1316,6 @@ class TestExistingPrograms:
         assert way(channel, [b'BDAT %d\r\n' % len(chunk), chunk, b'NOOP\r\n']) == 2 * ['S: 250 OK']
         assert [each[3] for each in channel.smtp_server.messages] == [message]
 
-    @three_ways
-    @both_modes
-    def test_an_auth_dialogue_in_found_terminator(self, way, decode_data):
-        channel = make_channel(channel_class=AuthChannel, decode_data=decode_data)
-        hold(channel, (
-            'C: EHLO client.example', 'S: 250-mx.example', 'S: 250-AUTH LOGIN', 'S: 250 HELP',
-            'C: MAIL FROM:<a@b>', 'S: 530 Authentication required',
-            'C: AUTH LOGIN', 'S: 334 VXNlcm5hbWU6', 'C: dXNlcg==', 'S: 334 UGFzc3dvcmQ6',
-            'C: cGFzcw==', 'S: 235 Authentication successful',
-            *MESSAGE, 'C: QUIT', 'S: 221 Bye'), way)
-        assert channel.credentials == ['dXNlcg==', 'cGFzcw==']
-        assert len(channel.smtp_server.messages) == 1
-
-    @three_ways
-    @both_modes
-    # What such a program sees of an empty message is its own affair.
-    @pytest.mark.parametrize('sent, handed_on', [body for body in BODIES.values() if body[0]],
-                             ids=[name for name, body in BODIES.items() if body[0]])
-    def test_a_found_terminator_that_does_all_itself(self, sent, handed_on, way, decode_data):
-        """It removes dots and CRs itself, so it must find the data as on the wire."""
-        channel = make_channel(channel_class=SelfMadeChannel, decode_data=decode_data)
-        way(channel, TO_DATA.splitlines(keepends=True))
-        assert way(channel, sent.splitlines(keepends=True) + [b'.\r\n', b'NOOP\r\n']) == [
-            'S: 250 OK', 'S: 250 OK']
-        assert [message[3] for message in channel.smtp_server.messages] == [
-            in_mode(handed_on, decode_data)]
-
-    @three_ways
-    def test_the_hooks_see_what_asynchat_would_give_them(self, way):
-        seen = []
-
-        class Channel(smtpd.SMTPChannel):
-            def collect_incoming_data(self, data):
-                seen.append(data)
-                super().collect_incoming_data(data)
-
-            def found_terminator(self):
-                seen.append(None)
-                super().found_terminator()
-
-        way(make_channel(channel_class=Channel), TO_DATA.splitlines(keepends=True)
-            + [b'a\r\n', b'..b\n.c\r\n', b'.\r\n', b'NOOP\r\n'])
-        ends = [list(group) for is_end, group in itertools.groupby(
-            seen, lambda piece: piece is None) if not is_end]
-        assert [b''.join(pieces) for pieces in ends] == [
-            *TO_DATA.split(b'\r\n')[:-1], b'a\r\n..b\n.c', b'NOOP']
-        assert seen.count(None) == 6 and b'' not in seen
-
     @pytest.mark.parametrize('hooked', [False, True], ids=['plain', 'with hooks'])
     def test_a_command_may_throw_the_rest_of_the_input_away(self, hooked):
         """STARTTLS has to (CVE-2024-34083)."""
@@ -1512,23 +1331,11 @@ class TestExistingPrograms:
         assert channel.rest == b'RSET\r\nNOO'
 
     def test_the_size_of_a_read_is_asynchats(self, monkeypatch):
-        sizes = []
         monkeypatch.setattr(asynchat.async_chat, 'ac_in_buffer_size', 5)
         channel = make_channel()
-        receive = channel.conn.recv
-        channel.conn.recv = lambda size, *flags: sizes.append(size) or receive(size)
+        channel.conn.recv = unittest.mock.Mock(side_effect=channel.conn.recv)
         feed(channel, b'NOOP\r\nNOOP\r\n')
-        assert set(sizes) == {5}
-
-    def test_a_producer_in_the_queue_is_asked_in_its_turn(self):
-        lines = [b'250-first\r\n', b'250 last\r\n']
-        producer = unittest.mock.Mock(**{'more.side_effect': lambda: lines and lines.pop(0)})
-        channel = make_channel()
-        channel.push_with_producer(producer)
-        channel.push('250 OK')
-        while channel.producer_fifo:
-            channel.handle_write_event()
-        assert channel.conn.sent == b'250-first\r\n250 last\r\n250 OK\r\n'
+        assert {call[0][0] for call in channel.conn.recv.call_args_list} == {5}
 
     @pytest.mark.parametrize('old, new', [
         ('server', 'smtp_server'), ('line', 'received_lines'), ('state', 'smtp_state'),
@@ -1556,21 +1363,6 @@ class TestExistingPrograms:
             "Data: b'EHLO x'", "Data: b'MAIL FROM:<a@b>'", '===> MAIL FROM:<a@b>', 'sender: a@b',
             "Data: b'RCPT TO:<c@d>'", '===> RCPT TO:<c@d>', "recips: ['c@d']", "Data: b'FOO'"]
 
-    @both_modes
-    def test_debugstream_may_be_replaced_between_any_two_pieces(self, decode_data, monkeypatch):
-        wire = b'EHLO x\r\n' + TRANSACTION + '..a\r\n.\u00e9\r\nb\r\n.\r\nQUIT\r\n'.encode()
-        streams = [smtpd.Devnull(), io.StringIO()]
-        for first in range(1, len(wire)):
-            for start in range(2):
-                channel = make_channel(decode_data=decode_data)
-                for number, piece in enumerate([wire[:first], *in_pieces(wire[first:], 7)]):
-                    monkeypatch.setattr(smtpd, 'DEBUGSTREAM', streams[(start + number) % 2])
-                    feed(channel, piece)
-                ((_, _, _, data, _),) = channel.smtp_server.messages
-                text = '.a\n\u00e9\nb'
-                assert data == (text if decode_data else text.encode())
-                assert channel.conn.sent.endswith(READY + b'250 OK\r\n221 Bye\r\n')
-
     def test_debugstream_needs_no_more_than_write(self, monkeypatch):
         text = []
         monkeypatch.setattr(smtpd, 'DEBUGSTREAM', types.SimpleNamespace(write=text.append))
@@ -1585,17 +1377,6 @@ class TestExistingPrograms:
         assert feed(make_channel(), TO_DATA + b'x\r\n.\r\n').endswith(READY + b'250 OK\r\n')
         assert capsys.readouterr() == ('', '')
 
-    def test_nothing_is_probed_on_the_channel_but_commands(self):
-        """One program answers any missing attribute by closing the session."""
-        probed = set()
-
-        def missing(self, name):
-            probed.add(name)
-            raise AttributeError(name)
-
-        hold(channel_with(__getattr__=missing), SESSION, line_by_line)
-        assert probed == {'smtp_FOO'}
-
     def test_new_commands_by_new_methods(self):
         hold(channel_with(smtp_XFOO=lambda self, arg: self.push('250 foo %r' % (arg,))), (
             'C: XFOO', 'S: 250 foo None', 'C: xfoo a  b ', "S: 250 foo 'a  b'"), line_by_line)
@@ -1603,12 +1384,11 @@ class TestExistingPrograms:
     def test_a_listen_of_ones_own(self):
         backlogs = []
 
-        class Server(smtpd.SMTPServer):
-            def listen(self, num):
-                backlogs.append(num)
-                return super().listen(3)
+        def listen(self, num):
+            backlogs.append(num)
+            smtpd.SMTPServer.listen(self, 3)
 
-        Server(('127.0.0.1', 0), None, map={}).close()
+        variant(listen=listen)(map={}).close()
         assert backlogs == [1024]
 
     def test_arguments_of_the_server_are_found_under_their_old_names(self):
@@ -1640,15 +1420,6 @@ class TestSocket:
             assert client.rest() == b''
             assert [message[:4] for message in server.messages] == [
                 ((host, port), 'a@b', ['c@d'], in_mode(b'text', decode_data))]
-
-    @pytest.mark.parametrize('name, value', [
-        ('readable', lambda self: smtpd.SMTPChannel.readable(self)),
-        ('handle_read_event', lambda self: smtpd.SMTPChannel.handle_read_event(self))])
-    def test_a_channel_that_asyncore_has_to_ask_stays_outside_of_the_selector(self, name, value):
-        with serving(variant(channels_in_selector=True, channel={name: value})) as server:
-            with greet(server) as one, greet(server) as other:
-                assert one.say(b'NOOP') == other.say(b'NOOP') == b'250 OK\r\n'
-                assert len(server._map) == 3
 
     @in_map_and_selector
     @pytest.mark.parametrize('host', ['', None])
@@ -1749,24 +1520,6 @@ class TestEndOfSession:
             assert client.rest() == answered + TIMED_OUT and server.messages == []
 
     @in_map_and_selector
-    def test_a_client_is_not_idle_while_a_handler_takes_its_time(self, clock):
-        """What it sent meanwhile waits in the kernel, and is answered."""
-        class Server(RecordingServer):
-            def process_message(self, *args, **kwargs):
-                other.send(b'NOOP\r\n')
-                clock.seconds += 1000
-
-        with turning(Server) as (server, turn), RawClient(server) as other, \
-                RawClient(server) as client:
-            assert turn(until=lambda: has_input(other)) and other.reply() == BANNER
-            client.send(ONE_MESSAGE)
-            assert turn(until=lambda: has_input(other)) and other.reply() == b'250 OK\r\n'
-            turn(at_most=5)
-            client.send(b'QUIT\r\n')
-            turn(at_most=5)
-            assert client.rest() == BANNER + ANSWERED + b'221 Bye\r\n'
-
-    @in_map_and_selector
     @pytest.mark.parametrize('channel', [
         {}, {'handle_close': lambda self: self.close()}], ids=['plain', 'own handle_close'])
     @pytest.mark.parametrize('sent', [b'', b'HELP\r\n' * 700], ids=['at rest', 'replies wait'])
@@ -1803,15 +1556,6 @@ class TestEndOfSession:
                 turn(at_most=5)
             assert len(server._map) == 1
 
-    def test_an_idle_client_of_a_channel_with_its_own_writable_is_shut_off(self, clock):
-        channel = {'writable': lambda self: bool(self.producer_fifo)}
-        with turning(variant(channel=channel)) as (server, turn), RawClient(server) as client:
-            assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
-            for _ in range(3):
-                clock.seconds += 301
-                turn(at_most=5)
-            assert len(server._map) == 1 and client.rest() == b''
-
     @in_map_and_selector
     def test_a_channel_that_fails_to_say_421_does_not_end_the_loop(self, clock, capsys):
         def push(self, msg):
@@ -1828,25 +1572,17 @@ class TestEndOfSession:
         assert 'ZeroDivisionError' in capsys.readouterr().err
 
     def test_a_channel_with_an_init_of_its_own_is_not_idle_from_the_start(self, clock):
-        class Channel(OwnInit):
-            def __init__(self, server, conn, addr, data_size_limit, map, *args):
-                super().__init__(server, conn, addr, map)
-                self.push('220 own')
+        def make(server, conn, addr, data_size_limit, map, *args):
+            without_init(server, conn, addr, map).push('220 own')
 
         clock.seconds += 1000
-        with turning(variant(channel_class=Channel)) as (server, turn), \
+        with turning(variant(channel_class=staticmethod(make))) as (server, turn), \
                 RawClient(server) as client:
             assert turn(until=lambda: has_input(client)) and client.reply() == b'220 own\r\n'
             turn(at_most=2)  # the loop gets to know it
             clock.seconds += 290
             assert not turn(until=lambda: has_input(client), at_most=5)
             clock.seconds += 20
-            assert turn(until=lambda: has_input(client)) and client.rest() == TIMED_OUT
-
-    def test_idle_sessions_end_without_a_server_of_ours(self, clock):
-        with turning(PlainListener) as (server, turn), RawClient(server) as client:
-            assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
-            clock.seconds += 310
             assert turn(until=lambda: has_input(client)) and client.rest() == TIMED_OUT
 
     @in_map_and_selector
@@ -1865,12 +1601,12 @@ class TestEndOfSession:
                 clock.seconds += seconds  # counted again after each sign of life
                 assert not turn(until=lambda: has_input(client), at_most=10)
 
+
 class TestServerStaysUp:
     @in_map_and_selector
     def test_a_client_that_does_not_read_is_not_read_from(self):
         """It sends until the network is full, not until our memory is."""
-        with turning() as (server, turn), \
-                small_buffers(server) as client:
+        with turning() as (server, turn), small_buffers(server) as client:
             client.socket.setblocking(False)
             block, sent, blocked = b'HELP\r\n' * 4000, 0, 0
             while blocked < 5 and sent < 50_000_000:
@@ -1900,11 +1636,11 @@ class TestServerStaysUp:
 
     @in_map_and_selector
     def test_a_burst_of_connects_while_a_handler_is_busy(self):
-        with serving(BusyServer) as server, \
+        with serving(variant(WaitingServer, process_message_threads=0)) as server, \
                 contextlib.ExitStack() as stack:
             busy = stack.enter_context(greet(server))
             busy.send(ONE_MESSAGE)
-            assert server.arrived.wait(20)
+            server.wait_until_entered()
             clients = [stack.enter_context(RawClient(server)) for _ in range(200)]
             server.go.set()
             assert [client.reply() for client in clients] == 200 * [BANNER]
@@ -1933,35 +1669,34 @@ class TestServerStaysUp:
     def test_the_listener_outlives_any_error(self, number, attempts, capsys):
         with turning() as (server, turn), RawClient(server) as client:
             real = server.socket
-            server.socket = Listener(real, number)
+            server.socket = failing_listener(server, number)
             turn(at_most=5)
-            assert attempts in (None, server.socket.attempts)
+            assert attempts in (None, server.socket.accept.call_count)
             server.socket = real
             assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
         assert ('no resources' in capsys.readouterr().err) is (attempts is not None)
 
     @in_map_and_selector
-    def test_a_channel_that_fails_in_init_closes_its_connection_alone(
-            self, capsys, monkeypatch):
-        monkeypatch.setattr(Exploding, 'made', 0)
-        with looping(variant(channel_class=Exploding)) as (server, thread):
+    def test_a_channel_that_fails_in_init_closes_its_connection_alone(self, capsys):
+        class SecondFails(smtpd.SMTPChannel):
+            def __init__(self, server, *args):
+                super().__init__(server, *args)
+                if len(channels_of(server)) == 2:
+                    raise RuntimeError('in __init__')
+
+        with looping(variant(channel_class=SecondFails)) as server:
             with greet(server) as other, RawClient(server) as unlucky:
                 assert unlucky.rest() in (b'', BANNER)
                 assert other.say(b'NOOP') == b'250 OK\r\n'
             server.close()
-            thread.join(10)  # nothing of it is left in the map
         assert 'RuntimeError: in __init__' in capsys.readouterr().err
 
     @pytest.mark.parametrize('name', [
         'mx.ex\xe4mple', '\udcff', UnicodeDecodeError('utf-8', b'\xff', 0, 1, 'bad'),
         OSError('no')], ids=['not ASCII', 'not Unicode', 'cannot be decoded', 'cannot be found'])
     def test_whatever_getfqdn_says_the_banner_goes_out(self, name, monkeypatch):
-        def getfqdn(host=''):
-            if isinstance(name, Exception):
-                raise name
-            return name
-
-        monkeypatch.setattr(socket, 'getfqdn', getfqdn)
+        monkeypatch.setattr(socket, 'getfqdn', unittest.mock.Mock(
+            side_effect=itertools.repeat(name)))
         with serving() as server, RawClient(server) as client:
             banner = client.reply()
             assert re.fullmatch(rb'220 [!-~]+ Python SMTP proxy version 0.3\r\n', banner)
@@ -1970,114 +1705,68 @@ class TestServerStaysUp:
 
     def test_getfqdn_is_asked_once_a_server(self, monkeypatch):
         """It can take seconds."""
-        asked = []
-        monkeypatch.setattr(socket, 'getfqdn', lambda name='': asked.append(name) or FQDN)
+        monkeypatch.setattr(socket, 'getfqdn', unittest.mock.Mock(return_value=FQDN))
         with serving() as server:
             for _ in range(3):
                 assert is_served(server)
-        assert len(asked) == 1
+        assert socket.getfqdn.call_count == 1
 
     @pytest.mark.parametrize('threads', [0, 2], ids='{} threads'.format)
     def test_close_from_another_thread_ends_the_loop(self, threads):
         """Even one that sits in select() for 30 seconds."""
-        waits = threading.Event()
-
-        def readable(self):
-            waits.set()  # this thread keeps the GIL until it is in select()
-            return smtpd.SMTPServer.readable(self)
-
-        server_class = variant(process_message_threads=threads, readable=readable)
-        with looping(server_class) as (server, thread):
-            assert waits.wait(20)
+        with looping(variant(process_message_threads=threads)) as server:
             server.close()
-            thread.join(10)
-            assert not thread.is_alive()
 
     @pytest.mark.parametrize('in_the_loop', [False, True], ids=['twice', 'and then in the loop'])
     def test_close_from_another_thread_while_the_loop_is_busy(self, in_the_loop):
-        class Server(BusyServer):
+        class Server(WaitingServer):
+            process_message_threads = 0
+
             def process_message(self, *args, **kwargs):
                 super().process_message(*args, **kwargs)
                 if in_the_loop:
                     self.close()
 
-        with looping(Server) as (server, thread):
-            with greet(server) as client:
-                client.send(ONE_MESSAGE + b'QUIT\r\n')
-                assert server.arrived.wait(20)
-                server.close()
-                server.close()
-                server.go.set()
-                assert client.rest() == ANSWERED + b'221 Bye\r\n'
-            thread.join(10)
-            assert not thread.is_alive()
+        with looping(Server) as server, greet(server) as client:
+            client.send(ONE_MESSAGE + b'QUIT\r\n')
+            server.wait_until_entered()
+            server.close()
+            server.close()
+            server.go.set()
+            assert client.rest() == ANSWERED + b'221 Bye\r\n'
 
     @in_map_and_selector
     def test_a_server_may_close_when_it_has_one_client(self, capsys):
-        class OneClient(RecordingServer):
-            def handle_accepted(self, conn, addr):
-                super().handle_accepted(conn, addr)
-                self.close()
+        def handle_accepted(self, conn, addr):
+            smtpd.SMTPServer.handle_accepted(self, conn, addr)
+            self.close()
 
-        with turning(OneClient) as (server, turn), RawClient(server) as client:
+        server_class = variant(handle_accepted=handle_accepted)
+        with turning(server_class) as (server, turn), RawClient(server) as client:
             client.send(ONE_MESSAGE + b'QUIT\r\n')
             turn(until=lambda: not server._map)
             assert client.rest() == BANNER + ANSWERED + b'221 Bye\r\n'
         assert capsys.readouterr() == ('', '')
 
     @in_map_and_selector
-    def test_commands_that_waited_for_the_client_go_on_though_another_push_made_room(self):
-        with turning() as (server, turn), \
-                small_buffers(server) as client:
-            client.send(b'HELP\r\n' * 4000)
-            turn(at_most=10)
-            [channel] = channels_of(server)
-            lines = 0
-            while channel.producer_fifo:
-                lines += client.socket.recv(1 << 20).count(b'\n')
-                channel.initiate_send()  # as a push() in another thread does
-            shut(client)
-            assert lines + count_lines(client, turn) == 1 + 4000
-
-    @in_map_and_selector
     @pytest.mark.parametrize('threads', [0, 2], ids='{} threads'.format)
     def test_nothing_else_stays_in_the_map(self, threads):
         """`while asyncore.socket_map:` ends when the last server and channel are closed."""
         server_class = variant(process_message_threads=threads)
-        with looping(server_class) as (server, thread):
-            with greet(server) as client:
-                client.send(ONE_MESSAGE)
-                assert read_replies(client, 5) == ANSWERED
-                assert is_served(server)
-                assert len(server._map) == 2
-                server.close()
-                assert client.say(b'NOOP') == b'250 OK\r\n'
-                assert client.say(b'QUIT') == b'221 Bye\r\n'
-            thread.join(10)
-            assert not thread.is_alive()
+        with looping(server_class) as server, greet(server) as client:
+            client.send(ONE_MESSAGE)
+            assert read_replies(client, 5) == ANSWERED
+            assert is_served(server)
+            assert len(server._map) == 2
+            server.close()
+            assert client.say(b'NOOP') == b'250 OK\r\n'
+            assert client.say(b'QUIT') == b'221 Bye\r\n'
 
-    @pytest.mark.parametrize('attribute', [
-        {}, {'channels_in_selector': True}, {'process_message_threads': 2}],
-        ids=['plain', 'selector', 'threads'])
-    def test_a_server_that_nobody_holds_lives_on_in_the_map(self, attribute):
-        sockets = {}
-        address = variant(**attribute)(('127.0.0.1', 0), None, map=sockets).socket.getsockname()
-        gc.collect()
-        try:
-            with RawClient(address) as client:
-                client.send(ONE_MESSAGE)
-                for _ in range(400):
-                    asyncore.loop(timeout=0.05, map=sockets, count=1)
-                    gc.collect()
-                    if has_input(client):
-                        break
-                assert client.reply() == BANNER
-        finally:
-            asyncore.close_all(sockets)
 
 # ---------------------------------------------------------------------------
 # Handler threads
 # ---------------------------------------------------------------------------
+
 
 class NotingChannel(smtpd.SMTPChannel):
     """Notes what is executed, and in which thread replies are pushed."""
@@ -2103,15 +1792,6 @@ class TestHandlerThreads:
             finally:
                 server.go.set()
 
-    def test_other_sessions_are_served_meanwhile(self):
-        with self.serving() as server, greet(server) as client:
-            client.send(ONE_MESSAGE)
-            server.wait_until_entered()
-            assert is_served(server)
-            server.go.set()
-            assert read_replies(client, 5) == ANSWERED
-            assert server.messages[0][1:4] == ('a@b', ['c@d'], b'text')
-
     def test_the_session_waits_unread_and_replies_keep_their_order(self):
         with self.serving() as server, greet(server) as client:
             client.send(ONE_MESSAGE + b'XNOTE 1\r\n' + TRANSACTION
@@ -2136,30 +1816,25 @@ class TestHandlerThreads:
             server.go.set()
             for client in clients:
                 assert client.rest() == ANSWERED + b'221 Bye\r\n'
-            assert server.running_at_most == 2 and len(server.messages) == 5
+            assert len(server.threads) == 2 and len(server.messages) == 5
 
     @pytest.mark.parametrize('leave', [reset, RawClient.close, shut],
                              ids=['reset', 'closed', 'half-closed'])
     def test_a_client_that_is_gone_meanwhile(self, leave, capsys):
-        connections = []
-
-        def handle_accepted(conn, addr):
-            connections.append(conn)
-            type(server).handle_accepted(server, conn, addr)
-
         with self.serving() as server:
-            server.handle_accepted = handle_accepted
             clients = [RawClient(server) for _ in range(2)]  # as many as there are threads
             for client in clients:
                 client.send(ONE_MESSAGE + b'XNOTE 1\r\n')
                 assert client.reply() == BANNER
                 server.wait_until_entered()
+            channels = channels_of(server)
+            for client in clients:
                 leave(client)
             assert is_served(server)
             server.go.set()
-            for client, connection in zip(clients, list(connections)):
-                while connection.fileno() != -1:
-                    assert is_served(server)
+            while any(channel.connected for channel in channels):
+                assert is_served(server)
+            for client in clients:
                 if leave is shut:
                     assert client.rest() == ANSWERED + b'250 noted\r\n'
                 client.close()
@@ -2202,17 +1877,14 @@ class TestHandlerThreads:
     @pytest.mark.parametrize('is_early', [False, True], ids=['meanwhile', 'before'])
     def test_a_server_that_is_closed(self, is_early):
         """The message under way is answered, and the loop ends after it."""
-        with looping(WaitingServer) as (server, thread), greet(server) as client:
+        with looping(WaitingServer) as server, greet(server) as client:
             if is_early:
                 server.close()
             client.send(ONE_MESSAGE + b'QUIT\r\n')
             server.wait_until_entered()
             server.close()
-            assert thread.is_alive()
             server.go.set()
             assert client.rest() == ANSWERED + b'221 Bye\r\n'
-            thread.join(10)
-            assert not thread.is_alive()
 
     @pytest.mark.parametrize('threads', [0, 2], ids='{} threads'.format)
     def test_a_handler_may_close_its_server(self, threads):
@@ -2222,24 +1894,9 @@ class TestHandlerThreads:
 
         server_class = variant(process_message_threads=threads,
                                process_message=process_message)
-        with looping(server_class) as (server, thread), greet(server) as client:
+        with looping(server_class) as server, greet(server) as client:
             client.send(ONE_MESSAGE + b'QUIT\r\n')
             assert client.rest() == ANSWERED_TO_DATA + b'250 closed\r\n221 Bye\r\n'
-            thread.join(10)
-            assert not thread.is_alive()
-
-    def test_all_that_is_closed_meanwhile(self, capsys):
-        """asyncore.close_all() with a message under way: nobody is there to be told."""
-        server_class = WaitingServer
-        with turning(server_class) as (server, turn), RawClient(server) as client:
-            client.send(ONE_MESSAGE)
-            assert turn(until=lambda: server.running)
-            asyncore.close_all(server._map)
-            server.go.set()
-            assert client.rest() == BANNER + ANSWERED_TO_DATA
-            assert server.arrived.wait(20)
-            turn(at_most=3)
-        assert capsys.readouterr() == ('', '')
 
     def test_idle_time_does_not_count_while_a_handler_runs(self, clock):
         with self.serving() as server, RawClient(server) as idle, RawClient(server) as client:
@@ -2266,6 +1923,15 @@ def counting(base, hook, calls):
 
     derived = type(base.__name__, (base,), {hook: method})
     return derived
+
+
+class FailingServer(RecordingServer):
+    """Fails for one recipient."""
+
+    def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
+        if rcpttos == ['fail@example']:
+            raise ZeroDivisionError
+        return super().process_message(peer, mailfrom, rcpttos, data, **kwargs)
 
 
 def hold_sessions(server_class, **kwargs):
@@ -2309,6 +1975,7 @@ class TestHooks:
         assert len(calls) >= 2  # close_when_done: two of the sessions end with QUIT
         assert [text.count(b'451 Internal confusion') for text in plain[0]] == [1, 1, 1, 1]
         assert len(plain[1]) == 8
+
 
 class TestProgramsOnASocket:
     @in_map_and_selector
@@ -2355,7 +2022,11 @@ class TestProgramsOnASocket:
 
     @in_map_and_selector
     def test_a_channel_class_that_accepts_three_arguments(self):
-        """It lives in the global map, as all that asyncore made once."""
+        """As those of Python 2; it lives in the global map, as all that asyncore made once."""
+        class ThreeArguments(smtpd.SMTPChannel):
+            def __init__(self, server, conn, addr):
+                smtpd.SMTPChannel.__init__(self, server, conn, addr)
+
         assert asyncore.socket_map == {}
         server_class = variant(channel_class=ThreeArguments)
         with turning(server_class, map=None) as (server, turn), RawClient(server) as client:
@@ -2402,20 +2073,6 @@ class TestProgramsOnASocket:
         server.join(20)
         assert not server.is_alive() and server.name == 'a name'
 
-    def test_a_server_with_attribute_hooks_of_its_own(self):
-        class Server(RecordingServer):
-            def __getattr__(self, name):
-                raise AttributeError(name)
-
-            def __getattribute__(self, name):
-                return super().__getattribute__(name)
-
-            def __del__(self):
-                self.close()
-
-        with serving(Server) as server:
-            assert is_served(server)
-
     @in_map_and_selector
     @pytest.mark.parametrize('exception', [asyncore.ExitNow, KeyboardInterrupt, SystemExit])
     def test_exit_now_in_a_command_leaves_the_loop(self, exception):
@@ -2438,37 +2095,6 @@ class TestProgramsOnASocket:
         with turning(variant(handle_accepted=handle_accepted)) as (server, turn):
             with RawClient(server), pytest.raises(asyncore.ExitNow):
                 turn()
-
-    @in_map_and_selector
-    def test_a_socket_may_be_replaced_under_way(self):
-        """As STARTTLS does."""
-        class Wrapped:
-            """Turns the case of letters about."""
-
-            def __init__(self, raw):
-                self.raw = raw
-
-            def recv(self, size):
-                return self.raw.recv(size).swapcase()
-
-            def send(self, data):
-                return self.raw.send(bytes(data).swapcase())
-
-            def __getattr__(self, name):
-                return getattr(self.raw, name)
-
-        class Channel(smtpd.SMTPChannel):
-            def smtp_STARTTLS(self, arg):
-                self.push('220 go ahead')
-                self.conn = Wrapped(self.conn)
-                self.set_socket(self.conn)
-
-        with serving(variant(channel_class=Channel)) as server:
-            with greet(server) as client:
-                assert client.say(b'STARTTLS') == b'220 go ahead\r\n'
-                assert client.say(b'noop') == b'250 ok\r\n'
-                assert client.say(b'quit') == b'221 bYE\r\n'
-                assert client.rest() == b''
 
     @pytest.mark.parametrize('unsent', [10_000, 500_000])
     @in_map_and_selector
@@ -2545,16 +2171,6 @@ class TestSmtplib:
             assert (refused.value.smtp_code, refused.value.smtp_error) == (550, b'No\nnever')
             server.reply = None
             assert client.sendmail('a@b', 'c@d', 'x') == {}
-
-    def test_other_commands(self):
-        with serving() as server, smtp_client(server) as client:
-            assert client.helo() == (250, FQDN.encode())
-            assert client.noop() == (250, b'OK')
-            assert client.rset() == (250, b'OK')
-            assert client.verify('someone@example')[0] == 252
-            assert client.expn('list')[0] == 502
-            assert client.help().startswith(b'Supported commands: EHLO')
-            assert client.docmd('FOO')[0] == 500
 
 
 def email_message(sender, text):
@@ -2711,8 +2327,6 @@ FAILED_STARTS = {
     'an unknown host': (['no.such.host.invalid:0'], 'no.such.host.invalid:0: '),
     'an address that is not ours': (['192.0.2.1:0'], '192.0.2.1:0: '),
     'a host that is no name': (['a..b:0'], 'a..b:0: '),
-    'a proxy with SMTPUTF8':
-        (['-u', '-c', 'PureProxy', '127.0.0.1:0'], 'PureProxy does not support SMTPUTF8'),
 }
 
 
@@ -2793,28 +2407,15 @@ class TestCommandLine:
             assert process.stderr.read() == b''
             process.stdout = None
 
-    @pytest.mark.parametrize('options, size', [
-        ([], b'250-SIZE 33554432\r\n'), (['-s', '1000'], b'250-SIZE 1000\r\n'),
-        (['--size=1000'], b'250-SIZE 1000\r\n'), (['-s', '0'], b'')],
-        ids=['not given', 'given', 'given in long', 'none'])
-    def test_size(self, options, size):
+    @pytest.mark.parametrize('options, extensions', [
+        ([], b'250-SIZE 33554432\r\n250-8BITMIME\r\n'), (['-s', '0'], b'250-8BITMIME\r\n'),
+        (['--size=1000', '-u'], b'250-SIZE 1000\r\n250-8BITMIME\r\n250-SMTPUTF8\r\n')],
+        ids=['at first', 'without a limit', 'with one and SMTPUTF8'])
+    def test_what_is_offered(self, options, extensions):
         with command_line('-c', 'DebuggingServer', *options) as (_, address), \
-                RawClient(address) as client:
-            assert client.reply().startswith(b'220 ')
-            name, extensions = client.say(b'EHLO x').split(b'\r\n', 1)
-            assert re.fullmatch(b'250-[!-~]+', name)
-            assert extensions == size + b'250-8BITMIME\r\n250 HELP\r\n'
-            assert client.say(b'MAIL FROM:<a@b> SIZE=33554433')[:3] == (b'552' if size else b'250')
-
-    def test_smtputf8(self):
-        with command_line('-u', '-c', 'DebuggingServer') as (process, address):
-            with RawClient(address) as client:
-                client.reply()
-                assert b'250-SMTPUTF8\r\n' in client.say(b'EHLO x')
-                client.send('MAIL FROM:<\xe4@b> SMTPUTF8\r\n'.encode())
-                client.send(TRANSACTION[17:] + b'x\r\n.\r\nQUIT\r\n')
-                assert client.rest().endswith(b'250 OK\r\n221 Bye\r\n')
-            assert b"mail options: ['SMTPUTF8']" in read_until(process.stdout, b'END MESSAGE')
+                greet(address) as client:
+            name, offered = client.say(b'EHLO x').split(b'\r\n', 1)
+            assert re.fullmatch(b'250-[!-~]+', name) and offered == extensions + b'250 HELP\r\n'
 
     @pytest.mark.parametrize('number, status', [
         (signal.SIGINT, 0), (signal.SIGTERM, -signal.SIGTERM)], ids=['SIGINT', 'SIGTERM'])
@@ -2827,7 +2428,7 @@ class TestCommandLine:
             assert process.communicate(timeout=20) == (b'', b'')
             assert process.returncode == status
 
-    def test_a_class_of_ones_own_with_its_debugging_prints(self, tmp_path):
+    def test_a_class_in_the_current_folder_with_its_debugging_prints(self, tmp_path):
         """There must be one module, not a __main__ and an smtpd."""
         package = tmp_path / 'mail' / 'servers'
         package.mkdir(parents=True)
@@ -2839,11 +2440,8 @@ class TestCommandLine:
                 def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
                     print('got', mailfrom, rcpttos, data, self._remoteaddr, flush=True)
         '''))
-        env = environment(tmp_path)
-        if sys.implementation.name == 'pypy':  # its stderr comes in blocks
-            env['PYTHONUNBUFFERED'] = '1'
         with command_line('-d', '-c', 'mail.servers.inbox.Inbox', remote='upstream:2525',
-                          env=env) as (process, address):
+                          cwd=tmp_path) as (process, address):
             assert send_message(address).endswith(b'250 OK\r\n221 Bye\r\n')
             assert read_until(process.stdout, b'\n') == (
                 b"got a@b ['c@d'] b'Subject: x\\n\\ntext' ('upstream', 2525)\n")
@@ -2852,17 +2450,6 @@ class TestCommandLine:
                 assert line + b'\n' in dialogue
             assert b"Incoming connection from ('127.0.0.1', " in dialogue
             assert process.poll() is None
-
-    def test_a_class_in_the_current_folder(self, tmp_path):
-        (tmp_path / 'here.py').write_text(
-            'import smtpd\nclass Here(smtpd.DebuggingServer):\n    pass\n')
-        with command_line('-c', 'here.Here', cwd=str(tmp_path)) as (process, address):
-            assert send_message(address).endswith(b'250 OK\r\n221 Bye\r\n')
-
-    def test_ipv6(self):
-        with command_line('-c', 'DebuggingServer', host='::1') as (process, address):
-            assert send_message(address).endswith(b'250 OK\r\n221 Bye\r\n')
-            assert b'X-Peer: ::1' in read_until(process.stdout, b'END MESSAGE')
 
     def test_thousands_of_connections(self):
         resource = pytest.importorskip('resource')
@@ -2895,15 +2482,6 @@ class TestCommandLine:
             assert fields['Gid'].split() == 4 * [str(nobody.pw_gid)]
             assert set(fields['Groups'].split()) <= {str(nobody.pw_gid)}
 
-    @pytest.mark.skipif(os.geteuid() != 0, reason='only root can become nobody')
-    def test_a_proxy_that_became_nobody_has_all_that_it_needs(self, upstream):
-        """Nobody may not be allowed to read the modules that it did not import before."""
-        with running_server(
-                lambda port: [*SMTPD, '127.0.0.1:%d' % port, 'localhost:%d' % upstream.port]
-                ) as (_, address):
-            assert post(address) == b'250 OK\r\n'
-            assert len(upstream.messages) == 1
-
     @pytest.mark.parametrize('lack, complaint', [
         ("""import os
 def refuse(groups):
@@ -2932,20 +2510,6 @@ runpy.run_module('smtpd', run_name='__main__', alter_sys=True)
                     client.sendmail('a@example.com', ['b@example.com'], PROXIED)
         assert refusal.value.recipients == {'b@example.com': (550, b'5.1.1 No such user')}
         assert upstream.messages == [('a@example.com', ['b@example.com'], with_x_peer(PROXIED))]
-
-    @pytest.mark.skipif(os.name != 'posix', reason='signals of POSIX')
-    @pytest.mark.parametrize('number, status', [
-        (signal.SIGINT, 0), (signal.SIGTERM, -signal.SIGTERM)], ids=['Ctrl-C', 'SIGTERM'])
-    def test_command_ends_at_a_signal_while_the_upstream_hangs(self, upstream, number, status):
-        """Within 40 s, not when a limit on the upstream has passed."""
-        upstream.faults['.'] = 'hang'
-        with command_line(remote='%s:%d' % upstream.address) as (process, address):
-            with greet(address, HELLO) as client:
-                start_message(client)
-                assert upstream.hangs.wait(20)
-                process.send_signal(number)
-                assert process.communicate(timeout=40) == (b'', b'')
-                assert process.returncode == status
 
     @pytest.mark.parametrize('base, selector', [
         ('smtpd.SMTPServer', True), ('asyncore.dispatcher', None)])

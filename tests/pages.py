@@ -109,9 +109,9 @@ class Program:
         if isinstance(command, str):
             command = shlex.split(command)
         self.process = subprocess.Popen(
-            command, cwd=directory, env=environment, bufsize=0, stdin=subprocess.DEVNULL,
+            command, cwd=directory, env=environment, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-        self.output = open(self.process.stdout.fileno(), 'rb', closefd=False)
+        self.output = self.process.stdout
         self.errors = b''
         self.port = None
         # A test that waits in vain for a line gets the end of the file instead.
@@ -139,7 +139,6 @@ class Program:
         print('%s ended with %s:\n%s' % (  # pytest shows it if the test fails
             self.process.args, self.process.returncode, self.errors.decode()), file=sys.stderr)
         self.output.close()
-        self.process.stdout.close()
         self.process.stderr.close()
 
     def line(self):

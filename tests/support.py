@@ -10,7 +10,6 @@ import errno
 import functools
 import gc
 import importlib.util
-import io
 import itertools
 import os
 import re
@@ -24,6 +23,7 @@ import sys
 import threading
 import time
 import types
+import unittest.mock
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -104,10 +104,12 @@ class StubServer:
 
     def __init__(self, reply=None):
         self.messages = []
+        self.arrived = threading.Event()
         self.reply = reply
 
     def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
         self.messages.append((peer, mailfrom, list(rcpttos), data, kwargs))
+        self.arrived.set()
         if isinstance(self.reply, Exception):
             raise self.reply
         return self.reply
@@ -182,33 +184,6 @@ def channel_with(**attributes):
     return make_channel(channel_class=variant(smtpd.SMTPChannel, **attributes))
 
 
-class OwnInit(smtpd.SMTPChannel):
-    """Sets all that the old module's instances had, and never calls the base's __init__."""
-
-    def __init__(self, server, conn, addr, map=None, decode_data=False):
-        asynchat.async_chat.__init__(self, conn, map)
-        self.smtp_server = server
-        self.conn = conn
-        self.addr = self.peer = addr
-        self.data_size_limit = smtpd.DATA_SIZE_DEFAULT
-        self.enable_SMTPUTF8 = False
-        self._decode_data = decode_data
-        self._emptystring, self._linesep, self._dotsep, self._newline = (
-            ('', '\r\n', '.', '\n') if decode_data else (b'', b'\r\n', ord('.'), b'\n'))
-        self.received_lines = []
-        self.smtp_state = self.COMMAND
-        self.mailfrom = None
-        self.rcpttos = []
-        self.received_data = ''
-        self.num_bytes = 0
-        self.require_SMTPUTF8 = False
-        self.seen_greeting = ''
-        self.extended_smtp = False
-        self.command_size_limits.clear()
-        self.fqdn = FQDN
-        self.set_terminator(b'\r\n')
-
-
 def without_init(server, conn, addr, map=None, decode_data=False):
     """Nothing is set but what a program of its own has to say."""
     channel = smtpd.SMTPChannel.__new__(smtpd.SMTPChannel)
@@ -217,75 +192,6 @@ def without_init(server, conn, addr, map=None, decode_data=False):
     channel._decode_data, channel._emptystring = decode_data, '' if decode_data else b''
     channel.set_terminator(b'\r\n')
     return channel
-
-
-class AuthChannel(smtpd.SMTPChannel):
-    """AUTH LOGIN, as programs did it: the answers are caught in found_terminator."""
-
-    questions = ()
-    authenticated = False
-
-    def smtp_EHLO(self, arg):
-        self.seen_greeting = arg
-        self.extended_smtp = True
-        self.push('250-' + self.fqdn)
-        self.push('250-AUTH LOGIN')
-        self.push('250 HELP')
-
-    def smtp_AUTH(self, arg):
-        self.credentials = []
-        self.questions = ['334 VXNlcm5hbWU6', '334 UGFzc3dvcmQ6', '235 Authentication successful']
-        self.push(self.questions.pop(0))
-
-    def smtp_MAIL(self, arg):
-        if self.authenticated:
-            super().smtp_MAIL(arg)
-        else:
-            self.push('530 Authentication required')
-
-    def found_terminator(self):
-        if not self.questions:
-            super().found_terminator()
-            return
-        answer = self._emptystring.join(self.received_lines)
-        self.received_lines = []
-        self.num_bytes = 0
-        self.credentials.append(answer if self._decode_data else answer.decode())
-        self.push(self.questions.pop(0))
-        self.authenticated = not self.questions
-
-
-class SelfMadeChannel(smtpd.SMTPChannel):
-    """Copied its found_terminator from somewhere: all of it is its own."""
-
-    def found_terminator(self):
-        whole = self._emptystring.join(self.received_lines)
-        self.received_lines = []
-        self.num_bytes = 0
-        if self.smtp_state == self.COMMAND:
-            verb, _, argument = (whole if self._decode_data else whole.decode()).partition(' ')
-            getattr(self, 'smtp_' + verb.upper())(argument or None)
-            return
-        undotted = [line[1:] if line and line[0] == self._dotsep else line
-                    for line in whole.split(self._linesep)]
-        self.received_data = self._newline.join(undotted)
-        status = self.smtp_server.process_message(
-            self.peer, self.mailfrom, self.rcpttos, self.received_data)
-        self._set_post_data_state()
-        self.push(status or '250 OK')
-
-
-class PlainListener(asyncore.dispatcher):
-    """A server that has nothing of ours but the channel."""
-
-    def __init__(self, localaddr, remoteaddr, map):
-        super().__init__(map=map)
-        self.create_socket(socket.AF_INET, socket.SOCK_STREAM)
-        self.bind(localaddr)
-        self.listen(5)
-
-    def handle_accepted(self, conn, addr):
-        smtpd.SMTPChannel(self, conn, addr, map=self._map)
 
 
 class LMTPServer(smtpd.SMTPServer):
@@ -314,13 +220,6 @@ class LMTPChannel(smtpd.SMTPChannel):
         self.smtp_HELO(arg)
 
 
-class ThreeArguments(smtpd.SMTPChannel):
-    """As programs of Python 2 have it."""
-
-    def __init__(self, server, conn, addr):
-        smtpd.SMTPChannel.__init__(self, server, conn, addr)
-
-
 class HookedChannel(smtpd.SMTPChannel):
     """Takes asynchat's way, since it overrides the hooks."""
 
@@ -331,57 +230,13 @@ class HookedChannel(smtpd.SMTPChannel):
         super().found_terminator()
 
 
-class WithoutRepr:
-    def __repr__(self):
-        raise ValueError
-
-
-class ShortOfMemory(io.BytesIO):
-    def write(self, octets):
-        if len(self.getvalue()) + len(octets) > 100:
-            raise MemoryError
-        return super().write(octets)
-
-
-class Exploding(smtpd.SMTPChannel):
-    """The second one fails."""
-
-    made = 0
-
-    def __init__(self, server, *args, **kwargs):
-        super().__init__(server, *args, **kwargs)
-        Exploding.made += 1
-        if Exploding.made == 2:
-            raise RuntimeError('in __init__')
-
-
 # ---------------------------------------------------------------------------------------------
 # A server in a thread, and a client of raw octets
 
-class RecordingServer(smtpd.SMTPServer):
-    """Keeps the messages; `arrived` is set at each."""
-
+class RecordingServer(StubServer, smtpd.SMTPServer):
     def __init__(self, localaddr=('127.0.0.1', 0), remoteaddr=None, **kwargs):
-        self.messages = []
-        self.arrived = threading.Event()
-        self.reply = None
-        super().__init__(localaddr, remoteaddr, **kwargs)
-
-    def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
-        self.messages.append((peer, mailfrom, list(rcpttos), data, kwargs))
-        self.arrived.set()
-        if isinstance(self.reply, Exception):
-            raise self.reply
-        return self.reply
-
-
-class FailingServer(RecordingServer):
-    """Fails for one recipient."""
-
-    def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
-        if rcpttos == ['fail@example']:
-            raise ZeroDivisionError
-        return super().process_message(peer, mailfrom, rcpttos, data, **kwargs)
+        StubServer.__init__(self)
+        smtpd.SMTPServer.__init__(self, localaddr, remoteaddr, **kwargs)
 
 
 @contextlib.contextmanager
@@ -533,19 +388,26 @@ def turning(server_class=RecordingServer, **kwargs):
 
 
 @contextlib.contextmanager
-def looping(server_class=RecordingServer):
-    """A server in a loop that ends when nothing is left in its map: yields it and the thread."""
-    sockets = {}
-    server = server_class(('127.0.0.1', 0), None, map=sockets)
-    thread = threading.Thread(target=asyncore.loop, kwargs={'map': sockets})
+def looping(server_class=RecordingServer, timeout=30, use_poll=False):
+    """A server whose loop must end with the block, when nothing is left in its map."""
+    waits = threading.Event()
+
+    def readable(self):
+        is_readable = server_class.readable(self)
+        waits.set()  # this thread keeps the GIL until it waits
+        return is_readable
+
+    server = variant(server_class, readable=readable)(map={})
+    thread = threading.Thread(target=asyncore.loop, args=(timeout, use_poll, server._map))
     thread.start()
     try:
-        yield server, thread
-        assert sockets == {}
+        assert waits.wait(20)
+        yield server
+        thread.join(20)
+        assert not thread.is_alive() and server._map == {}
     finally:
         server.close()
         thread.join(20)
-        assert not thread.is_alive()
 
 
 def has_input(client):
@@ -577,30 +439,11 @@ def count_lines(client, turn):
     return lines
 
 
-class BusyServer(RecordingServer):
-    """Its handler keeps the loop busy until it is told to go on."""
-
-    def __init__(self, *args, **kwargs):
-        self.go = threading.Event()
-        super().__init__(*args, **kwargs)
-
-    def process_message(self, *args, **kwargs):
-        super().process_message(*args, **kwargs)
-        self.go.wait(20)
-
-
-class Listener:
-    """A listening socket whose accept() raises."""
-
-    def __init__(self, real, error):
-        self.real, self.error, self.attempts = real, error, 0
-
-    def accept(self):
-        self.attempts += 1
-        raise OSError(self.error, os.strerror(self.error))
-
-    def __getattr__(self, name):
-        return getattr(self.real, name)
+def failing_listener(server, error):
+    """A socket as the server's, whose accept() raises."""
+    listener = unittest.mock.Mock(wraps=server.socket)
+    listener.accept.side_effect = OSError(error, os.strerror(error))
+    return listener
 
 
 class WaitingServer(RecordingServer):
@@ -610,24 +453,15 @@ class WaitingServer(RecordingServer):
 
     def __init__(self, *args, **kwargs):
         self.go = threading.Event()
-        self.running = self.running_at_most = 0
         self.threads = set()
-        self.counting = threading.Lock()
         self.entered = threading.Semaphore(0)
         super().__init__(*args, **kwargs)
 
     def process_message(self, *args, **kwargs):
-        with self.counting:
-            self.running += 1
-            self.running_at_most = max(self.running, self.running_at_most)
-            self.threads.add(threading.get_ident())
+        self.threads.add(threading.get_ident())
         self.entered.release()
         assert self.go.wait(20)
-        try:
-            return super().process_message(*args, **kwargs)
-        finally:
-            with self.counting:
-                self.running -= 1
+        return super().process_message(*args, **kwargs)
 
     def wait_until_entered(self):
         assert self.entered.acquire(timeout=20)
@@ -662,6 +496,18 @@ def running(command, **kwargs):
                 process.communicate(timeout=20)
             process.kill()
             process.communicate()
+
+
+@contextlib.contextmanager
+def script(text, options=STRICT, **kwargs):
+    """A process that runs a script, which first prints its port: yields it and its address.
+
+    It ends with its standard input.
+    """
+    with running([*options, '-c', text], stdin=subprocess.PIPE, **kwargs) as process:
+        first = process.stdout.readline()
+        assert first, process.stderr.read().decode()
+        yield process, ('127.0.0.1', int(first))
 
 
 SMTPD = STRICT + ['-m', 'smtpd']
@@ -1042,24 +888,14 @@ def copy_of_the_source(directory):
 # ---------------------------------------------------------------------------------------------
 # Fixtures
 
-@pytest.fixture(scope='session')
-def threads_that_end_later():
-    """Those for handlers wait a second for the next message: too long for each test."""
-    threads = []
-    yield threads
-    for thread in threads:
-        thread.join(10)
-        assert not thread.is_alive(), thread
-
 
 @pytest.fixture(autouse=True)
-def no_thread_outlives_its_test(threads_that_end_later):
+def no_thread_outlives_its_test():
+    """Those for handlers may: they wait a second for the next message."""
     before = threading.enumerate()
     yield
     for thread in threading.enumerate():
-        if thread not in before and thread.daemon:
-            threads_that_end_later.append(thread)
-        elif thread not in before:
+        if thread not in before and not thread.daemon:
             thread.join(10)
             assert not thread.is_alive(), thread
 

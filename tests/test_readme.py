@@ -1,11 +1,8 @@
 """README.rst and the manual: their first lines run as printed, their facts and links hold."""
 import configparser
 import inspect
-import io
-import json
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -29,54 +26,11 @@ from tests.pages import (
 from tests.support import HERE, copy_of_the_source, find_tool, need_module
 
 
-def test_the_readme_renders_without_a_warning():
-    need_module('docutils')
-    import docutils.core
-
-    warnings_given = io.StringIO()
-    docutils.core.publish_doctree(
-        read(README), source_path=README, settings_overrides={
-            'report_level': 2, 'warning_stream': warnings_given, 'syntax_highlight': 'none'})
-    assert warnings_given.getvalue() == ''
-
-
 def test_the_links_of_the_readme_lead_somewhere():
     links = re.findall(r'`[^`<]+<([^`>]+)>`_', read(README))
     assert links
     for target in links:
         assert target.startswith('https:') or os.path.isfile(os.path.join(HERE, target))
-
-
-def columns_of(docstring):
-    """The names in the first of a docstring's two columns."""
-    return re.findall(r'^ *(\w+) {2,}\S', docstring, re.MULTILINE)
-
-
-# Breakpoint: 3.12, it has no other smtpd.
-@pytest.mark.skipif(sys.version_info >= (3, 12), reason='there is no old module to compare with')
-def test_the_manual_calls_standard_what_the_old_module_had():
-    need_module('docutils')
-    marks = runpy.run_path(os.path.join(HERE, 'docs', 'conf.py'))['STANDARD']
-    program = ("""
-import asyncore, json, socket, sys, smtpd
-client, connection = socket.socketpair()
-with client:
-    server = smtpd.SMTPServer(('127.0.0.1', 0), None)
-    channel = smtpd.SMTPChannel(server, connection, None)
-    channel.smtp_EHLO('x')
-    channel.smtp_MAIL('FROM:<a@b>')
-    channel.smtp_RCPT('TO:<a@b>')
-    sys.argv[1:] = ['localhost:1', 'localhost:2']
-    made = {'SMTPServer': server, 'SMTPChannel': channel, 'Options': smtpd.parseargs()}
-    print(json.dumps({name: dir(thing) for name, thing in made.items()}))
-    asyncore.close_all()
-""")
-    told = subprocess.run([sys.executable, '-I', '-W', 'ignore', '-c', program], check=True,
-                          stdout=subprocess.PIPE, timeout=60).stdout
-    for class_name, old in json.loads(told).items():
-        attributes = set(columns_of(getattr(smtpd, class_name).__doc__))
-        assert attributes & set(old) <= marks[class_name]
-        assert not (attributes - set(old)) & marks[class_name]
 
 
 @pytest.mark.slow
@@ -97,9 +51,10 @@ def test_the_manual_builds_and_its_reference_names_all_that_is_public(tmp_path):
     assert public - set(told) == set()
 
 
-LIMITS = [(cls, name) for cls in (smtpd.SMTPChannel, smtpd.SMTPServer, smtpd.PureProxy)
-          for name in columns_of(cls.__doc__)
-          if re.search('_(limit|seconds|backlog|per_event|threads)$', name)]
+LIMITS = [  # in the first of a docstring's two columns
+    (cls, name) for cls in (smtpd.SMTPChannel, smtpd.SMTPServer, smtpd.PureProxy)
+    for name in re.findall(r'^ *(\w+_(?:limit|seconds|backlog|per_event|threads)) {2,}\S',
+                           cls.__doc__, re.MULTILINE)]
 
 
 @pytest.mark.parametrize('cls, name', LIMITS, ids=[name for cls, name in LIMITS])

@@ -10,7 +10,7 @@ import socket
 import ssl
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -25,15 +25,14 @@ from tests.pages import (
     save_block,
 )
 from tests.support import (
-    RawClient,
-    StubServer,
-    feed,
+    HELLO,
     find_tool,
+    greet,
     held_port,
-    make_channel,
     need_module,
     running_server,
     serving,
+    start_message,
     waits,
 )
 
@@ -154,8 +153,7 @@ def test_the_recipe_that_refuses_does_so(start, tmp_path):
 def test_the_recipe_with_an_own_command_answers_it(start, tmp_path):
     save_block(tmp_path, 'recipe-command')
     program = start(block('recipe-command-command'))
-    with RawClient(program.address) as client:
-        client.reply()
+    with greet(program.address) as client:
         assert client.say(b'XFOO bar') == b'250 BAR\r\n'
         assert client.say(b'xfoo') == b'501 Syntax: XFOO text\r\n'
         assert client.say(b'XBAR') == b'500 Error: command "XBAR" not recognized\r\n'
@@ -202,8 +200,7 @@ class TestRecipeAuth:
          (b'NOOP', b'250 OK')],
     ], ids=['it needs EHLO', 'all else'])
     def test_its_dialogue(self, program, dialogue):
-        with RawClient(program.address) as client:
-            client.reply()
+        with greet(program.address) as client:
             for command, reply in dialogue:
                 answer = client.say(command)
                 assert reply is None or answer == reply + b'\r\n'
@@ -234,29 +231,19 @@ class TestRecipeStartTLS:
             assert not client.has_extn('starttls')
             assert client.docmd('STARTTLS') == (503, b'Error: TLS is active')
             assert client.sendmail('j@example.com', ['you@example.com'], RECIPE_MESSAGE) == {}
-        assert "b'Subject: =?utf-8?q?Caf=C3=A9?='" in program.lines_to(
-            '------------ END MESSAGE ------------')
+        assert "b'Subject: =?utf-8?q?Caf=C3=A9?='" in program.lines_to(END_OF_MESSAGE)
 
     def test_a_large_message_passes(self, program, certificate):
         text = b'Subject: large\r\n\r\n' + b'0123456789\r\n' * 100000
-        with smtplib.SMTP(*program.address, timeout=30) as client:
+        # The server prints while it is read from.
+        with smtplib.SMTP(*program.address, timeout=30) as client, ThreadPoolExecutor() as pool:
             client.starttls(context=certificate)
-            lines = []  # the server prints while it is read from
-            reading = threading.Thread(target=lambda: lines.extend(
-                program.lines_to('------------ END MESSAGE ------------')))
-            reading.start()
-            try:
-                client.sendmail('j@example.com', ['you@example.com'], text)
-            except smtplib.SMTPException:
-                program.process.kill()
-                raise
-            finally:
-                reading.join()
-        assert lines.count("b'0123456789'") == 100000
+            lines = pool.submit(program.lines_to, END_OF_MESSAGE)
+            client.sendmail('j@example.com', ['you@example.com'], text)
+        assert lines.result().count("b'0123456789'") == 100000
 
     def test_it_goes_on_without_tls(self, program):
-        with RawClient(program.address) as client:
-            client.reply()
+        with greet(program.address) as client:
             assert client.say(b'STARTTLS now') == b'501 Syntax: STARTTLS\r\n'
             assert client.say(b'NOOP') == b'250 OK\r\n'
 
@@ -264,34 +251,22 @@ class TestRecipeStartTLS:
                              ids=['nothing', 'a command', 'two', 'half of one'])
     def test_what_was_sent_ahead_of_the_handshake_is_thrown_away(
             self, program, certificate, ahead):
-        with RawClient(program.address) as client:
-            client.reply()
+        with greet(program.address) as client:
             client.say(b'EHLO before')
             assert client.say(b'MAIL FROM:<before@example.com>') == b'250 OK\r\n'
             client.send(b'STARTTLS\r\n' + ahead)
             assert client.file.readline() == b'220 Ready to start TLS\r\n'
             with certificate.wrap_socket(client.socket, server_hostname='localhost') as tls:
-                with tls.makefile('rb') as file:
-                    tls.sendall(b'MAIL FROM:<a@example.com>\r\n')
-                    assert file.readline() == b'503 Error: send HELO first\r\n'
-                    tls.sendall(b'HELO after\r\nMAIL FROM:<a@example.com>\r\nQUIT\r\n')
-                    assert file.read() == b'250 mx.example\r\n250 OK\r\n221 Bye\r\n'
+                tls.sendall(b'MAIL FROM:<a@x>\r\nHELO after\r\nMAIL FROM:<a@x>\r\nQUIT\r\n')
+                assert tls.makefile('rb').read() == (
+                    b'503 Error: send HELO first\r\n250 mx.example\r\n250 OK\r\n221 Bye\r\n')
 
-    def test_a_client_that_talks_no_tls_is_left_and_others_are_served(self, program):
-        with RawClient(program.address) as client:
-            client.reply()
+    @pytest.mark.parametrize('sent', [b'', b'\x16', b'this is no handshake' * 100], ids=[
+        'nothing', 'its first octet', 'something else'])
+    def test_a_client_that_talks_no_tls_keeps_no_other_waiting(self, program, sent):
+        with greet(program.address) as client:
             assert client.say(b'STARTTLS') == b'220 Ready to start TLS\r\n'
-            client.send(b'this is no handshake' * 100)
-            with contextlib.suppress(ConnectionResetError):
-                client.rest()  # an alert perhaps, and the end
-        post_message(program.address)
-
-    def test_a_silent_handshake_delays_no_other_client(self, program):
-        with RawClient(program.address) as client:
-            client.reply()
-            assert client.say(b'STARTTLS') == b'220 Ready to start TLS\r\n'
-            post_message(program.address)
-            client.send(b'\x16')  # a first octet of a handshake
+            client.send(sent)
             post_message(program.address)
 
 
@@ -331,8 +306,7 @@ class TestRecipeStartTLSWithAuth:
 def test_the_recipe_for_parameters_keeps_them(start, tmp_path):
     save_block(tmp_path, 'recipe-extension')
     program = start(block('recipe-extension-command'))
-    with RawClient(program.address) as client:
-        client.reply()
+    with greet(program.address) as client:
         assert b'250-DSN\r\n' in client.say(b'EHLO c')
         assert client.say(b'MAIL FROM:<a@b.example> NOTIFY=NEVER')[:3] == b'555'
         assert client.say(b'MAIL FROM:<a@b.example> RET')[:3] == b'501'
@@ -368,8 +342,7 @@ def test_the_recipe_for_a_gateway_is_no_open_relay(start, tmp_path):
         assert post_message(program.address, ['You@Example.com', 'you@example.net']) == {
             'you@example.net': (550, b'Relaying denied')}
         assert [message[2] for message in upstream.messages] == [['You@Example.com']]
-        with RawClient(program.address) as client:
-            client.reply()
+        with greet(program.address) as client:
             client.say(b'EHLO client.example')
             client.say(b'MAIL FROM:<a@example.com>')
             for path in (b'<you@example.net> <x@example.com>', b'you@example.net,x@example.com>',
@@ -377,24 +350,6 @@ def test_the_recipe_for_a_gateway_is_no_open_relay(start, tmp_path):
                          b'"you@example.net"@example.com>'):
                 assert client.say(b'RCPT TO:' + path)[:1] == b'5', path
             assert client.say(b'RCPT TO:you@example.com') == b'250 OK\r\n'
-
-
-def test_the_gateway_looks_at_no_parameter(tmp_path):
-    text = (tmp_path / save_block(tmp_path, 'recipe-gateway')).read_text()
-    names = {'__name__': 'gateway'}
-    exec(text, names)
-
-    class Channel(names['GatewayChannel']):
-        def _getparams(self, params):
-            return {}
-
-    server = StubServer()
-    channel = make_channel(server, Channel)
-    feed(channel, b'EHLO c\r\n', b'MAIL FROM:<a@example.com>\r\n')
-    assert feed(channel, b'RCPT TO:<evil@example.net> ORCPT=rfc822;x@example.com\r\n'
-                ) == b'550 Relaying denied\r\n'
-    assert feed(channel, b'RCPT TO:<x@example.com> ORCPT=rfc822;x@example.net\r\n'
-                ) == b'250 OK\r\n'
 
 
 def test_the_server_in_a_thread_serves_test_suites(run_python, tmp_path):
@@ -417,7 +372,6 @@ def test_the_recipe_for_logging_logs_dialogue_and_tracebacks(start, tmp_path):
     assert re.search(r'^\d{4}-\S+ \S+ ERROR .*ZeroDivisionError', errors, re.MULTILINE | re.DOTALL)
 
 
-
 @pytest.mark.parametrize('name, module, package, subject', [
     pytest.param('recipe-django', 'django', 'Django', 'Hello from Django',
                  marks=pytest.mark.real),
@@ -429,7 +383,7 @@ def test_mail_of_frameworks_arrives(name, module, package, subject, start, tmp_p
     program = start(block('debugging'))
     outcome = run_python('-W', 'ignore', save_block(tmp_path, name, port_1025=program.port))
     assert outcome.returncode == 0, outcome.stdout
-    lines = program.lines_to('------------ END MESSAGE ------------')
+    lines = program.lines_to(END_OF_MESSAGE)
     assert "b'Subject: %s'" % subject in lines
     assert "b'It works.'" in lines
 
@@ -451,58 +405,40 @@ def test_old_and_new_do_the_same(which, user_environment, tmp_path):
 
 
 class TestRecipeAsyncio:
-    def test_a_coroutine_takes_the_message(self, start, tmp_path):
-        program = start(['python', save_block(tmp_path, 'recipe-asyncio')])
+    @pytest.fixture
+    def start_with(self, start, tmp_path):
+        def start_with(step):
+            """With another first step in the coroutine that takes a message."""
+            name = save_block(tmp_path, 'recipe-asyncio')
+            text = (tmp_path / name).read_text()
+            assert 'await asyncio.sleep(0.1)' in text
+            (tmp_path / name).write_text(text.replace('await asyncio.sleep(0.1)', step))
+            return start(['python', name])
+
+        return start_with
+
+    def test_a_coroutine_takes_the_message(self, start_with):
+        program = start_with('await asyncio.sleep(0)')
         post_message(program.address)
         assert program.line() == (
             'j@example.com -> you@example.com %d octets' % len(HANDLERS_DATA))
         assert program.interrupt() == (0, '', '')
 
-    @pytest.mark.skipif(not hasattr(signal, 'pthread_sigmask'), reason='no masks of signals')
-    def test_it_ends_at_a_ctrl_c_that_does_not_wake_the_event_loop(self, start, tmp_path):
-        """The server's thread gets the signal; one just before select() wakes nothing either."""
-        name = save_block(tmp_path, 'recipe-asyncio')
-        text = (tmp_path / name).read_text()
-        mask = 'import signal; signal.pthread_sigmask(signal.%s, [signal.SIGINT])\n'
-        begin = 'def serve() -> None:\n'
-        assert begin in text
-        (tmp_path / name).write_text(mask % 'SIG_BLOCK' + text.replace(
-            begin, begin + 8 * ' ' + mask % 'SIG_UNBLOCK'))
-        program = start(['python', name])
-        post_message(program.address)  # until then it may still be starting the thread
-        assert program.line()
-        assert program.interrupt() == (0, '', '')
-
-    def test_two_clients_do_not_wait_for_each_other(self, start, tmp_path):
-        name = save_block(tmp_path, 'recipe-asyncio')
-        text = (tmp_path / name).read_text()
-        assert 'await asyncio.sleep(0.1)' in text
-        (tmp_path / name).write_text(text.replace('await asyncio.sleep(0.1)', """
+    def test_two_clients_do_not_wait_for_each_other(self, start_with):
+        program = start_with("""
         came = globals().setdefault('came', {'first': asyncio.Event(), 'second': asyncio.Event()})
         came[mailfrom.partition('@')[0]].set()
         await came['first'].wait()
         await came['second'].wait()
-"""))
-        program = start(['python', name])
-        with RawClient(program.address) as first, RawClient(program.address) as second:
-            for client, mailfrom in (first, b'first'), (second, b'second'):
-                client.reply()
-                client.send(b'HELO c\r\nMAIL FROM:<%s@example.com>\r\nRCPT TO:<a@example.com>\r\n'
-                            b'DATA\r\n' % mailfrom)
-                for _ in range(4):
-                    last = client.reply()
-                assert last[:3] == b'354'
-            first.send(b'x\r\n.\r\n')
-            second.send(b'x\r\n.\r\n')
+""")
+        with greet(program.address, HELLO) as first, greet(program.address, HELLO) as second:
+            start_message(first, sender=b'<first@example.com>')
+            start_message(second, sender=b'<second@example.com>')
             assert first.reply() == second.reply() == b'250 OK\r\n'
 
-    def test_a_coroutine_that_raises_costs_a_451(self, start, tmp_path):
-        name = save_block(tmp_path, 'recipe-asyncio')
-        text = (tmp_path / name).read_text()
-        (tmp_path / name).write_text(text.replace('await asyncio.sleep(0.1)', 'raise OSError'))
-        program = start(['python', name])
+    def test_a_coroutine_that_raises_costs_a_451(self, start_with):
         with pytest.raises(smtplib.SMTPDataError) as refusal:
-            post_message(program.address)
+            post_message(start_with('raise OSError').address)
         assert refusal.value.smtp_code == 451
 
 
