@@ -1,5 +1,4 @@
 """The short form of each work of stress.py."""
-import os
 import subprocess
 import sys
 
