@@ -6,7 +6,6 @@ import itertools
 import os
 import re
 import select
-import signal
 import socket
 import sys
 import threading
@@ -31,7 +30,6 @@ from tests.support import (
     RecordingServer,
     Upstream,
     channels_of,
-    command_line,
     greet,
     held_port,
     idle_proxy,
@@ -45,7 +43,7 @@ from tests.support import (
     stuffed,
     traced_memory,
     turning,
-    waits,
+    variant,
     with_x_peer,
 )
 
@@ -55,7 +53,7 @@ LIMITS = ['upstream_command_timeout_seconds', 'upstream_data_timeout_seconds',
 
 def impatient(proxy_class=smtpd.PureProxy, **attributes):
     """The proxy's class, with time limits that a test can wait for."""
-    return type('Impatient', (proxy_class,), dict(dict.fromkeys(LIMITS, 0.3), **attributes))
+    return variant(proxy_class, **{**dict.fromkeys(LIMITS, 0.3), **attributes})
 
 
 def received_from(upstream):
@@ -76,15 +74,6 @@ def codes(replies):
 
 # ---------------------------------------------------------------------------------------------
 # PureProxy: what arrives
-
-@BOTH_MODES
-def test_proxy_relays_a_message_with_default_arguments_and_inserts_x_peer(upstream, decode_data):
-    with proxy_to(upstream, decode_data=decode_data) as proxy:
-        assert post(proxy, PROXIED, recipients=(b'<a@example.com>', b'<b@example.com>')) \
-            == b'250 OK\r\n'
-    assert upstream.messages == [('sender@example.com', ['a@example.com', 'b@example.com'],
-                                  b'Subject: hello\r\nX-Peer: 127.0.0.1\r\n\r\nText.\r\n')]
-
 
 @BOTH_MODES
 @pytest.mark.parametrize('message, expected', [
@@ -193,36 +182,16 @@ def test_no_end_of_data_but_the_true_one_makes_two_messages(upstream, decode_dat
     b'<"\\"<>\\\\"@example.com>',
     b'<"plain"@example.com>', b'<a.@example.com>', b'<user@[127.0.0.1]>', b'<user@[IPv6:::1]>',
     b"<o'neil+tag=x/y!z%w@example.com>", b'<CamelCase@Example.COM>', b'<root>',
-    b'<' + b'l' * 300 + b'@example.com>'], ids=lambda path: path.decode()[:50])
+    b'<Postmaster>', b'<>', b'<' + b'l' * 300 + b'@example.com>',
+], ids=lambda path: path.decode()[:50])
 def test_paths_go_upstream_verbatim(upstream, decode_data, path):
     with proxy_to(upstream, decode_data=decode_data) as proxy:
-        assert post(proxy, sender=path, recipients=(path,)) == b'250 OK\r\n'
+        recipient = path if path != b'<>' else RECIPIENT
+        assert post(proxy, sender=path, recipients=(recipient,)) == b'250 OK\r\n'
     assert re.fullmatch(b'mail from: ?' + re.escape(path) + b'( [^<>]*)?\r\n',
                         upstream.verbs(b'MAIL')[0], re.I)
-    assert re.fullmatch(b'rcpt to: ?' + re.escape(path) + b'( [^<>]*)?\r\n',
+    assert re.fullmatch(b'rcpt to: ?' + re.escape(recipient) + b'( [^<>]*)?\r\n',
                         upstream.verbs(b'RCPT')[0], re.I)
-
-
-@BOTH_MODES
-def test_null_reverse_path_goes_upstream_as_it_is(upstream, decode_data):
-    with proxy_to(upstream, decode_data=decode_data) as proxy:
-        assert post(proxy, sender=b'<>') == b'250 OK\r\n'
-    assert re.match(b'mail from: ?<>[ \r]', upstream.verbs(b'MAIL')[0], re.I)
-
-
-@BOTH_MODES
-def test_postmaster_without_a_domain_goes_upstream(upstream, decode_data):
-    with proxy_to(upstream, decode_data=decode_data) as proxy:
-        assert post(proxy, recipients=(b'<Postmaster>',)) == b'250 OK\r\n'
-    assert re.match(b'rcpt to: ?<Postmaster>[ \r]', upstream.verbs(b'RCPT')[0], re.I)
-
-
-def test_several_messages_of_one_session_are_several_messages_upstream(upstream):
-    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
-        for number in range(5):
-            assert relay_message(client, b'N: %d\r\n\r\n' % number) == b'250 OK\r\n'
-    assert [content for _, _, content in upstream.messages] \
-        == [b'N: %d\r\nX-Peer: 127.0.0.1\r\n\r\n' % number for number in range(5)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -258,7 +227,7 @@ LOST = [CLOSE, ENDLESS, SLOW, HANG, 'What?', '150 Wait', '2500 OK', '200-One\r\n
     ('MAIL', [*LOST, '354 Go on', '300 x'], [LATER, NEEDS_MAIL, NEEDS_RCPT]),
     ('RCPT', [*LOST, '354 Go on', '300 x'], [OK, LATER, NEEDS_RCPT]),
     ('DATA', [*LOST, '250 OK', '350 More'], [OK, OK, LATER]),
-    ('BODY', [CLOSE, '250 OK'], [OK, OK, GO_ON, LATER]),
+    ('BODY', [CLOSE, HANG, '250 OK'], [OK, OK, GO_ON, LATER]),
     ('.', [*LOST, '354 Go on', '300 x'], [OK, OK, GO_ON, LATER]),
     # Success is told by the first digit.
     ('EHLO', ['502 5.5.1 What?'], [OK, OK, GO_ON, OK]),
@@ -292,36 +261,15 @@ def test_reply_of_each_step_is_the_upstreams(upstream, step, faults, replies):
 
 
 @pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])
-@pytest.mark.parametrize('attributes', [{}, {'channels_in_selector': True}], ids=str)
 @BOTH_MODES
-def test_each_recipient_has_its_own_fate(upstream, decode_data, attributes, use_poll):
+def test_each_recipient_has_its_own_fate(upstream, decode_data, selector, use_poll):
     upstream.refused = {'b@x': '550 5.1.1 No such user', 'c@x': '450 4.2.0 Greylisted'}
-    proxy_class = type('Proxy', (smtpd.PureProxy,), attributes)
-    with proxy_to(upstream, proxy_class, decode_data=decode_data, use_poll=use_poll) as proxy:
+    with proxy_to(upstream, decode_data=decode_data, use_poll=use_poll) as proxy:
         with greet(proxy, HELLO) as client:
             recipients = b'<a@x>', b'<b@x>', b'<c@x>', b'<d@x>', b'<a@x>'
             assert steps(client, recipients=recipients) == [
                 OK, OK, '550 5.1.1 No such user', '450 4.2.0 Greylisted', OK, OK, GO_ON, OK]
     assert upstream.messages == [('sender@example.com', ['a@x', 'd@x'], with_x_peer(PROXIED))]
-
-
-def test_a_thousand_recipients_of_whom_the_upstream_takes_a_hundred(upstream):
-    class Strict(smtpd.SMTPChannel):
-        recipient_limit = None
-
-    upstream.verdict = lambda mailfrom, path: (
-        OK if int(path.partition('@')[0]) < 100 else '452 4.5.3 Too many recipients')
-    proxy_class = type('Proxy', (smtpd.PureProxy,), {'channel_class': Strict})
-    with proxy_to(upstream, proxy_class) as proxy, greet(proxy, HELLO) as client:
-        recipients = [b'<%d@x>' % number for number in range(1000)]
-        client.send(b'MAIL FROM:<a@x>\r\n' + b''.join(
-            b'RCPT TO:%s\r\n' % each for each in recipients) + b'DATA\r\n')
-        replies = [client.reply() for _ in range(1002)]
-        assert [reply[:4] for reply in replies] == (
-            [b'250 '] + [b'250 '] * 100 + [b'452 '] * 900 + [b'354 '])
-        client.send(stuffed(PROXIED))
-        assert client.reply() == b'250 OK\r\n'
-    assert [len(recipients) for _, recipients, _ in upstream.messages] == [100]
 
 
 def test_upstream_may_refuse_more_recipients_than_the_client_may_make_errors(upstream):
@@ -336,14 +284,6 @@ def test_upstream_may_refuse_more_recipients_than_the_client_may_make_errors(ups
             assert client.say(b'WHAT').startswith(b'500 ')
         assert client.say(b'WHAT').startswith(b'500 ')
         assert client.rest().startswith(b'421 ')
-
-
-def test_reply_of_several_lines_is_one_reply(upstream):
-    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
-        assert client.say(b'MAIL FROM:<a@x>') == b'250 OK\r\n'
-        upstream.faults = {'RCPT': ['550-No such user\r\n550 here']}
-        assert client.say(b'RCPT TO:<b@x>') == b'550-No such user\r\n550 here\r\n'
-        assert client.say(b'RCPT TO:<c@x>') == b'250 OK\r\n'
 
 
 @BOTH_MODES
@@ -388,38 +328,26 @@ def test_one_session_upstream_for_each_session(upstream):
         b'EHLO MAIL RCPT DATA MAIL RSET MAIL RCPT DATA QUIT'.split())
 
 
-@pytest.mark.parametrize('when', ['between two messages', 'after MAIL', 'after RCPT',
-                                  'after DATA'])
-def test_upstream_that_starts_anew(upstream, when):
+@pytest.mark.parametrize('lines, heard', [
+    # What is lost stays lost until the next MAIL; no step gets a refusal for good.
+    ([b'MAIL FROM:<a@x>'], {b'RCPT TO:<c@x>': b'451', b'RCPT TO:<d@x>': b'451'}),
+    ([b'MAIL FROM:<a@x>', b'RCPT TO:<b@x>'],
+     {b'RCPT TO:<c@x>': b'451', b'RCPT TO:<b@x>': b'451', b'DATA': b'451'}),
+    # Nothing was sent yet: a second transaction will do.
+    ([], {}),
+    ([b'MAIL FROM:<a@x>', b'RCPT TO:<b@x>', b'DATA'], {b'A: b\r\n\r\n.': b'250'}),
+], ids=['after MAIL', 'after RCPT', 'between two messages', 'after DATA'])
+def test_upstream_that_starts_anew(upstream, lines, heard):
     with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
-        if when == 'between two messages':
-            assert relay_message(client) == b'250 OK\r\n'
-        lines = {'between two messages': [], 'after MAIL': [b'MAIL FROM:<a@x>'],
-                 'after RCPT': [b'MAIL FROM:<a@x>', b'RCPT TO:<b@x>'],
-                 'after DATA': [b'MAIL FROM:<a@x>', b'RCPT TO:<b@x>', b'DATA']}[when]
+        assert relay_message(client) == b'250 OK\r\n'
         for line in lines:
             assert client.say(line)[:1] in b'23'
         upstream.stop()
         upstream.start()
-        if when == 'between two messages':
-            assert codes(steps(client)) == '250 250 354 250'
-            assert len(upstream.messages) == 2
-            return
-        if when == 'after DATA':  # of which nothing was sent yet: a second transaction will do
-            client.send(stuffed(PROXIED))
-            assert client.reply() == b'250 OK\r\n'
-            assert [each[1] for each in upstream.messages] == [['b@x']]
-            return
-        # What is lost stays lost until the next MAIL; no step gets a refusal for good.
-        if when == 'after MAIL':
-            for _ in range(2):
-                assert client.say(b'RCPT TO:<c@x>').startswith(b'451 ')
-        else:
-            for recipient in b'<c@x>', b'<b@x>':  # also for one that it had taken
-                assert client.say(b'RCPT TO:' + recipient).startswith(b'451 ')
-            assert client.say(b'DATA').startswith(b'451 ')
+        assert {line: client.say(line)[:3] for line in heard} == heard
         assert client.say(b'RSET') == b'250 OK\r\n'
         assert codes(steps(client)) == '250 250 354 250'
+    assert [each[1] for each in upstream.messages[1:-1]] == [['b@x']] * (b'DATA' in lines)
 
 
 def test_upstream_that_takes_less_by_the_time_of_a_second_try_gets_nothing(upstream):
@@ -508,23 +436,6 @@ def test_log_says_so_when_nobody_knows_whether_the_message_was_delivered(upstrea
     with proxy_to(upstream, impatient()) as proxy:
         assert post(proxy, LARGE).startswith(b'451 ')
     assert 'final dot' not in capfd.readouterr().err
-
-
-def test_upstream_that_stops_reading_is_451():
-    with socket.create_server(('127.0.0.1', 0)) as listener:
-        proxy_class = impatient()
-        with serving(proxy_class, remoteaddr=listener.getsockname()) as proxy:
-            with greet(proxy, HELLO) as client:
-                client.send(b'MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nDATA\r\n')
-                upstream = listener.accept()[0]
-                with upstream, upstream.makefile('rb') as file:
-                    upstream.sendall(b'220 x\r\n')
-                    for reply in b'250 x', b'250 x', b'250 x', b'354 x':
-                        file.readline()
-                        upstream.sendall(reply + b'\r\n')
-                    client.send(b'A: b\r\n\r\n' + b'x' * 20000000 + b'\r\n.\r\n')
-                    assert [client.reply()[:3] for _ in range(4)] == [
-                        b'250', b'250', b'354', b'451']
 
 
 @pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])
@@ -672,19 +583,6 @@ def test_message_to_a_slow_upstream_is_not_multiplied_in_memory(upstream):
     assert upstream.messages[0][2] == with_x_peer(message)
 
 
-def test_many_sessions_make_progress_side_by_side(upstream):
-    with proxy_to(upstream) as proxy, contextlib.ExitStack() as clients:
-        several = [clients.enter_context(greet(proxy, HELLO)) for _ in range(100)]
-        for line in b'MAIL FROM:<a@x>', b'RCPT TO:<b@x>', b'DATA':
-            for client in several:
-                client.send(line + b'\r\n')
-            assert {client.reply()[:1] for client in several} <= {b'2', b'3'}
-        for client in several:
-            client.send(stuffed(PROXIED))
-        assert {client.reply() for client in several} == {b'250 OK\r\n'}
-    assert len(upstream.messages) == 100
-
-
 @pytest.mark.parametrize('step', ['MAIL', 'RCPT', 'DATA', '.'])
 @pytest.mark.parametrize('fault, reply', [
     ('421 4.3.2 Bye', '451 4.3.2 Bye'), ('550 No', '550 No'), (CLOSE, LATER)])
@@ -736,35 +634,6 @@ def test_look_up_for_which_there_is_no_thread_is_451(upstream, monkeypatch, capf
     assert "can't start new thread" in capfd.readouterr().err
 
 
-def test_late_reply_is_not_taken_for_the_next_where_the_log_raises(upstream):
-    def log_info(self, *args):
-        raise OSError('the log is full')
-
-    with proxy_to(upstream, impatient(log_info=log_info)) as proxy, \
-            greet(proxy, HELLO) as client:
-        assert client.say(b'MAIL FROM:<a@x>') == client.say(b'RCPT TO:<b@x>') == b'250 OK\r\n'
-        upstream.faults = {'RCPT': [HANG, None]}
-        assert client.say(b'RCPT TO:<c@x>')[:3] == b'451'
-        upstream.release()
-        assert client.say(b'RCPT TO:<d@x>')[:3] == b'451'
-
-
-def test_sender_for_whom_there_is_no_session_upstream_has_sent_nothing(upstream):
-    class Proxy(smtpd.MailmanProxy):
-        faults = [MemoryError]
-
-        @property
-        def mailman_lmtp_address(self):
-            if self.faults:
-                raise self.faults.pop()
-            return upstream.address
-
-    with proxy_to(upstream, Proxy) as proxy, greet(proxy, HELLO) as client:
-        assert client.say(b'MAIL FROM:<a@x>')[:3] == b'451'
-        assert codes(steps(client, sender=b'<b@x>')) == '250 250 354 250'
-    assert [sender for sender, _, _ in upstream.messages] == ['b@x']
-
-
 @pytest.mark.parametrize('base', [smtpd.PureProxy, RecordingServer])
 def test_step_whose_reply_could_not_be_pushed_was_not_taken(upstream, base):
     class Channel(smtpd.SMTPChannel):
@@ -776,7 +645,7 @@ def test_step_whose_reply_could_not_be_pushed_was_not_taken(upstream, base):
                 raise MemoryError
             super().push(msg)
 
-    with proxy_to(upstream, type('Server', (base,), {'channel_class': Channel})) as server, \
+    with proxy_to(upstream, variant(base, channel_class=Channel)) as server, \
             greet(server, HELLO) as client:
         assert client.say(b'MAIL FROM:<a@x>') == client.say(b'RCPT TO:<b@x>') == b'250 OK\r\n'
         Channel.fails_at = '354'
@@ -810,7 +679,7 @@ def test_step_that_the_client_was_told_to_be_taken_stands_whatever_fails_then(
         def handle_error(self):
             assert isinstance(sys.exc_info()[1], OSError)
 
-    with proxy_to(upstream, type('Server', (base,), {'channel_class': Channel})) as server, \
+    with proxy_to(upstream, variant(base, channel_class=Channel)) as server, \
             greet(server) as client:
         client.send(b'HELO me\r\nMAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nRCPT TO:<c@x>\r\n')
         for code in (b'250', b'250', b'250', b'250'):
@@ -821,20 +690,6 @@ def test_step_that_the_client_was_told_to_be_taken_stands_whatever_fails_then(
         recipients = ([each[1] for each in upstream.messages] if base is smtpd.PureProxy
                       else [each[2] for each in server.messages])
         assert recipients == [['b@x', 'c@x']]
-
-
-def test_a_refused_recipient_that_the_program_has_rewritten_does_not_end_the_session(upstream):
-    class Channel(smtpd.SMTPChannel):
-        def smtp_RCPT(self, arg):
-            super().smtp_RCPT(arg)
-            self.rcpttos[-1:] = ['other@x']
-
-    proxy_class = type('Proxy', (smtpd.PureProxy,), {'channel_class': Channel})
-    upstream.faults = {'RCPT': '550 no'}
-    with proxy_to(upstream, proxy_class) as proxy, greet(proxy, HELLO) as client:
-        client.say(b'MAIL FROM:<a@x>')
-        assert client.say(b'RCPT TO:<b@x>') == b'550 no\r\n'
-        assert client.say(b'NOOP') == b'250 OK\r\n'
 
 
 def test_recipient_that_comes_twice_keeps_its_first_place_if_the_second_is_put_off(upstream):
@@ -848,11 +703,9 @@ def test_recipient_that_comes_twice_keeps_its_first_place_if_the_second_is_put_o
 
 
 @pytest.mark.parametrize('step', ['CONNECT', 'MAIL', 'RCPT', 'DATA', '.'])
-@pytest.mark.parametrize('in_selector', [False, True])
-def test_hung_upstream_holds_up_its_own_session_only(upstream, step, in_selector):
+def test_hung_upstream_holds_up_its_own_session_only(upstream, step, selector):
     upstream.faults = {step: HANG}
-    proxy_class = type('Proxy', (smtpd.PureProxy,), {'channels_in_selector': in_selector})
-    with proxy_to(upstream, proxy_class, timeout=60) as proxy, greet(proxy, HELLO) as waiting:
+    with proxy_to(upstream, timeout=60) as proxy, greet(proxy, HELLO) as waiting:
         waiting.send(b'MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nDATA\r\n')
         if step == '.':
             assert [waiting.reply()[:1] for _ in range(3)] == [b'2', b'2', b'3']
@@ -878,27 +731,6 @@ def test_session_closed_by_the_program_lets_a_hung_upstream_go(upstream, step):
         # serving() closes all channels
     upstream.threads[1].join(20)
     assert not upstream.threads[1].is_alive()
-
-
-def test_session_closed_by_the_program_before_its_turn_keeps_no_thread(upstream):
-    class Closing(smtpd.SMTPChannel):
-        def smtp_XALONE(self, arg):
-            for each in channels_of(self.smtp_server):
-                if each is not self:
-                    each.close()
-            self.push('250 OK')
-
-    proxy_class = type('Narrow', (smtpd.PureProxy,), {
-        'process_message_threads': 1, 'channel_class': Closing})
-    with proxy_to(upstream, proxy_class) as proxy, contextlib.ExitStack() as clients:
-        first, second, third = [clients.enter_context(greet(proxy, HELLO)) for _ in range(3)]
-        upstream.faults = {'MAIL': HANG}
-        first.send(b'MAIL FROM:<a@x>\r\n')
-        assert upstream.hangs.wait(20)
-        second.send(b'MAIL FROM:<a@x>\r\n')
-        assert third.say(b'NOOP') == third.say(b'XALONE') == b'250 OK\r\n'
-        upstream.faults = {}
-        assert codes(steps(third)) == '250 250 354 250'
 
 
 def test_session_closed_while_the_name_is_looked_up_leaves_no_connection(upstream, monkeypatch):
@@ -1058,11 +890,9 @@ class Gateway(smtpd.SMTPChannel):
         self.push('250 OK')
 
 
-@pytest.mark.parametrize('in_selector', [False, True])
-def test_commands_of_the_program_see_the_transaction(upstream, in_selector):
+def test_commands_of_the_program_see_the_transaction(upstream, selector):
     upstream.refused = {'no@example.com': '550 5.1.1 No such user'}
-    proxy_class = type('Proxy', (smtpd.PureProxy,), {
-        'channel_class': Gateway, 'seen': [], 'channels_in_selector': in_selector})
+    proxy_class = variant(smtpd.PureProxy, channel_class=Gateway, seen=[])
     with proxy_to(upstream, proxy_class) as proxy, greet(proxy, HELLO) as client:
         recipients = b'<a@example.com>', b'<b@elsewhere>', b'<no@example.com>', b'<c@example.com>'
         assert codes(steps(client, recipients=recipients)) == '250 250 550 550 250 354 250'
@@ -1073,34 +903,36 @@ def test_commands_of_the_program_see_the_transaction(upstream, in_selector):
     assert upstream.messages[0][1] == ['a@example.com', 'c@example.com']
 
 
-def test_command_that_makes_two_recipients_of_one(upstream):
-    class Aliasing(smtpd.SMTPChannel):
+def rename(channel):
+    channel.rcpttos = [each.replace('no@', 'yes@') for each in channel.rcpttos]
+
+
+def rename_in_place(channel):
+    channel.rcpttos[-1:] = ['yes@x']
+
+
+@pytest.mark.parametrize('change, recipients, delivered', [
+    (lambda channel: channel.rcpttos.append('archive@x'), (b'<a@x>', b'<no@x>'),
+     ['a@x', 'archive@x']),
+    (rename, (b'<no@x>',), ['yes@x']),
+    (rename_in_place, (b'<no@x>',), ['yes@x']),
+], ids=['makes two of one', 'renames', 'renames in place'])
+def test_refused_recipient_that_the_program_has_changed(upstream, change, recipients, delivered):
+    class Channel(smtpd.SMTPChannel):
         def smtp_RCPT(self, arg):
             super().smtp_RCPT(arg)
-            self.rcpttos.append('archive@x')
+            change(self)
 
     upstream.refused = {'no@x': '550 5.1.1 No such user'}
-    proxy_class = type('Proxy', (smtpd.PureProxy,), {'channel_class': Aliasing})
-    with proxy_to(upstream, proxy_class) as proxy, greet(proxy, HELLO) as client:
-        assert codes(steps(client, recipients=[b'<a@x>', b'<no@x>'])) == '250 250 550 354 250'
-    assert upstream.messages[0][1] == ['a@x', 'archive@x']
-
-
-def test_recipient_that_the_program_takes_away_before_the_upstream_refuses_it(upstream):
-    class Renaming(smtpd.SMTPChannel):
-        def smtp_RCPT(self, arg):
-            super().smtp_RCPT(arg)
-            self.rcpttos = [each.replace('no@', 'yes@') for each in self.rcpttos]
-
-    upstream.refused = {'no@x': '550 5.1.1 No such user'}
-    proxy_class = type('Proxy', (smtpd.PureProxy,), {'channel_class': Renaming})
-    with proxy_to(upstream, proxy_class) as proxy, greet(proxy, HELLO) as client:
-        assert codes(steps(client, recipients=[b'<no@x>'])) == '250 550 354 250'
-    assert upstream.messages[0][1] == ['yes@x']
+    with proxy_to(upstream, variant(smtpd.PureProxy, channel_class=Channel)) as proxy, \
+            greet(proxy, HELLO) as client:
+        heard = steps(client, recipients=recipients)
+        assert codes(heard) == '250 ' + '250 ' * (len(recipients) - 1) + '550 354 250'
+    assert upstream.messages[0][1] == delivered
 
 
 def test_recipients_that_the_program_adds_itself_get_the_message_too(upstream):
-    proxy_class = type('Proxy', (smtpd.PureProxy,), {'channel_class': Gateway, 'seen': []})
+    proxy_class = variant(smtpd.PureProxy, channel_class=Gateway, seen=[])
     with proxy_to(upstream, proxy_class) as proxy, greet(proxy, HELLO) as client:
         upstream.refused = {'no@x': '550 5.1.1 No'}
         for archive, reply in (b'archive@x', b'250 OK\r\n'), (
@@ -1170,7 +1002,7 @@ NO, LATE = (550, b'5.1.1 No such user'), (450, '4.2.0 Greylisted')
     ({'d@example.com': (250, b'What?')}, b'451 Upstream not available'),
 ], ids=str)
 def test_what_their_deliver_refused_is_never_250(refused, reply):
-    with serving(type('Own', (OverriddenDeliver,), {'refused': refused}),
+    with serving(variant(OverriddenDeliver, refused=refused),
                  remoteaddr=('127.0.0.1', 9)) as proxy:
         assert post(proxy, recipients=OTHERS) == reply + b'\r\n'
 
@@ -1238,17 +1070,6 @@ def test_local_parts_that_differ_in_case_are_two_recipients(upstream):
         upstream.refused.clear()
         assert proxy.process_message(PEER, 'a@x', ['smith@x', 'Smith@x'], message) is None
     assert [recipients for _, recipients, _ in upstream.messages] == [['smith@x'], ['Smith@x']]
-
-
-def test_what_is_remembered_is_bounded(monkeypatch):
-    monkeypatch.setattr(smtpd, '_MOST_DELIVERIES', 3)
-    with serving(OverriddenDeliver, remoteaddr=('127.0.0.1', 9)) as proxy:
-        proxy.refused = {'d@example.com': LATE}
-        for number in range(5):
-            assert post(proxy, b'N: %d\r\n\r\n' % number, recipients=OTHERS).startswith(b'451 ')
-        for number, asked in (4, 1), (3, 1), (2, 1), (1, 2):
-            post(proxy, b'N: %d\r\n\r\n' % number, recipients=OTHERS)
-            assert len(proxy.asked) == asked
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1371,7 +1192,7 @@ def mailman():
 
 
 def mailman_proxy_to(upstream, mailman, proxy_class=smtpd.MailmanProxy, **kwargs):
-    proxy_class = type('Ours', (proxy_class,), {'mailman_lmtp_address': mailman.address})
+    proxy_class = variant(proxy_class, mailman_lmtp_address=mailman.address)
     return serving(proxy_class, remoteaddr=upstream.address, **kwargs)
 
 
@@ -1413,16 +1234,12 @@ def test_mail_for_lists_alone_needs_no_upstream(upstream, mailman):
     assert len(mailman.messages) == 4
 
 
-@pytest.mark.parametrize('step, faults, code', [
-    ('CONNECT', [CLOSE, HANG, 'What?', '421 Busy', '554 No'], '451'),
-    ('LHLO', [CLOSE, HANG, 'What?', '421 Busy', '554 No'], '451'),
-    ('MAIL', [CLOSE, HANG, 'What?', '421 Busy', '354 Go on', '451 Later'], '451'),
-    ('RCPT', [CLOSE, HANG, 'What?', '421 Busy', '354 Go on', '451 Later'], '451'),
-])
-def test_while_mailman_cannot_say_nobody_knows_which_are_lists(
-        upstream, mailman, step, faults, code):
+@pytest.mark.parametrize('step, faults', [
+    ('CONNECT', ['554 No']), ('LHLO', ['554 No']),
+    ('MAIL', ['354 Go on', '451 Later']), ('RCPT', ['354 Go on', '451 Later'])])
+def test_while_mailman_cannot_say_nobody_knows_which_are_lists(upstream, mailman, step, faults):
     with mailman_proxy_to(upstream, mailman, impatient(smtpd.MailmanProxy)) as proxy:
-        for fault in faults:
+        for fault in [CLOSE, HANG, 'What?', '421 Busy', *faults]:
             mailman.faults = {step: fault}
             with greet(proxy, HELLO) as client:
                 assert codes(steps(client, recipients=OTHERS + LISTS)) == '250 451 451 451 451 503'
@@ -1512,19 +1329,6 @@ def test_lists_that_refuse_a_post_for_good_are_named(upstream, mailman, step):
     assert [each[1] for each in mailman.messages] == [['b@lists.example']]
 
 
-@pytest.mark.parametrize('hangs', ['upstream', 'mailman'])
-def test_session_closed_by_the_program_lets_a_hung_server_go(upstream, mailman, hangs):
-    hung = {'upstream': upstream, 'mailman': mailman}[hangs]
-    hung.faults = {'RCPT': HANG}
-    with mailman_proxy_to(upstream, mailman, timeout=0.1) as proxy, \
-            greet(proxy, HELLO) as client:
-        client.send(b'MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\n')
-        assert hung.hangs.wait(20)
-        # serving() closes all channels
-    hung.threads[1].join(20)
-    assert not hung.threads[1].is_alive()
-
-
 def test_list_that_took_the_post_does_not_get_it_again_when_another_did_not(upstream, mailman):
     mailman.faults = {'.': [None, '451 4.3.0 Not now', '400 Nor now']}
     with mailman_proxy_to(upstream, mailman) as proxy:
@@ -1543,16 +1347,6 @@ def test_mailman_that_starts_anew_while_the_client_sends_its_message(upstream, m
         client.send(stuffed(PROXIED))
         assert client.reply() == b'250 OK\r\n'
     assert len(mailman.messages) == 2
-
-
-def test_mailman_proxy_refuses_a_circle_too(upstream, mailman):
-    with mailman_proxy_to(upstream, mailman) as proxy, greet(proxy, HELLO) as client:
-        assert relay_message(client, b'X-Peer: a\r\n' * 50 + PROXIED, recipients=LISTS + OTHERS) \
-            == b'554 Error: too many hops\r\n'
-        for server in upstream, mailman:  # neither waits for the message
-            server.threads[1].join(20)
-            assert not server.threads[1].is_alive()
-    assert upstream.messages == mailman.messages == []
 
 
 def test_deliver_of_the_mailman_proxy_called_by_hand(upstream, mailman):
@@ -1630,24 +1424,9 @@ def test_end_of_the_loop_goes_through(upstream):
             super().push(msg)
 
     upstream.faults = {'MAIL': '451 Later'}
-    with turning(type('Proxy', (smtpd.PureProxy,), {'channel_class': Channel})) as (proxy, turn):
+    with turning(variant(smtpd.PureProxy, channel_class=Channel)) as (proxy, turn):
         proxy._remoteaddr = upstream.address
         with RawClient(proxy) as client:
             client.send(HELLO + b'\r\nMAIL FROM:<a@x>\r\n')
             with pytest.raises(asyncore.ExitNow):
                 turn()
-
-
-def test_interrupt_while_the_upstream_is_silent_ends_the_process_quietly(upstream):
-    upstream.faults = {'CONNECT': HANG}
-    remote = '%s:%d' % upstream.address
-    for _ in range(3):
-        with command_line(remote=remote) as (process, address), \
-                contextlib.ExitStack() as clients:
-            for _ in range(10):
-                clients.enter_context(greet(address, HELLO)).send(b'MAIL FROM:<a@x>\r\n')
-            assert any(upstream.connections == 10 for _ in waits())  # the process is at rest
-            process.send_signal(signal.SIGINT)
-            assert process.communicate(timeout=20) == (b'', b'')
-            assert process.returncode == 0
-        upstream.connections = 0

@@ -3,13 +3,11 @@
     python tests/tools/mutants.py --seconds 600
 
 A mutant is the module with one operator, constant, condition or statement changed.
-Each runs in a copy of the tree, with the tests that reach the changed line, in the
-processes that they start too; those that are quick come first, and the first that
-fails, or takes many times as long as it should, kills it. Results are kept under
-.mutants/, so that a run goes on where the one before it ended; after a change of the
-tests, only those that lived are tried again.
+Each runs in a copy of the tree, with the tests that reach the changed line: those that are
+quick come first, and the first that fails, or takes far too long, kills it.  What was
+killed is kept under .mutants/, so that a run goes on where the one before it ended.
 
-It needs pytest and coverage, and loads itself into pytest as a plugin.
+It needs pytest-cov and pytest-timeout, and loads itself into pytest as a plugin.
 """
 import argparse
 import ast
@@ -18,11 +16,12 @@ import concurrent.futures
 import contextlib
 import copy
 import functools
+import glob
 import hashlib
+import itertools
 import json
 import os
 import queue
-import random
 import re
 import shutil
 import signal
@@ -33,24 +32,11 @@ import time
 
 TOP = os.path.abspath(os.path.join(os.path.dirname(__file__), os.pardir, os.pardir))
 KEPT_IN = os.path.join(TOP, '.mutants')
-COPIED = ['smtpd.py', 'smtpd-stubs', 'setup.cfg', 'test_smtpd.py', 'tests', 'docs']
+COPIED = ['smtpd.py', 'smtpd-stubs', 'setup.cfg', 'test_smtpd.py', 'tests', 'docs', 'README.rst']
 TESTS = ['test_smtpd.py', 'tests/test_channel.py', 'tests/test_server_faults.py',
          'tests/test_proxies.py', 'tests/test_oracle.py', 'tests/test_programs.py']
-NOT_SLOW = 'not slow and not real'
-# These run after all others, since coverage does not see all that they run: some end their
-# processes with SIGKILL, or become nobody, who may write nothing.
+# Coverage does not see what these run in other processes: they run after all others.
 IN_PROCESSES = ('CommandLine', 'server_faults')
-
-# Each process that a test starts tells coverage which test it was.
-COVERAGE = """
-[run]
-parallel = true
-patch = _exit
-sigterm = true
-context = ${MUTANTS_TEST-}
-include = %(directory)s/smtpd.py
-data_file = %(directory)s/.coverage
-"""
 
 # Mutants that no user can tell from the module, as this program prints them, and why.
 EQUIVALENT = {
@@ -107,17 +93,13 @@ OPERATORS = {
 
 
 class Mutant(collections.namedtuple(
-        'Mutant', 'function start stop before after line lines source ordinal')):
-    """One change: source[start:stop], which is `before`, becomes `after`."""
+        'Mutant', 'function start stop before after lines source ordinal')):
+    """One change: module[start:stop], which is `before`, becomes `after`."""
 
     @property
     def key(self):
         """The same as long as the function and the change are."""
-        told = '\0'.join([self.function, self.source, self.before, self.after, str(self.ordinal)])
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
-
-    def applied_to(self, module):
-        return module[:self.start] + self.after + module[self.stop:]
+        return hashlib.sha256((self.source + '\0' + self.name).encode()).hexdigest()[:16]
 
     @property
     def name(self):
@@ -127,7 +109,7 @@ class Mutant(collections.namedtuple(
         return '%s: %s  ->  %s%s' % (self.function, before, after, number)
 
     def __str__(self):
-        return '%d, %s' % (self.line, self.name)
+        return '%d, %s' % (self.lines[0], self.name)
 
 
 def changed(node, **fields):
@@ -194,40 +176,12 @@ def is_for_nobody(node, parents):
 def make_mutants(module):
     """All mutants of a module's text, in its order."""
     tree = ast.parse(module)
-    starts = [0]
-    for line in module.splitlines(keepends=True):
-        starts.append(starts[-1] + len(line))
-    octets = [line.encode() for line in module.splitlines()]
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    lines = module.splitlines(keepends=True)
+    starts = [0, *itertools.accumulate(map(len, lines))]
 
     def position(line, column):  # ast counts columns in octets
-        return starts[line - 1] + len(octets[line - 1][:column].decode())
-
-    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-
-    @functools.lru_cache(maxsize=None)
-    def source_of(function):
-        return ast.unparse(function)
-
-    def lines_of(node):  # of its statement, or of the head of it
-        while not isinstance(node, ast.stmt):
-            node = parents[node]
-        body = getattr(node, 'body', None)
-        return range(node.lineno, max(node.lineno, body[0].lineno - 1 if body
-                                      else node.end_lineno) + 1)
-
-    def function_of(node):
-        names = []
-        source, inner = '', True
-        while node is not None:
-            if isinstance(node, ast.Assign) and isinstance(
-                    parents[node], (ast.ClassDef, ast.Module)):
-                names.append(ast.unparse(node.targets[0]))
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                names.append(node.name)
-                if inner and isinstance(node, ast.FunctionDef):
-                    source, inner = source_of(node), False
-            node = parents.get(node)
-        return '.'.join(reversed(names)) or '(module)', source
+        return starts[line - 1] + len(lines[line - 1].encode()[:column].decode())
 
     found = {}
     for node in ast.walk(tree):
@@ -235,338 +189,230 @@ def make_mutants(module):
             continue
         start = position(node.lineno, node.col_offset)
         stop = position(node.end_lineno, node.end_col_offset)
-        before = module[start:stop]
+        function, source = function_of(node, parents)
         for new in [*changes_of_expression(node), *changes_of_statement(node)]:
             after = ast.unparse(ast.fix_missing_locations(new))
             if isinstance(node, ast.expr) and not isinstance(node, ast.Constant):
                 after = '(%s)' % after
-            function, source = function_of(node)
-            found[start, stop, after] = Mutant(
-                function, start, stop, before, after, node.lineno, lines_of(node), source, 0)
+            found[start, stop, after] = Mutant(function, start, stop, module[start:stop], after,
+                                               lines_of(node, parents), source, 0)
     seen = collections.Counter()
     mutants = []
-    for place in sorted(found):
-        mutant = found[place]
+    for _, mutant in sorted(found.items()):
         alike = mutant.function, mutant.before, mutant.after
         mutants.append(mutant._replace(ordinal=seen[alike]))
         seen[alike] += 1
     return mutants
 
 
-def is_module(text):
-    try:
-        compile(text, 'smtpd.py', 'exec')
-    except SyntaxError:
-        return False
-    return True
+def lines_of(node, parents):
+    """Those of its statement, or of the head of it."""
+    while not isinstance(node, ast.stmt):
+        node = parents[node]
+    end = node.body[0].lineno - 1 if getattr(node, 'body', None) else node.end_lineno
+    return range(node.lineno, max(node.lineno, end) + 1)
 
 
-def spread(mutants, module, count, seed):
+def function_of(node, parents):
+    """The name of the function or the constant that it stands in, and the function's source."""
+    names, functions = [], []
+    while node is not None:
+        if isinstance(node, ast.Assign) and isinstance(parents[node], (ast.ClassDef, ast.Module)):
+            names.append(ast.unparse(node.targets[0]))
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.append(node.name)
+        if isinstance(node, ast.FunctionDef):
+            functions.append(node)
+        node = parents.get(node)
+    return '.'.join(reversed(names)) or '(module)', unparse(functions[0]) if functions else ''
+
+
+unparse = functools.lru_cache(maxsize=None)(ast.unparse)
+
+
+def spread(mutants, count, seed):
     """So many of them, from all functions by turns; a change of one leaves the others alone."""
-    by_function = collections.defaultdict(list)
-    for mutant in mutants:
-        by_function[mutant.function].append(mutant)
-    for name, each in by_function.items():
-        random.Random('%s %s' % (seed, name)).shuffle(each)
-    chosen = []
-    while len(chosen) < count and any(by_function.values()):
-        for each in by_function.values():
-            if each and len(chosen) < count:
-                mutant = each.pop()
-                if is_module(mutant.applied_to(module)):
-                    chosen.append(mutant)
+    order = sorted(mutants, key=lambda each: hashlib.sha256((seed + each.key).encode()).digest())
+    turn = collections.Counter()
+    for number, mutant in enumerate(order):
+        order[number] = turn[mutant.function], number, mutant
+        turn[mutant.function] += 1
+    chosen = [mutant for _, _, mutant in sorted(order)[:count]]
     return sorted(chosen, key=lambda mutant: mutant.start)
-
-
-# ---------------------------------------------------------------------------------------------
-# What pytest loads: tells coverage which test runs, or picks tests and limits their time
-
-def baseline_coverage():
-    import coverage
-    return os.environ.get('MUTANTS_BASELINE') and coverage.Coverage.current()
-
-
-def pytest_configure():
-    if baseline_coverage():
-        os.environ['COVERAGE_PROCESS_START'] = os.environ['MUTANTS_RCFILE']
-        subprocess.Popen.kill = end_gently
-
-
-def end_gently(process):
-    """SIGKILL would leave coverage no time to save what it has seen."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(10)
-    process.send_signal(signal.SIGKILL)
-
-
-@functools.lru_cache(maxsize=None)
-def chosen_tests():
-    """The seconds that each may take, in the order in which they run."""
-    with open(os.environ['MUTANTS_TESTS'], encoding='utf-8') as file:
-        return json.load(file)
-
-
-def pytest_collection_modifyitems(config, items):
-    if os.environ.get('MUTANTS_TESTS'):
-        order = {name: number for number, name in enumerate(chosen_tests())}
-        items[:] = sorted((item for item in items if item.nodeid in order),
-                          key=lambda item: order[item.nodeid])
-
-
-def pytest_runtest_logstart(nodeid):
-    if baseline_coverage():
-        baseline_coverage().switch_context(nodeid)
-        os.environ['MUTANTS_TEST'] = nodeid
-    else:
-        signal.signal(signal.SIGALRM, lambda *_: killed_by(nodeid, 'which takes too long'))
-        signal.alarm(chosen_tests()[nodeid])
-
-
-def pytest_runtest_logfinish(nodeid):
-    if baseline_coverage():
-        baseline_coverage().switch_context('')
-        os.environ['MUTANTS_TEST'] = ''
-    else:
-        signal.alarm(0)
-
-
-def pytest_runtest_logreport(report):
-    if baseline_coverage():
-        with open(os.environ['MUTANTS_BASELINE'], 'a', encoding='utf-8') as file:
-            print(json.dumps([report.nodeid, report.duration]), file=file)
-    elif report.failed:
-        killed_by(report.nodeid)
-
-
-def killed_by(*told):
-    with open(os.environ['MUTANTS_TESTS'] + '.killer', 'w', encoding='utf-8') as file:
-        print(*told, file=file)
-    os._exit(1)  # a thread of the mutant's may not end
 
 
 # ---------------------------------------------------------------------------------------------
 # Running
 
-def clean_environment(**more):
+def pytest_runtest_logreport(report):
+    """What pytest loads this module for: how long each test takes."""
+    if 'MUTANTS_SECONDS' in os.environ:
+        with open(os.environ['MUTANTS_SECONDS'], 'a', encoding='utf-8') as file:
+            print(json.dumps([report.nodeid, report.duration, report.outcome]), file=file)
+
+
+def start_pytest(directory, *options, **more):
     environment = {name: value for name, value in os.environ.items()
                    if not name.startswith(('PYSMTPD', 'PYTEST', 'COVERAGE', 'PYTHONUNBUFFERED'))}
-    return dict(environment, PYTHONPATH=os.path.dirname(os.path.abspath(__file__)), **more)
+    return subprocess.Popen(
+        [sys.executable, '-m', 'pytest', '-q', '--tb=no', '-rfE', *options], cwd=directory,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True, env={**environment, **more})
 
 
-def copy_tree(directory):
-    for name in COPIED:
-        source = os.path.join(TOP, name)
-        if os.path.isdir(source):
-            shutil.copytree(source, os.path.join(directory, name), dirs_exist_ok=True)
-        elif os.path.exists(source):
-            shutil.copy2(source, directory)  # with its time: bytecode is kept
-
-
-def digest_of_tests():
-    """Of what may change which lines a test reaches."""
-    digest = hashlib.sha256()
-    for folder, _, names in sorted(os.walk(os.path.join(TOP, 'tests'))):
-        for name in sorted(names):
-            if name.endswith('.py') and name != 'mutants.py':
-                with open(os.path.join(folder, name), 'rb') as file:
-                    digest.update(file.read())
-    for name in ('smtpd.py', 'test_smtpd.py'):
-        with open(os.path.join(TOP, name), 'rb') as file:
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
+@contextlib.contextmanager
+def copied_tree():
+    with tempfile.TemporaryDirectory() as directory:
+        for name in COPIED:
+            source = os.path.join(TOP, name)
+            if os.path.isdir(source):
+                shutil.copytree(source, os.path.join(directory, name))
+            else:
+                shutil.copy2(source, directory)  # with its time: bytecode is kept
+        yield directory
 
 
 class Baseline:
     """Which tests reach which line, and how long each takes; from the unbroken module."""
 
     def __init__(self, tests):
-        path = os.path.join(KEPT_IN, 'baseline-%s.json' % digest_of_tests())
+        digest = hashlib.sha256(repr(tests).encode())
+        for pattern in 'smtpd.py', 'test_smtpd.py', 'tests/*.py':
+            for path in sorted(glob.glob(os.path.join(TOP, pattern))):
+                with open(path, 'rb') as file:
+                    digest.update(file.read())
+        path = os.path.join(KEPT_IN, 'baseline-%s.json' % digest.hexdigest()[:16])
         if not os.path.exists(path):
-            self.measure(tests, path)
+            with copied_tree() as directory:
+                self.measure(directory, tests, path)
         with open(path, encoding='utf-8') as file:
-            kept = json.load(file)
-        self.seconds = kept['seconds']
-        self.reached = {int(line): set(self.seconds if names is None else names)
-                        for line, names in kept['reached'].items()}
-        self.in_processes = {name for name in self.seconds
-                             if any(word in name for word in IN_PROCESSES)}
+            self.seconds, self.reached = json.load(file)
 
     @staticmethod
-    def measure(tests, path):
+    def measure(directory, tests, path):
         import coverage
-        with tempfile.TemporaryDirectory() as directory:
-            copy_tree(directory)
-            report = os.path.join(directory, 'durations')
-            settings = os.path.join(directory, 'coveragerc')
-            with open(settings, 'w', encoding='utf-8') as file:
-                file.write(COVERAGE % {'directory': directory})
-            run = [sys.executable, '-m', 'coverage', 'run', '--rcfile', settings, '-m', 'pytest',
-                   '-q', '-p', 'mutants', '-m', NOT_SLOW, *tests]
-            done = subprocess.run(
-                run, cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True,
-                env=clean_environment(MUTANTS_BASELINE=report, MUTANTS_RCFILE=settings))
-            if done.returncode:
-                sys.exit('the unbroken module fails:\n' + done.stdout)
-            seconds = collections.Counter()
-            with open(report, encoding='utf-8') as file:
-                for line in file:
-                    name, duration = json.loads(line)
-                    seconds[name] += duration
-            whole = coverage.Coverage(config_file=settings)
-            whole.combine()
-            covered = whole.get_data()
-            [module] = covered.measured_files()
-            reached = {line: None if '' in names else names  # '': at the import, so by all
-                       for line, names in covered.contexts_by_lineno(module).items()}
+        report, settings, data = (
+            os.path.join(directory, name) for name in ('seconds', 'settings', '.coverage'))
+        with open(settings, 'w', encoding='utf-8') as file:
+            file.write('[run]\ncore = ctrace\ninclude = smtpd.py\n')
+        process = start_pytest(
+            directory, '--cov', '--cov-config', settings, '--cov-context=test', '--cov-report=',
+            '-p', 'mutants', '-m', 'not slow and not real', *tests, MUTANTS_SECONDS=report,
+            PYTHONPATH=os.path.dirname(os.path.abspath(__file__)))
+        print('left out:' + re.sub('(?s).*=\n', '\n', process.communicate()[0]))
+        seconds, left_out = collections.Counter(), set()
+        with open(report, encoding='utf-8') as file:
+            for name, duration, outcome in map(json.loads, file):
+                seconds[name] += duration
+                if outcome != 'passed':  # some cannot pass while coverage is measured
+                    left_out.add(name)
+        for name in left_out:
+            del seconds[name]
+        covered = coverage.CoverageData(data)
+        covered.read()
+        reached = {}
+        for line, contexts in covered.contexts_by_lineno(*covered.measured_files()).items():
+            names = {context.rpartition('|')[0] for context in contexts}
+            if '' in names:  # at the import
+                names.update(seconds)
+            reached[line] = sorted(names.intersection(seconds))
         with open(path, 'w', encoding='utf-8') as file:
-            json.dump({'seconds': seconds, 'reached': reached}, file)
+            json.dump([seconds, reached], file)
 
-    def tests_of(self, mutant, at_most=None):
-        """Those that reach it, the quick ones first; all, if it runs at the import.
-
-        With the seconds that each may take.
-        """
-        names = set().union(*(self.reached.get(line, ()) for line in mutant.lines))
-        order = sorted(names | self.in_processes, key=lambda name: (
-            name not in names, self.seconds[name], name))
-        if at_most and len(order) > at_most:
-            order = [order[number * len(order) // at_most] for number in range(at_most)]
-        return {name: 15 + int(5 * self.seconds[name]) for name in order}
+    def tests_of(self, mutant):
+        """Those that reach it, the quick ones first; and how long one of them may take."""
+        names = set().union(*(self.reached.get(str(line), ()) for line in mutant.lines))
+        others = {name for name in self.seconds if any(word in name for word in IN_PROCESSES)}
+        tests = sorted(names | others, key=lambda name: (name not in names, self.seconds[name]))
+        return tests, 15 + 5 * max(map(self.seconds.get, tests))
 
 
-def try_mutant(mutant, module, tests, directory):
-    """('killed', the test) or ('lives', None)."""
+def try_mutant(mutant, module, tests, timeout, directory):
+    """What pytest says of the test that kills it; None if it lives."""
     with open(os.path.join(directory, 'smtpd.py'), 'w', encoding='utf-8') as file:
-        file.write(mutant.applied_to(module))
+        file.write(module[:mutant.start] + mutant.after + module[mutant.stop:])
     shutil.rmtree(os.path.join(directory, '__pycache__'), ignore_errors=True)
-    chosen = os.path.join(directory, 'chosen.json')
-    with open(chosen, 'w', encoding='utf-8') as file:
-        json.dump(tests, file)
-    process = subprocess.Popen(
-        [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'mutants', '--tb=no',
-         *sorted({name.partition('::')[0] for name in tests})],
-        cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
-        env=clean_environment(MUTANTS_TESTS=chosen))
+    with open(os.path.join(directory, 'chosen'), 'w', encoding='utf-8') as file:
+        file.writelines(name + '\n' for name in tests)
+    process = start_pytest(directory, '-x', '--timeout=%d' % timeout, '--timeout-method=thread',
+                           '@chosen')
     try:
-        status = process.wait(60 + sum(tests.values()))
+        output, _ = process.communicate(timeout=900)
     except subprocess.TimeoutExpired:
-        return 'killed', 'time'
+        return 'time'
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    if status == 0:
-        return 'lives', None
-    assert status != 5, 'pytest found none of the tests'
-    killer = chosen + '.killer'
-    if not os.path.exists(killer):
-        return 'killed', 'import'
-    with open(killer, encoding='utf-8') as file:
-        told = file.read().strip()
-    os.remove(killer)
-    return 'killed', told
+        process.communicate()
+    if process.returncode == 0:
+        return None
+    killer = re.search('^(?:FAILED|ERROR) (.*)', output, re.MULTILINE)
+    return killer[1] if killer else output[-100:]
 
 
-def read_results(path):
-    results = {}
-    if os.path.exists(path):
-        with open(path, encoding='utf-8') as file:
-            for line in file:
-                each = json.loads(line)
-                results[each['key']] = each
-    return results
+def run_all(mutants, module, options):
+    """Yield each mutant and what killed it, as far as time allows."""
+    baseline = Baseline(options.tests)
+    end = time.monotonic() + options.seconds
+    with contextlib.ExitStack() as stack:
+        directories = queue.SimpleQueue()
+        for _ in range(options.processes):
+            directories.put(stack.enter_context(copied_tree()))
+
+        def run(mutant):
+            if time.monotonic() >= end:
+                return 'not tried'
+            directory = directories.get()
+            try:
+                return try_mutant(mutant, module, *baseline.tests_of(mutant), directory)
+            finally:
+                directories.put(directory)
+
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(options.processes))
+        for mutant, killer in zip(mutants, pool.map(run, mutants)):
+            if killer != 'not tried':
+                yield mutant, killer
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('tests', nargs='*', default=TESTS, help='files for pytest')
     parser.add_argument('--count', type=int, default=400, help='mutants, from all functions')
-    parser.add_argument('--seed', type=int, default=1, help='chooses them')
+    parser.add_argument('--seed', default='1', help='chooses them')
     parser.add_argument('--function', default='', help='a regular expression for their names')
     parser.add_argument('--processes', type=int, default=2)
     parser.add_argument('--seconds', type=float, default=float('inf'), help='stop after that')
-    parser.add_argument('--at-most', type=int, metavar='N',
-                        help='run N of the tests that reach each, and forget what lives')
-    parser.add_argument('--list', action='store_true', help='run nothing: tell what is known')
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def main():
+    options = parse_arguments()
     os.makedirs(KEPT_IN, exist_ok=True)
     with open(os.path.join(TOP, 'smtpd.py'), encoding='utf-8') as file:
         module = file.read()
-    all_mutants = make_mutants(module)
-    for name in set(EQUIVALENT).difference(mutant.name for mutant in all_mutants):
+    mutants = make_mutants(module)
+    for name in set(EQUIVALENT).difference(mutant.name for mutant in mutants):
         print('no longer there, remove it from EQUIVALENT:', name)
-    mutants = [mutant for mutant in spread(all_mutants, module, options.count, options.seed)
-               if re.search(options.function, mutant.function)]
-    path = os.path.join(KEPT_IN, 'results.jsonl')
-    results = read_results(path)
-    digest = digest_of_tests()
-    to_do = [mutant for mutant in mutants if not is_known(mutant, results, digest)]
-    if not options.list and to_do:
-        baseline = Baseline(options.tests)
-        end = time.monotonic() + options.seconds
-
-        with contextlib.ExitStack() as stack:
-            directories = queue.SimpleQueue()
-            for _ in range(options.processes):
-                directory = stack.enter_context(tempfile.TemporaryDirectory())
-                copy_tree(directory)
-                directories.put(directory)
-
-            def run(mutant):
-                if time.monotonic() >= end:
-                    return None
-                directory = directories.get()
-                tests = baseline.tests_of(mutant, options.at_most)
-                outcome, killer = try_mutant(mutant, module, tests, directory)
-                directories.put(directory)
-                return {'key': mutant.key, 'mutant': str(mutant), 'outcome': outcome,
-                        'by': killer, 'tests': digest}
-
-            pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(options.processes))
-            file = stack.enter_context(open(path, 'a', encoding='utf-8'))
-            for result in pool.map(run, to_do):
-                if result is not None:
-                    print(result['outcome'], result['mutant'], flush=True)
-                    if result['outcome'] == 'killed' or not options.at_most:
-                        results[result['key']] = result
-                        print(json.dumps(result), file=file, flush=True)
-    return tell(mutants, results, module)
-
-
-def is_known(mutant, results, digest):
-    result = results.get(mutant.key)
-    return (mutant.name in EQUIVALENT or result is not None
-            and (result['outcome'] == 'killed' or result['tests'] == digest))
-
-
-def section_of(mutant, module):
-    titles = re.findall(r'^# -{75}\n# (.*)\n# -{75}\n', module[:mutant.start], re.MULTILINE)
-    return titles[-1] if titles else 'Names of the module'
-
-
-def tell(mutants, results, module):
-    by_section = collections.defaultdict(collections.Counter)
-    for mutant in mutants:
-        if mutant.name in EQUIVALENT:
-            outcome = 'equivalent'
-        else:
-            outcome = results.get(mutant.key, {'outcome': 'not tried'})['outcome']
-        by_section[section_of(mutant, module)][outcome] += 1
-        if outcome == 'lives':
-            print('LIVES', mutant)
-    for section, counts in by_section.items():
-        print('%s: %s' % (section, told(counts)))
-    counts = sum(by_section.values(), collections.Counter())
-    print('all: ' + told(counts))
-    return bool(counts['lives'])
-
-
-def told(counts):
-    return ', '.join('%d %s' % (count, outcome) for outcome, count in sorted(counts.items()))
+    chosen = spread([mutant for mutant in mutants if re.search(options.function, mutant.function)],
+                    options.count, options.seed)
+    with open(os.path.join(KEPT_IN, 'killed'), 'a+', encoding='utf-8') as file:
+        file.seek(0)
+        killed = {line.split()[0] for line in file}
+        counts = collections.Counter(
+            'equivalent' if mutant.name in EQUIVALENT else 'killed' if mutant.key in killed
+            else 'not tried' for mutant in chosen)
+        to_do = [mutant for mutant in chosen
+                 if mutant.name not in EQUIVALENT and mutant.key not in killed]
+        for mutant, killer in run_all(to_do, module, options) if to_do else ():
+            counts['not tried'] -= 1
+            counts['killed' if killer else 'living'] += 1
+            if killer:
+                print('killed', mutant, flush=True)
+                print(mutant.key, mutant, 'by', killer.replace('\n', ' '), file=file, flush=True)
+            else:
+                print('LIVES', mutant, flush=True)
+    print(', '.join('%d %s' % (count, outcome) for outcome, count in sorted(counts.items())))
+    return bool(counts['living'])
 
 
 if __name__ == '__main__':

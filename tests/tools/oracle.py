@@ -9,11 +9,11 @@ not allowed, and prints it.
 import argparse
 import collections
 import os
-import re
 import sys
+import textwrap
 
 from tests.compare_programs import compare_seeds, judge, shown_case, shown_event
-from tests.programs import EMPTY_PROGRAM, Worker, make_program, method_source, shown
+from tests.programs import EMPTY_PROGRAM, Worker, make_program, shown
 from tests.support import HERE
 
 OUR_MODULE = os.path.join(HERE, 'smtpd.py')
@@ -24,79 +24,45 @@ OUR_MODULE = os.path.join(HERE, 'smtpd.py')
 
 def shrunk(program, is_interesting):
     """The smallest program found by leaving things out that is still interesting."""
-    smaller = True
+    smaller = program
     while smaller:
-        smaller = False
-        for candidate in smaller_programs(program):
-            if is_interesting(candidate):
-                program, smaller = candidate, True
-                break
+        program = smaller
+        smaller = next(filter(is_interesting, smaller_programs(program)), None)
     return program
 
 
 def smaller_programs(program):
-    yield from _with_smaller_client(program)
-    for name, value in EMPTY_PROGRAM.items():
-        if name != 'client' and program[name] != value:
-            yield {**program, name: value}
-    for where in 'methods', 'server':
-        for methods in _smaller_methods(program[where]):
-            yield {**program, where: methods}
-    for where in 'before', 'after':
-        if program[where]:
-            for methods in _smaller_methods(program[where]['methods']):
-                yield {**program, where: {**program[where], 'methods': methods}}
-    for name in program['attributes']:
-        yield {**program, 'attributes': _without(program['attributes'], name)}
-
-
-def _without(mapping, name):
-    return {key: value for key, value in mapping.items() if key != name}
-
-
-def _smaller_methods(methods):
-    for name in methods:
-        yield _without(methods, name)
-    for name, body in methods.items():
-        for number, statement in enumerate(body):
-            yield {**methods, name: body[:number] + body[number + 1:]}
-            for smaller in _smaller_statements(statement):
-                yield {**methods, name: body[:number] + [smaller] + body[number + 1:]}
-
-
-def _smaller_statements(statement):
-    lines = statement.split('\n')
-    if len(lines) == 1:
-        return
-    guard = re.fullmatch(r'if once\(.*\):', lines[0])
-    if guard and all(line.startswith('    ') for line in lines[1:]):
-        yield '\n'.join(line[4:] for line in lines[1:])
-    for number in range(len(lines)):
-        smaller = '\n'.join(lines[:number] + lines[number + 1:])
-        try:
-            compile(method_source('f', [smaller]).strip(), '', 'exec')
-        except SyntaxError:
-            continue
-        yield smaller
-
-
-def _with_smaller_client(program):
     client = program['client']
-    for number in range(len(client), 0, -1):
-        yield {**program, 'client': client[:number - 1]} if number < len(client) else {
-            **program, 'client': client[:-1]}
     for number, event in enumerate(client):
-        yield {**program, 'client': client[:number] + client[number + 1:]}
-        if event[0] != 'feed':
-            continue
-        if number + 1 < len(client) and client[number + 1][0] == 'feed':
-            joined = ['feed', event[1] + client[number + 1][1]]
-            yield {**program, 'client': client[:number] + [joined] + client[number + 2:]}
-        lines = event[1].splitlines(True)
-        for place in range(len(lines) if len(lines) > 1 else 0):
-            less = ''.join(lines[:place] + lines[place + 1:])
-            yield {**program,
-                   'client': client[:number] + [['feed', less]] + client[number + 1:]}
+        before, after = client[:number], client[number + 1:]
+        yield {**program, 'client': before}
+        yield {**program, 'client': before + after}
+        if event[0] == 'feed':
+            for text in _with_less(event[1]):
+                yield {**program, 'client': before + [['feed', text]] + after}
+    for name, value in program.items():
+        if name != 'client' and value != EMPTY_PROGRAM[name]:
+            yield {**program, name: EMPTY_PROGRAM[name]}
+            for less in _with_less(value):
+                yield {**program, name: less}
+
+
+def _with_less(thing):
+    """The same with one part left out; a program that is none any more differs in nothing."""
+    if isinstance(thing, dict):
+        for name, value in thing.items():
+            yield {key: other for key, other in thing.items() if key != name}
+            for less in _with_less(value):
+                yield {**thing, name: less}
+    elif isinstance(thing, list) and thing and isinstance(thing[0], str):  # statements
+        for number, statement in enumerate(thing):
+            yield thing[:number] + thing[number + 1:]
+            for less in _with_less(statement):
+                yield thing[:number] + [less] + thing[number + 1:]
+    elif isinstance(thing, str) and len(thing.splitlines()) > 1:
+        lines = thing.splitlines(keepends=True)
+        for number in range(len(lines)):
+            yield textwrap.dedent(''.join(lines[:number] + lines[number + 1:]))
 
 
 # ---------------------------------------------------------------------------
@@ -105,17 +71,10 @@ def _with_smaller_client(program):
 
 def signature(case):
     """What differences of the same origin have in common, mostly."""
-    old, new = case.old_rest[0], case.new_rest[0]
-    if old[0] == new[0] == 'state':
-        names = sorted(name for name in {*old[1], *new[1]} if old[1].get(name) != new[1].get(name))
-        return 'state of ' + ' '.join(names)
-    texts = [old[1:] and str(old[1]), new[1:] and str(new[1])]
-    if old[0] == new[0] and None not in texts:
-        same = len(os.path.commonprefix(texts))
-        texts = [text[max(0, same - 3):] for text in texts]
-    texts = ['' if event[0] == 'state' or not text else text[:15].strip().replace('\n', ' ')
-             for event, text in zip((old, new), texts)]
-    return '%s %s / %s %s' % (old[0], texts[0], new[0], texts[1])
+    if case.old_rest[0][0] == case.new_rest[0][0] == 'state':
+        return 'state of ' + ' '.join(sorted(case.state_differs_in()))
+    return ' / '.join(event[0] if event[0] == 'state' else shown_event(event)[:25]
+                      for event in (case.old_rest[0], case.new_rest[0]))
 
 
 def parse_arguments(arguments):
