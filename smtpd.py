@@ -1526,6 +1526,7 @@ class _Threads(_Reader):
             outcome = functools.partial(_give, call())
         except BaseException as error:
             outcome = functools.partial(_throw, error)
+        del call  # it keeps the message
         if self.is_inherited():  # the call has forked, and this is the child
             return False
         self._tell_loop(functools.partial(self._finish, resume, outcome))
