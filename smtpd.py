@@ -2482,14 +2482,14 @@ class _UpstreamSession:
         else:  # a loop that has nothing else to do
             addresses = look_up()
         seconds = self._proxy.upstream_timeout_seconds / len(addresses)
-        for family, _, _, _, address in addresses:
+        for number, (family, _, _, _, address) in enumerate(addresses, 1):
             self._upstream = _Upstream(self._proxy, self._address, self._sockets)
             try:
                 return (yield from self._upstream.open(family, address, seconds))
-            except OSError as error:
+            except OSError:
                 self._upstream.close()
-                fault = error
-        raise fault
+                if number == len(addresses):
+                    raise
 
     def _greet(self, reply):
         for verb in self._hellos if _is_success(reply) else ():
