@@ -349,6 +349,15 @@ def test_upstream_that_starts_anew(upstream, lines, heard):
     assert [each[1] for each in upstream.messages[1:-1]] == [['b@x']] * (b'DATA' in lines)
 
 
+@pytest.mark.parametrize('farewell', ['421 4.3.2 Bye', CLOSE])
+def test_upstream_that_ends_a_session_is_asked_anew_for_the_next_message(upstream, farewell):
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
+        assert codes(steps(client)) == '250 250 354 250'
+        upstream.faults = {'MAIL': [farewell]}
+        assert codes(steps(client)) == '250 250 354 250'
+    assert upstream.connections == 2
+
+
 def test_upstream_that_takes_less_by_the_time_of_a_second_try_gets_nothing(upstream):
     """The client was told that both are well; now one is refused."""
     with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
@@ -1018,6 +1027,18 @@ def test_local_parts_that_differ_in_case_are_two_recipients(upstream):
         upstream.refused.clear()
         assert proxy.process_message(PEER, 'a@x', ['smith@x', 'Smith@x'], message) is None
     assert [recipients for _, recipients, _ in upstream.messages] == [['smith@x'], ['Smith@x']]
+
+
+def test_what_is_remembered_is_bounded():
+    with idle_proxy(OverriddenDeliver) as proxy:
+        proxy.refused = {'d@example.com': LATE}
+
+        def asked(number):
+            proxy.process_message(PEER, 'a@x', [*OTHER_NAMES], b'N: %d\n\n' % number)
+            return len(proxy.asked)
+
+        assert {asked(number) for number in range(20000)} == {2}
+        assert (asked(19999), asked(0)) == (1, 2)
 
 
 # ---------------------------------------------------------------------------------------------
