@@ -1481,9 +1481,9 @@ class _Threads(_Reader):
 
     def run(self, call, resume):
         """Run call() as soon as a thread has time for it, then resume(outcome); or raise."""
-        if not self._unfinished:
-            self._take_notes()  # of threads that have ended meanwhile
         self._unfinished += 1
+        if self._unfinished == 1:
+            self._take_notes()  # of threads that have ended, of the server's end
         try:
             self.open()
             self._start_threads()

@@ -427,7 +427,7 @@ class TestDialogues:
     def test_an_endless_command_line_gets_one_reply_at_its_end(self, way):
         """And it is not kept meanwhile."""
         channel = make_channel()
-        line = b'x' * 10_000
+        line = b'x' * 20_000
         with traced_memory() as now_and_peak:
             sent = way(channel, [line, line, b'\r\n', b'NOOP\r\n'])
             assert now_and_peak()[0] < 15_000

@@ -1327,6 +1327,15 @@ def test_nothing_stays_in_the_socket_map_when_the_session_has_ended(upstream):
         assert proxy._map == before
 
 
+@pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])
+def test_a_session_whose_proxy_another_thread_has_just_closed_goes_on(upstream, use_poll):
+    with proxy_to(upstream, use_poll=use_poll) as proxy, greet(proxy, HELLO) as client, \
+            greet(proxy, HELLO) as other:
+        assert codes(steps(client)) == '250 250 354 250'
+        proxy.close()
+        assert codes(steps(other)) == '250 250 354 250'
+
+
 def test_loop_ends_when_the_server_and_the_last_channel_are_closed(upstream, selector):
     """Also with a message under way at the time: it is delivered and answered first."""
     sockets = {}
@@ -1334,11 +1343,13 @@ def test_loop_ends_when_the_server_and_the_last_channel_are_closed(upstream, sel
     proxy = proxy_class(('127.0.0.1', 0), upstream.address, map=sockets)
     loop = threading.Thread(target=asyncore.loop, kwargs={'map': sockets, 'timeout': 60})
     loop.start()
-    upstream.faults['.'] = 'hang'
+    upstream.faults['.'] = [HANG]
     with greet(proxy, HELLO) as client, greet(proxy, HELLO) as other:
         start_message(client)
         assert upstream.hangs.wait(20)
         proxy.close()
+        assert other.say(b'NOOP') == b'250 OK\r\n'  # the loop has seen it
+        assert relay_message(other) == b'250 OK\r\n'
         assert other.say(b'QUIT') == b'221 Bye\r\n'
         upstream.release()
         assert client.reply() == b'250 OK\r\n'
