@@ -578,8 +578,8 @@ class SMTPChannel(_Common, asynchat.async_chat):
     error_limit = 100  # as Postfix's smtpd_hard_error_limit (20), but kinder to test suites
     unsent_reply_limit = 65536  # one read's worth
 
-    # What most sessions leave as it is; _begin() sets the rest.  CPython is fast with attributes
-    # that stand in the instance alone, and fewer than 30.
+    # What most sessions leave as it is; _set_initial_state() sets the rest.  CPython is fast
+    # with attributes that stand in the instance alone, and fewer than 30.
     data_size_limit = DATA_SIZE_DEFAULT
     enable_SMTPUTF8 = False
     require_SMTPUTF8 = False  # asked for in MAIL
@@ -606,7 +606,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
         if self.smtp_server is not None:  # a second call
             for name in '_errors', '_waits_for', '_unread', '_relay':
                 vars(self).pop(name, None)
-        self._begin()
+        self._set_initial_state()
         self.smtp_server = server
         self.conn = conn
         if self.data_size_limit != data_size_limit:
@@ -640,14 +640,14 @@ class SMTPChannel(_Common, asynchat.async_chat):
         self = super().__new__(cls)
         self.terminator = _END_OF_LINE
         try:
-            self._begin()  # __init__() may be the program's own
+            self._set_initial_state()  # __init__() may be the program's own
         except Exception:  # a property of the program's that needs what its __init__() sets
             pass
         return self
 
     __new__.__wrapped__ = __init__  # the signature that help() shows
 
-    def _begin(self):
+    def _set_initial_state(self):
         """Set the state of a new session."""
         self.smtp_server = self.conn = self.peer = None
         self.fqdn = self.seen_greeting = self.received_data = ''
