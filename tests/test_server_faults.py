@@ -837,8 +837,9 @@ def smtp_XEND(self, arg):
     raise asyncore.ExitNow
 
 Channel.smtp_XEND = smtp_XEND
+server = make(Hanging)
 try:
-    serve(Hanging)
+    asyncore.loop(timeout=1)  # Ctrl-C does not wake a select() that is about to start
 except (KeyboardInterrupt, asyncore.ExitNow):
     os.write(2, b'ended')
 '''
