@@ -109,34 +109,29 @@ def _write_to_stderr(text):
 def _log_exception(self):
     """Write the exception that is being handled to the log; never raise."""
     error = sys.exc_info()[1]
-    message = 'exception in %s\n%s' % (_safe_repr(self), _safe_traceback(error))
+    # The first call of format_exc() imports modules: descriptors, memory or rights may lack.
+    message = 'exception in %s\n%s' % (
+        _safe_repr(self), _text_from(traceback.format_exc) or _describe(error))
     try:
         self.log_info(message, 'error')
     except Exception as fault:
         _write_to_stderr('error: %s\n%s\n' % (message, _describe(fault)))
 
 
-def _safe_traceback(error):
-    if isinstance(error, _NoThread):  # there may be many, and all come from the same place
-        return _describe(error)
+def _text_from(function, *arguments):
+    """What the function returns; '' if it raises."""
     try:
-        return traceback.format_exc()
-    except Exception:  # the first call imports modules: descriptors, memory or rights may lack
-        return _describe(error)
+        return function(*arguments)
+    except Exception:
+        return ''
 
 
 def _describe(error):
-    try:
-        return '%s: %s' % (type(error).__name__, error)
-    except Exception:
-        return type(error).__name__
+    return '%s: %s' % (type(error).__name__, _text_from(str, error))
 
 
 def _safe_repr(thing):
-    try:
-        return repr(thing)
-    except Exception:
-        return '<%s, whose repr() fails>' % type(thing).__name__
+    return _text_from(repr, thing) or object.__repr__(thing)
 
 
 # Taken at import: CPython's tests replace smtpd.socket with a mock that lacks them.
@@ -180,12 +175,6 @@ _PATH = re.compile(
     r'[ \t]*(?:<(?:{route})?(?P<path>{mailbox}|{local_part})>(?=[ \t]|$)|(?P<null><>)(?=[ \t]|$)'
     r'|(?P<bare>{mailbox}(?=[ \t]|$)|{local_part}$))\s*'.format(
         route=_SOURCE_ROUTE, mailbox=_MAILBOX, local_part=_LOCAL_PART))
-
-# What nearly all clients send: <local@domain> of letters, digits and a few signs.
-_PLAIN_PATH = re.compile(r'<([\w+%=]+(?:[.-][\w+%=]+)*@[a-zA-Z0-9]+(?:[.-][a-zA-Z0-9]+)*)>$',
-                         re.ASCII)
-
-
 _CONTROL_CHARACTER = re.compile('[\x00-\x08\x0a-\x1f\x7f-\x9f]')  # all but TAB, a blank
 
 
@@ -217,9 +206,6 @@ def _parse_path(text):
     RFC 5321, 4.1.2.  The null path stays '<>'.  Returns ('', text) if the text does not
     begin with a well-formed path.
     """
-    plain = _PLAIN_PATH.match(text)
-    if plain:
-        return plain[1], ''
     match = _PATH.match(text)
     if not match:
         return '', text
@@ -378,15 +364,12 @@ class _Leftover(_Reader):
         super().close()
 
 
-_this_thread = threading.local()
+class _ThisThread(threading.local):
+    def __init__(self):
+        self.loop = _LoopThread()
 
 
-def _this_loop_thread():
-    try:
-        return _this_thread.loop
-    except AttributeError:
-        _this_thread.loop = loop = _LoopThread()
-        return loop
+_this_thread = _ThisThread()
 
 
 # ---------------------------------------------------------------------------
@@ -596,7 +579,6 @@ class SMTPChannel(_Common, asynchat.async_chat):
     _errors = 0  # 5yz replies since the last message
     _waits_for = None  # _NEXT_TURN, _REPLIES_SENT, _GOODBYE, or a list: a step's outcome
     _unread = b''  # input that comes after the wait
-    _sending = None  # a lock: one thread at a time sends
     _quiet_channels = None  # where it is kept, instead of the map, while it only waits for input
     _relay = None  # takes the steps of this session to a proxy's upstream
 
@@ -627,7 +609,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
             self.close()
             return
         self._set_rset_state()
-        self.fqdn = server._own_name() if _is_server(server) else _getfqdn()
+        self.fqdn = server._own_name if _is_server(server) else _getfqdn()
         self.peer = peer
         _debug('Peer: %r', self.peer)
         # Sent now: TLS subclasses call async_chat.__init__() next, which drops what is queued.
@@ -639,6 +621,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
         self.terminator = _END_OF_LINE
+        self._sending = threading.RLock()  # one thread at a time
         try:
             self._set_initial_state()  # __init__() may be the program's own
         except Exception:  # a property of the program's that needs what its __init__() sets
@@ -929,18 +912,10 @@ class SMTPChannel(_Common, asynchat.async_chat):
             self.push('421 Error: too many errors')
             self.close_when_done()
 
-    def _make_lock(self):
-        self._sending = lock = threading.RLock()
-        return lock
-
     def initiate_send(self):
         self._is_unanswered = False
-        lock = self._sending or self._make_lock()
-        lock.acquire()  # in fewer steps than `with`
-        try:
+        with self._sending:
             super().initiate_send()
-        finally:
-            lock.release()
         if self.producer_fifo:
             self._settle()
 
@@ -1414,9 +1389,6 @@ def _getfqdn():
 # Aside: threads for handlers, quiet channels outside the map
 # ---------------------------------------------------------------------------
 
-_IDLE_THREAD_SECONDS = 1  # most clients send their next command within it
-
-
 def _is_too_much_for_select(descriptor, sockets=()):
     """Whether our loop waits in select(), which cannot take this descriptor or so many sockets."""
     return (descriptor >= _FD_SETSIZE or len(sockets) >= _MOST_SOCKETS) and _wait_is_select()
@@ -1432,22 +1404,20 @@ def _wait_is_select():
     return False
 
 
+def _check_that_select_takes(descriptor, sockets=()):
+    """Raise OSError if our loop waits in select(), and cannot wait for this one, too."""
+    if _is_too_much_for_select(descriptor, sockets):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
 def _refuse(connection):
     with contextlib.suppress(OSError):
         connection.send(b'421 Service not available\r\n')
     connection.close()
 
 
-class _NoThread(Exception):
-    """No thread can be started, or there is no descriptor to wake the loop when it ends."""
-
-
 class _Threads(_Reader):
-    """Runs a server's calls in threads; their outcomes come back in the loop's thread.
-
-    A thread whose call has ended waits a while for the next, since starting one
-    takes longer than most calls do.  Only the loop's thread touches the counters; the
-    others send it notes: functions that it calls.
+    """Runs a server's calls, each in a thread; their outcomes come back in the loop's thread.
 
     A pair of sockets wakes the loop.  It is made when the first client comes,
     and stands in the socket map only while there are calls, so that a loop ends
@@ -1458,10 +1428,9 @@ class _Threads(_Reader):
         asyncore.dispatcher.__init__(self, map=server._map)
         self._server = server
         self._process = os.getpid()
-        self._calls = queue.SimpleQueue()  # (call, function for its outcome)
-        self._notes = queue.SimpleQueue()
-        self._unfinished = 0  # calls that wait for a thread, or run
-        self._threads = 0
+        self._waiting = collections.deque()  # [call, resume], for a thread
+        self._running = 0
+        self._ended = queue.SimpleQueue()  # (resume, outcome, whether its thread ends), too
         self._waker = None
 
     def is_inherited(self):
@@ -1470,29 +1439,22 @@ class _Threads(_Reader):
 
     def open(self):
         """Make the pair; raises OSError."""
-        if self._waker is not None:
-            return
-        self.socket, self._waker = _socketpair()
-        for each in self.socket, self._waker:
-            each.setblocking(False)
-        if _is_too_much_for_select(self.socket.fileno()):
-            self.close()
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        if self._waker is None:
+            self.socket, self._waker = _socketpair()
+            for each in self.socket, self._waker:
+                each.setblocking(False)
+            try:
+                _check_that_select_takes(self.socket.fileno())
+            except OSError:
+                self.close()
+                raise
 
     def run(self, call, resume):
-        """Run call() as soon as a thread has time for it, then resume(outcome); or raise."""
-        self._unfinished += 1
-        if self._unfinished == 1:
-            self._take_notes()  # of threads that have ended, of the server's end
-        try:
-            self.open()
-            self._start_threads()
-        except Exception as error:
-            self._unfinished -= 1
-            self._leave_if_idle()
-            raise _NoThread('no thread to be had: %s' % error) from None
+        """Run call() as soon as a thread may be started, then resume(outcome); raises OSError."""
+        self.open()
+        self._waiting.append([call, resume])
+        self._start_threads()
         self._stand_in_map()
-        self._calls.put((call, resume))
 
     def _stand_in_map(self):
         self._fileno = self.socket.fileno()
@@ -1500,66 +1462,48 @@ class _Threads(_Reader):
 
     def _start_threads(self):
         at_most = max(1, self._server.process_message_threads)
-        while self._threads < min(self._unfinished, at_most):
-            try:
-                threading.Thread(target=self._serve, daemon=True).start()
-            except Exception:
-                if not self._threads:  # there is none that would come to the call later
-                    raise
+        while self._running < at_most:
+            task = self._next_task()
+            if task is None:
                 return
-            self._threads += 1
+            try:
+                threading.Thread(target=self._serve, args=(task,), daemon=True).start()
+            except Exception as error:
+                if self._running:  # another thread will take it
+                    self._waiting.appendleft(task)
+                    return
+                self._tell_loop(task[1], functools.partial(_throw, error), None)
+            self._running += 1
 
-    def _serve(self):
-        while self._run_next():  # a function, since a thread that waits must keep no message
-            pass
-
-    def _run_next(self):
-        """Wait for a call and run it; return False if the thread is not needed any more."""
+    def _next_task(self):
         try:
-            call, resume = self._calls.get(timeout=_IDLE_THREAD_SECONDS)
-        except queue.Empty:
-            self._tell_loop(self._replace_thread)
-            return False
-        if call is None:  # closed
-            return False
-        try:
-            outcome = functools.partial(_give, call())
-        except BaseException as error:
-            outcome = functools.partial(_throw, error)
-        del call  # it keeps the message
-        if self.is_inherited():  # the call has forked, and this is the child
-            return False
-        self._tell_loop(functools.partial(self._finish, resume, outcome))
-        return True
+            return self._waiting.popleft()
+        except IndexError:
+            return None
 
-    def _tell_loop(self, note):
-        self._notes.put(note)
+    def _serve(self, task):
+        while task is not None:
+            call, resume = task
+            task.clear()  # the thread keeps it, and the call keeps the message
+            try:
+                outcome = functools.partial(_give, call())
+            except BaseException as error:
+                outcome = functools.partial(_throw, error)
+            del call
+            if self.is_inherited():  # the call has forked, and this is the child
+                return
+            task = self._next_task()
+            self._tell_loop(resume, outcome, task)
+
+    def _tell_loop(self, resume, outcome, next_task):
+        self._ended.put((resume, outcome, next_task is None))
+        self._wake_loop()
+
+    def _wake_loop(self):
         with contextlib.suppress(OSError, AttributeError):  # full: the loop is awake; closed
             self._waker.send(b'.')
 
     # In the loop's thread:
-
-    def _finish(self, resume, outcome):
-        self._unfinished -= 1
-        resume(outcome)
-
-    def _replace_thread(self):
-        """A thread has ended; a call may have come just then."""
-        self._threads -= 1
-        try:
-            self._start_threads()
-        except Exception as error:
-            failure = functools.partial(_throw, _NoThread('no thread to be had: %s' % error))
-            while not self._calls.empty():
-                self._finish(self._calls.get()[1], failure)
-
-    def _take_notes(self):
-        try:
-            while not self._notes.empty():
-                self._notes.get()()
-        finally:
-            if not self._notes.empty():
-                self._tell_loop(self._leave_if_idle)
 
     def readable(self):
         if self.is_inherited():
@@ -1571,12 +1515,18 @@ class _Threads(_Reader):
         with contextlib.suppress(OSError):
             self.socket.recv(4096)
         try:
-            self._take_notes()
+            while not self._ended.empty():
+                resume, outcome, thread_has_ended = self._ended.get()
+                self._running -= thread_has_ended
+                resume(outcome)
         finally:
+            self._start_threads()
+            if not self._ended.empty():
+                self._wake_loop()
             self._leave_if_idle()
 
     def _leave_if_idle(self):
-        if not self._unfinished:
+        if not self._running:
             self.del_channel()
             if not self._server.accepting:
                 self.close()
@@ -1588,13 +1538,11 @@ class _Threads(_Reader):
         else:
             loop.leftovers.add(self)
             self._stand_in_map()
-            self._tell_loop(self._leave_if_idle)
+            self._wake_loop()
 
     def close(self):
         self.del_channel()
         self._server._threads_for_handlers = None  # no reference cycle
-        for _ in range(self._threads):
-            self._calls.put((None, None))
         if self._waker is not None:
             waker, self._waker = self._waker, None
             for each in self.socket, waker:
@@ -1619,9 +1567,7 @@ class _QuietChannels(_Reader):
         self._server = server
         self.channels = {}  # by descriptor
         self._epoll = select.epoll()
-        if _is_too_much_for_select(self._epoll.fileno()):
-            self._epoll.close()
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        _check_that_select_takes(self._epoll.fileno())
         self._process = os.getpid()
         self._next_look_for_idle = 0.0  # on the monotonic clock
 
@@ -1768,7 +1714,6 @@ class SMTPServer(_Reader):
     _decode_data = False
     _localaddr = None
     _remoteaddr = None
-    _name_of_this_host = None
     _loop_thread = None  # a weak reference to the _LoopThread that asked us last
     _is_opening = False  # the socket exists, but does not listen yet
     _own_listener = None  # the socket, where it is of our making ...
@@ -1781,7 +1726,7 @@ class SMTPServer(_Reader):
                  map=None, enable_SMTPUTF8=False, decode_data=False):
         _check_modes(enable_SMTPUTF8, decode_data)
         asyncore.dispatcher.__init__(self, map=map)
-        _this_loop_thread().close_leftovers()  # of a loop that has ended
+        _this_thread.loop.close_leftovers()  # of a loop that has ended
         self.data_size_limit = data_size_limit
         self._decode_data = decode_data
         self.enable_SMTPUTF8 = enable_SMTPUTF8
@@ -1838,7 +1783,7 @@ class SMTPServer(_Reader):
     # ------------------------------------------------------------------
 
     def readable(self):
-        last, self._loop_thread = self._loop_thread, _this_loop_thread().reference
+        last, self._loop_thread = self._loop_thread, _this_thread.loop.reference
         # Closed by another thread just now: it left the socket to us only if it knew of us.
         return self._fileno is not None or last is self._loop_thread
 
@@ -1935,10 +1880,8 @@ class SMTPServer(_Reader):
     # For the channels
     # ------------------------------------------------------------------
 
-    def _own_name(self):
-        if self._name_of_this_host is None:
-            self._name_of_this_host = _getfqdn()  # may take seconds: once per server
-        return self._name_of_this_host
+    # May take seconds: once per server.
+    _own_name = functools.cached_property(lambda self: _getfqdn())
 
     def _own_threads(self):
         threads = self._threads_for_handlers
@@ -2493,7 +2436,7 @@ class _UpstreamSession:
 
     def _greet(self, reply):
         for verb in self._hellos if _is_success(reply) else ():
-            reply = yield from self._upstream.ask('%s %s' % (verb, self._proxy._own_name()))
+            reply = yield from self._upstream.ask('%s %s' % (verb, self._proxy._own_name))
             if _is_success(reply):
                 self._upstream.extensions = re.findall(rb'\n(\S+)', reply[1].upper())
                 return
@@ -2935,8 +2878,8 @@ def _import_for_tracebacks():
     """Let traceback import what its first one takes, while this user may read it."""
     try:
         raise RuntimeError
-    except RuntimeError as error:
-        _safe_traceback(error)
+    except RuntimeError:
+        _text_from(traceback.format_exc)
 
 
 def _become_nobody():
