@@ -96,11 +96,6 @@ def _debug(form, *values):
             print(form % values, file=DEBUGSTREAM)
 
 
-def _log_to_stderr(ignored, message, type='info'):
-    if type not in ignored:
-        _write_to_stderr('%s: %s\n' % (type, message))
-
-
 def _write_to_stderr(text):
     with contextlib.suppress(Exception):  # closed, full, or None
         sys.stderr.write(text.encode('ascii', 'backslashreplace').decode('ascii'))
@@ -265,15 +260,15 @@ _ASYNCORES_HANDLE_ERROR = asyncore.dispatcher.handle_error
 class _Common:
     """A mixin for dispatchers: the log goes to standard error, and any thread may close."""
 
-    def log_info(self, *args, **kwargs):
-        """Write log_info(message, type='info') to standard error; never raises.
+    def log_info(self, message, type='info'):
+        """Write "type: message" to standard error; never raises.
 
         A mixin's log_info() is called instead, and so is one that was patched into asyncore.
         """
-        inherited = super().log_info
-        if getattr(inherited, '__func__', None) is _ASYNCORES_LOG_INFO:
-            inherited = functools.partial(_log_to_stderr, self.ignore_log_types)
-        inherited(*args, **kwargs)
+        if getattr(super().log_info, '__func__', None) is not _ASYNCORES_LOG_INFO:
+            super().log_info(message, type)
+        elif type not in self.ignore_log_types:
+            _write_to_stderr('%s: %s\n' % (type, message))
 
     def handle_error(self):
         """Write the traceback to the log; a channel then replies 451, or closes."""
@@ -722,7 +717,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
         if self._unread:
             octets, self._unread = self._unread, b''
             return octets
-        if self.producer_fifo and self._client_has_ended():
+        if self.producer_fifo and _peek(self.socket) == b'':
             self.close_when_done()  # asyncore's recv() would close at once, and drop the replies
             if None in self.producer_fifo:  # it is not overridden
                 raise BlockingIOError
@@ -730,11 +725,6 @@ class SMTPChannel(_Common, asynchat.async_chat):
         if self._waits_for is _GOODBYE:
             self._waits_for = None
         return octets
-
-    def _client_has_ended(self):
-        with contextlib.suppress(OSError, TypeError, ValueError):  # ValueError: TLS cannot peek
-            return self.socket.recv(1, _PEEK) == b''
-        return False
 
     def readable(self):
         if isinstance(self._waits_for, list):  # for us, not for the client: it is not idle
