@@ -992,9 +992,8 @@ class SMTPChannel(_Common, asynchat.async_chat):
 
     def _collects_messages(self):
         """Whether no hook is the program's, which may look at the data as they came."""
-        if self._message is not None or self.received_lines:
-            return self._message is not None  # it goes on as it began
-        return (getattr(self.found_terminator, '__func__', None) is _FOUND_TERMINATOR
+        return (not self.received_lines  # it goes on as it began
+                and getattr(self.found_terminator, '__func__', None) is _FOUND_TERMINATOR
                 and getattr(self.collect_incoming_data, '__func__', None) is _COLLECT
                 and getattr(self.get_terminator, '__func__', None) is _GET_TERMINATOR
                 and self.terminator is _END_OF_DATA  # or a piece may end within CRLF
@@ -1655,7 +1654,7 @@ _PAUSE_SECONDS = 0.01  # between two looks for a descriptor
 _COMPLAINT_SECONDS = 60  # between two lines in the log about it
 
 
-class SMTPServer(_Reader):
+class SMTPServer(_Common, asyncore.dispatcher):
     """Listens, and gives each complete message to process_message().
 
     `localaddr` is the (host, port) to listen on: an empty host or None stands for
@@ -1775,7 +1774,8 @@ class SMTPServer(_Reader):
     def readable(self):
         last, self._loop_thread = self._loop_thread, _this_thread.loop.reference
         # Closed by another thread just now: it left the socket to us only if it knew of us.
-        return self._fileno is not None or last is self._loop_thread
+        is_ours = self._fileno is not None or last is self._loop_thread
+        return super().readable() and is_ours
 
     def accept(self):
         """asyncore's accept(); returns None also if the connection cannot be served now."""
