@@ -580,9 +580,6 @@ class SMTPChannel(_Common, asynchat.async_chat):
     def __init__(self, server, conn, addr, data_size_limit=DATA_SIZE_DEFAULT,
                  map=None, enable_SMTPUTF8=False, decode_data=False):
         _check_modes(enable_SMTPUTF8, decode_data)
-        if self.smtp_server is not None:  # a second call
-            for name in '_errors', '_waits_for', '_unread', '_relay':
-                vars(self).pop(name, None)
         self._set_initial_state()
         self.smtp_server = server
         self.conn = conn
@@ -609,7 +606,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
         _debug('Peer: %r', self.peer)
         # Sent now: TLS subclasses call async_chat.__init__() next, which drops what is queued.
         self.push('220 %s %s' % (self.fqdn, __version__))
-        if _is_server(server) and server.channels_in_selector and self._map is server._map:
+        if _is_server(server):
             self._quiet_channels = server._quiet_channels_for(type(self))
             self._settle()
 
@@ -674,7 +671,6 @@ class SMTPChannel(_Common, asynchat.async_chat):
         self._unread = self.ac_in_buffer + self._unread
         self.ac_in_buffer = b''
         self._waits_for = waits_for
-        self._settle()
 
     def _resume(self):
         self._waits_for = None
