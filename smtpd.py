@@ -705,7 +705,6 @@ class SMTPChannel(_Common, asynchat.async_chat):
             if isinstance(error, _ENDS_OF_THE_LOOP):
                 raise
             self.handle_error()
-        self._is_unanswered = False
         self._settle()
 
     def recv(self, buffer_size):
