@@ -96,6 +96,11 @@ def _debug(form, *values):
             print(form % values, file=DEBUGSTREAM)
 
 
+def _log_to_stderr(ignored, message, type='info'):
+    if type not in ignored:
+        _write_to_stderr('%s: %s\n' % (type, message))
+
+
 def _write_to_stderr(text):
     with contextlib.suppress(Exception):  # closed, full, or None
         sys.stderr.write(text.encode('ascii', 'backslashreplace').decode('ascii'))
@@ -260,15 +265,15 @@ _ASYNCORES_HANDLE_ERROR = asyncore.dispatcher.handle_error
 class _Common:
     """A mixin for dispatchers: the log goes to standard error, and any thread may close."""
 
-    def log_info(self, message, type='info'):
-        """Write "type: message" to standard error; never raises.
+    def log_info(self, *args, **kwargs):
+        """Write log_info(message, type='info') to standard error; never raises.
 
         A mixin's log_info() is called instead, and so is one that was patched into asyncore.
         """
-        if getattr(super().log_info, '__func__', None) is not _ASYNCORES_LOG_INFO:
-            super().log_info(message, type)
-        elif type not in self.ignore_log_types:
-            _write_to_stderr('%s: %s\n' % (type, message))
+        inherited = super().log_info
+        if getattr(inherited, '__func__', None) is _ASYNCORES_LOG_INFO:
+            inherited = functools.partial(_log_to_stderr, self.ignore_log_types)
+        inherited(*args, **kwargs)
 
     def handle_error(self):
         """Write the traceback to the log; a channel then replies 451, or closes."""
