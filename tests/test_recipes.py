@@ -141,8 +141,6 @@ def test_the_recipe_that_refuses_does_so(start, tmp_path):
     save_block(tmp_path, 'recipe-refuse')
     program = start(block('recipe-refuse-command'))
     assert post_message(program.address) == {}
-    assert post_message(program.address, ['nobody@example.com', 'you@example.com']) == {
-        'nobody@example.com': (550, b'No such user here')}
     with pytest.raises(smtplib.SMTPDataError) as refusal:
         post_message(program.address, ['later@example.com'])
     assert refusal.value.args == (451, b'Try again later')
