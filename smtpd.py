@@ -1,6 +1,6 @@
 """An SMTP server: the smtpd module that Python 3.12 removed, rewritten from scratch.
 
-For example, a server that tells who sends mail to whom::
+For example, a server that prints who sends mail to whom::
 
     import asyncore, smtpd
 
@@ -21,8 +21,8 @@ RFC 6531 (SMTPUTF8).
 
 All methods are called in the thread that runs asyncore.loop(), in asynchat's order;
 process_message() may run in others (`process_message_threads`).  Nothing that a client
-sends raises out of the loop.  If a handler fails, the client gets 451, so that it keeps
-the message and tries again.
+sends can end the loop.  If a handler fails, the client gets 451, so that it keeps the
+message and tries again.
 """
 
 # Layout of this file: names of the module; paths, parameters, replies, handlers (pure
@@ -90,7 +90,7 @@ DEBUGSTREAM = Devnull()
 
 
 def _debug(form, *values):
-    """Print to DEBUGSTREAM, if anybody listens."""
+    """Print to DEBUGSTREAM, unless it discards everything."""
     if not isinstance(DEBUGSTREAM, Devnull):
         with contextlib.suppress(OSError, ValueError):  # closed, or its encoding lacks a character
             print(form % values, file=DEBUGSTREAM)
@@ -143,8 +143,8 @@ _PEEK = socket.MSG_PEEK
 _SHUT_BOTH = socket.SHUT_RDWR
 _socketpair = socket.socketpair
 _socket_type = socket.socket
-# What select() takes: POSIX descriptors below 1024; Windows 512 sockets, of which a
-# few are left for listeners and what wakes the loop.
+# What select() takes: on POSIX, descriptors below 1024; on Windows, 512 sockets, a few of
+# which are left for listeners and for waking the loop.
 _FD_SETSIZE = 1024 if os.name == 'posix' else sys.maxsize
 _MOST_SOCKETS = 500 if os.name == 'nt' else sys.maxsize
 _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -178,7 +178,7 @@ _PATH = re.compile(
 _CONTROL_CHARACTER = re.compile('[\x00-\x08\x0a-\x1f\x7f-\x9f]')  # all but TAB, a blank
 
 
-@functools.lru_cache(maxsize=64)  # the same few lines come again and again
+@functools.lru_cache(maxsize=64)  # clients send the same few lines again and again
 def _parse_command(line):
     """Split a command line (bytes) into verb, name of its method, and argument or None.
 
@@ -241,8 +241,8 @@ _TAKES_ARGS, _TAKES_KWARGS = 4, 8  # inspect.CO_VARARGS, CO_VARKEYWORDS; importi
 
 def _accepted_keywords(handler, offered):
     """The offered keywords that a handler takes; those of Python 2 and 3.4 take none."""
-    handler = getattr(handler, '__func__', handler)  # its attributes are found faster
-    while handler is not None:  # a decorator, and what it wraps, must both take them
+    handler = getattr(handler, '__func__', handler)  # a function's attributes are found faster
+    while handler is not None:  # a decorator and what it wraps must both take them
         code = getattr(handler, '__code__', None)
         if code is not None and not code.co_flags & _TAKES_KWARGS:
             named = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
@@ -316,7 +316,7 @@ class _Reader(_Common, asyncore.dispatcher):
 class _LoopThread:
     """A thread that runs the loop: it alone may close what it may be waiting for.
 
-    The thread keeps it, all others refer to it weakly: it lives as long as the thread.
+    Only the thread keeps it, and all else refers to it weakly, so it lives as long as the thread.
     """
 
     def __init__(self):
@@ -392,7 +392,7 @@ def _throw(error):
 
 
 def _advance(steps, resume, outcome=_nothing):
-    """Let a generator go on with an outcome, to its next wait, or to its end and resume()."""
+    """Run a generator, from an outcome, to its next wait, or to its end and resume()."""
     while True:
         try:
             try:
@@ -411,11 +411,11 @@ def _advance(steps, resume, outcome=_nothing):
             outcome = functools.partial(_throw, error)
 
 
-# What a channel waits for, before it takes more of the input:
+# What a channel waits for before it reads on:
 _NEXT_TURN = 'the next turn of the loop'
 _REPLIES_SENT = 'the client, which has to read its replies'
 _GOODBYE = 'the goodbye to an idle client'  # input that comes before it is taken
-# or the list into which the outcome of what it has begun would go, had it not to wait.
+# or the outcome of a step: a list, which would hold it already if it had come at once.
 
 
 # ---------------------------------------------------------------------------
@@ -427,7 +427,7 @@ _END_OF_DATA = b'\r\n.\r\n'
 _START_OF_DATA = bytes(bytearray(_END_OF_DATA))  # equal to the other, but not the same
 _EMPTY_MESSAGE = b'.\r\n'
 
-_MOST_UNSENT = 500  # replies that wait for a client that does not read
+_MOST_UNSENT = 500  # replies that a client does not read
 
 # Finds a line that begins with a dot, or a CR without LF; nearly all data has neither.  It
 # is fast because Python looks for one octet many times faster than for two or three.
@@ -437,8 +437,8 @@ _NEEDS_CARE = re.compile(rb'\r(?!\n[^.])')
 def _unstuff(octets):
     """Undo dot-stuffing and CRLF (RFC 5321, 4.5.2); return the size in octets, and the text.
 
-    A piece must not end inside CRLF or CRLF-dot: with this terminator asynchat makes none that
-    does.  The size is RFC 1870's: with CRLF, without the doubled dots.
+    A piece must not end inside CRLF or CRLF-dot; with this terminator, asynchat's never do.
+    The size is that of RFC 1870: CRLF counts as two, added dots do not count.
     """
     if not _NEEDS_CARE.search(octets):
         return len(octets), _without_cr(octets)
@@ -461,7 +461,7 @@ def _lf_for_crlf(octets):
 
 
 def _appendable(octets):
-    """A BytesIO with these octets, at its end; they are copied only when more is written."""
+    """A BytesIO at the end of these octets, which it copies only when more is written."""
     stream = io.BytesIO(octets)
     stream.seek(0, io.SEEK_END)
     return stream
@@ -532,8 +532,8 @@ class SMTPChannel(_Common, asynchat.async_chat):
     data_size_limit       octets of a message: the argument; may be changed
     enable_SMTPUTF8       the argument; may be changed
 
-    Class attributes that a subclass may override; None turns all but the first two
-    off:
+    Class attributes that a subclass may override; None turns off all but the first
+    two:
 
     command_size_limit    octets of a command line without its CRLF, then 500 (512:
                           RFC 5321, 4.5.3.1.4)
@@ -561,12 +561,12 @@ class SMTPChannel(_Common, asynchat.async_chat):
     error_limit = 100  # as Postfix's smtpd_hard_error_limit (20), but kinder to test suites
     unsent_reply_limit = 65536  # one read's worth
 
-    # What most sessions leave as it is; _set_initial_state() sets the rest.  CPython is fast
-    # with attributes that stand in the instance alone, and fewer than 30.
+    # What most sessions leave as it is; _set_initial_state() sets the rest.  In CPython,
+    # attributes are fast if only the instance has them, and fewer than 30.
     data_size_limit = DATA_SIZE_DEFAULT
     enable_SMTPUTF8 = False
     require_SMTPUTF8 = False  # asked for in MAIL
-    use_encoding = True  # asynchat's: a terminator may be text, as in Python 2's programs
+    use_encoding = True  # asynchat's: a terminator may be text, as in programs for Python 2
 
     # str or bytes, as received_lines is; copies of the old found_terminator() use these.
     _decode_data = False
@@ -578,7 +578,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
     # Private.
     _errors = 0  # 5yz replies since the last message
     _waits_for = None  # _NEXT_TURN, _REPLIES_SENT, _GOODBYE, or a list: a step's outcome
-    _unread = b''  # input that comes after the wait
+    _unread = b''  # input that is put aside during a wait
     _quiet_channels = None  # where it is kept, instead of the map, while it only waits for input
     _relay = None  # takes the steps of this session to a proxy's upstream
 
@@ -638,7 +638,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
         self._begin_transaction()
 
     def _own_limits(self):
-        """The class's, for this session alone: its EHLO must not change those of others."""
+        """A copy of the class's limits: this session's EHLO must not change those of others."""
         limits = type(self).command_size_limits.copy()
         if getattr(limits, 'default_factory', None) is _standard_limit:
             limits.default_factory = functools.partial(_give, self.command_size_limit)
@@ -654,7 +654,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
         if self.require_SMTPUTF8:
             self.require_SMTPUTF8 = False
         self.num_bytes = 0
-        self._message = None  # as far as it has come, where no hook of the program's collects it
+        self._message = None  # the data so far, unless a hook of the program's collects them
 
     def _set_post_data_state(self):
         """Forget the transaction, but not the message (RFC 5321, 4.1.1.4)."""
@@ -668,7 +668,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
         self.received_lines = []
 
     # ------------------------------------------------------------------
-    # Waiting: a channel on hold reads nothing; what it has read already comes later
+    # Waiting: a channel on hold reads nothing, and puts aside what it has read already
     # ------------------------------------------------------------------
 
     def _hold(self, waits_for):
@@ -737,7 +737,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
         return not (self.producer_fifo and self._must_send_first()) and super().readable()
 
     def _must_send_first(self):
-        """Whether nothing is executed before the client reads its replies, or at all."""
+        """Whether nothing more is executed until the client reads its replies, or ever."""
         limit = self.unsent_reply_limit
         if limit is not None and len(self.producer_fifo) > _MOST_UNSENT:
             return True
@@ -760,13 +760,13 @@ class SMTPChannel(_Common, asynchat.async_chat):
             self._settle()
 
     def handle_write(self):
-        if not self.connected:  # nothing can be sent, and writable() would be true for ever
+        if not self.connected:  # nothing can be sent, and writable() would stay true
             if self._fileno is not None:  # not closed meanwhile
                 self.close()
             return
         had_output, is_unanswered = bool(self.producer_fifo), self._is_unanswered
         super().handle_write()
-        self._is_unanswered = is_unanswered  # what was sent are replies to earlier input
+        self._is_unanswered = is_unanswered  # what was sent were replies to earlier input
         if had_output:
             self._last_sign_of_life = time.monotonic()
         elif self._waits_for is _GOODBYE:
@@ -779,7 +779,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
         self._settle()
 
     def _end_idleness(self, limit):
-        """Mark a session that was idle for too long, so that the loop's next turn ends it."""
+        """Mark a session that has been idle for too long: the loop's next turn ends it."""
         # The loop is collecting descriptors: nothing here may raise, or close one.
         self._last_sign_of_life = time.monotonic() - limit + 1  # it has a second
         if self.producer_fifo or self._waits_for is not None:  # it does not even read
@@ -789,7 +789,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
             self._waits_for = _GOODBYE
 
     def _settle(self):
-        """Call this when what the channel waits for may have changed."""
+        """To be called when what the channel waits for may have changed."""
         if self._quiet_channels is not None:
             self._quiet_channels.settle(self)
 
@@ -991,7 +991,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
     # ------------------------------------------------------------------
 
     def _collects_messages(self):
-        """Whether no hook is the program's, which may look at the data as they came."""
+        """Whether all hooks are ours: one of the program's may look at the data as they came."""
         return (not self.received_lines  # it goes on as it began
                 and getattr(self.found_terminator, '__func__', None) is _FOUND_TERMINATOR
                 and getattr(self.collect_incoming_data, '__func__', None) is _COLLECT
@@ -1017,7 +1017,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
 
     def _add_pieces(self, pieces):
         """Take collected pieces, which a terminator of the program's may have cut anywhere."""
-        pieces.reverse()  # so that each can be let go: there may be many
+        pieces.reverse()  # so that each is freed once it is added: there may be many
         rest = b''
         while pieces:
             octets = rest + _as_octets(self._emptystring + pieces.pop())
@@ -1028,7 +1028,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
         self._add_to_message(rest)
 
     def _end_data(self, pieces):
-        """Handle the message that our hook has put together, or the program's have in pieces."""
+        """Handle the message, which our hook has put together, or the program's left in pieces."""
         size, limit = self.num_bytes, self.data_size_limit
         if pieces and not (limit and size > limit):
             self.num_bytes = 0
@@ -1093,7 +1093,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
         return self._relay is not None and self._relay.knows(self.mailfrom, self.rcpttos)
 
     def _ask_upstream(self, steps, undo):
-        """Let a proxy's upstream reply to a step that we accept."""
+        """Let a proxy's upstream reply to a step that we have accepted."""
         self._wait(functools.partial(_advance, steps),
                    functools.partial(self._pass_on_reply, undo))
 
@@ -1370,7 +1370,7 @@ def _check_modes(enable_SMTPUTF8, decode_data):
 def _getfqdn():
     try:
         return socket.getfqdn()
-    except (OSError, UnicodeError):  # a name that is no name
+    except (OSError, UnicodeError):  # not a valid name
         return 'localhost'
 
 
@@ -1384,7 +1384,7 @@ def _is_too_much_for_select(descriptor, sockets=()):
 
 
 def _wait_is_select():
-    # Only the stack tells: asyncore's poll() and poll2() ask us the same questions.
+    # Only the stack tells: asyncore's poll() and poll2() make the same calls.
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code is asyncore.poll.__code__:
@@ -1544,9 +1544,9 @@ class _Threads(_Reader):
 class _QuietChannels(_Reader):
     """Stands in the socket map for those channels of a server that only wait for input.
 
-    asyncore asks every object in the map at every turn whether it wants to
-    read or write.  This one asks the kernel instead: its descriptor is an
-    epoll set, which is readable while one of its channels is.
+    At every turn asyncore asks every object in the map whether it wants to read
+    or write.  Instead of these channels it asks this object alone, whose descriptor
+    is that of an epoll set: it is readable while one of the channels is.
     """
 
     is_possible = hasattr(select, 'epoll')  # Linux; kqueue is untried
@@ -1565,7 +1565,7 @@ class _QuietChannels(_Reader):
         descriptor = channel._fileno
         if descriptor is None:  # closed
             return
-        reads, writes = channel.readable(), channel.writable()  # the first one may end idleness
+        reads, writes = channel.readable(), channel.writable()  # the first may end an idle one
         if writes and descriptor < _FD_SETSIZE or not (reads or writes):
             if self.channels.get(descriptor) is channel:
                 self._map[descriptor] = channel
@@ -1573,7 +1573,7 @@ class _QuietChannels(_Reader):
             return
         # A loop in select() could not wait until a larger descriptor is writable.
         event = select.EPOLLOUT if writes else select.EPOLLIN
-        # The kernel takes no more; or another thread closes it at this moment.
+        # The kernel may take no more, or another thread may be closing it.
         with contextlib.suppress(OSError, KeyError):
             if self._map.get(descriptor) is channel and not self._epoll.closed:
                 self._own_epoll().register(descriptor, event)
@@ -1586,7 +1586,7 @@ class _QuietChannels(_Reader):
     def discard(self, channel):
         if self.channels.get(channel._fileno) is channel:
             del self.channels[channel._fileno]
-            if self._server._loop_elsewhere() is None:  # else what happens to it wakes the loop
+            if self._server._loop_elsewhere() is None:  # else its next event wakes the loop
                 self._unregister(channel._fileno)
                 self._leave_if_empty()
 
@@ -1620,7 +1620,7 @@ class _QuietChannels(_Reader):
             loop.leftovers.add(self)
 
     def readable(self):
-        with contextlib.suppress(OSError):  # a child's, without descriptors: at a later turn
+        with contextlib.suppress(OSError):  # a child without descriptors: at a later turn
             self._own_epoll()
         now = time.monotonic()
         if now >= self._next_look_for_idle:
@@ -1659,7 +1659,7 @@ class SMTPServer(_Common, asyncore.dispatcher):
 
     `localaddr` is the (host, port) to listen on: an empty host or None stands for
     all IPv4 interfaces, '::' for all IPv6 interfaces, port 0 for any free port,
-    which `socket.getsockname()` then tells.  `remoteaddr` is the (host, port) of an
+    which `socket.getsockname()` then returns.  `remoteaddr` is the (host, port) of an
     upstream server, for subclasses that relay; they find it in `_remoteaddr`.
     `data_size_limit` is the largest size of a message in octets, counted as in
     RFC 1870; None or 0 for no limit.  `map` is the socket map, asyncore's own if
@@ -1677,16 +1677,16 @@ class SMTPServer(_Common, asyncore.dispatcher):
                              only its own session waits for it; 0: it runs in the
                              loop, and all sessions wait (0: as in the standard
                              library)
-    channels_in_selector     true: where there is epoll, the channels share one set
-                             in the socket map, so that thousands of idle ones cost
-                             nothing; not those that override readable(), writable()
-                             or a handle_*_event() method (false; `python -m smtpd`
-                             sets it)
+    channels_in_selector     true: where there is epoll, idle channels share one place
+                             in the socket map, and thousands cost next to nothing;
+                             not those that override readable(), writable() or a
+                             handle_*_event() method (false, but true under
+                             `python -m smtpd`)
     listen_backlog           connections that may wait to be accepted (1024: our own;
                              the system may cap it)
     accepts_per_event        connections accepted in one turn of the loop (100: our
-                             own); one if the listener is not of our making, or
-                             accept() is overridden
+                             own); one if the program has set the socket or overrides
+                             accept()
     data_size_limit          octets of a message, then 552: the argument (33554432, as
                              in the standard library); may be changed
     enable_SMTPUTF8          the argument; may be changed
@@ -1705,7 +1705,7 @@ class SMTPServer(_Common, asyncore.dispatcher):
     _remoteaddr = None
     _loop_thread = None  # a weak reference to the _LoopThread that asked us last
     _is_opening = False  # the socket exists, but does not listen yet
-    _own_listener = None  # the socket, where it is of our making ...
+    _own_listener = None  # the socket, if we have made it ...
     _process = None  # ... in this process
     _complains_again_at = 0.0  # on the monotonic clock
     _threads_for_handlers = None
@@ -1758,7 +1758,7 @@ class SMTPServer(_Common, asyncore.dispatcher):
         `kwargs` is empty with `decode_data`; otherwise it has `mail_options` and
         `rcpt_options`, the parameters of MAIL and RCPT in upper case, such as
         `['BODY=8BITMIME', 'SMTPUTF8']`.  No parameter of RCPT is supported, so the
-        second list is empty.  More keys may come: take `**kwargs`.  A handler
+        second list is empty.  More keys may follow: take `**kwargs`.  A handler
         without them, as in Python 3.4, is called without keywords.
 
         Return None for `250 OK`, or another reply, such as `'550 No such user'`:
@@ -1778,7 +1778,7 @@ class SMTPServer(_Common, asyncore.dispatcher):
         return super().readable() and is_ours
 
     def accept(self):
-        """asyncore's accept(); returns None also if the connection cannot be served now."""
+        """asyncore's accept(); also returns None if the connection cannot be served now."""
         try:
             pair = asyncore.dispatcher.accept(self)
         except OSError as error:
@@ -1798,7 +1798,7 @@ class SMTPServer(_Common, asyncore.dispatcher):
         return pair
 
     def _wait_for_resources(self, error):
-        """Pause until a session has something to say, but only for a moment."""
+        """Pause until a session can go on, but only for a moment."""
         # The connection stays in the backlog, where it keeps the loop from waiting.
         now = time.monotonic()
         if now >= self._complains_again_at:
@@ -1808,11 +1808,11 @@ class SMTPServer(_Common, asyncore.dispatcher):
                   if each is not self and each.readable()]
         try:
             select.select(others, [], [], _PAUSE_SECONDS)
-        except (OSError, ValueError):  # numbers over 1023; none, on Windows
+        except (OSError, ValueError):  # descriptors above 1023; none at all, on Windows
             time.sleep(_PAUSE_SECONDS)
 
     def handle_accept(self):
-        """Accept the connections that wait."""
+        """Accept the waiting connections."""
         for _ in range(self.accepts_per_event if self._accept_ends_with_none() else 1):
             pair = self.accept()
             if pair is None:
@@ -1828,7 +1828,7 @@ class SMTPServer(_Common, asyncore.dispatcher):
                 return
 
     def _accept_ends_with_none(self):
-        """Whether accept() returns None when no connection waits; others may block, or go on."""
+        """Whether accept() returns None when none waits: a program's may block, or never do so."""
         return (self.socket is self._own_listener
                 and getattr(self.accept, '__func__', None) is SMTPServer.accept)
 
@@ -1848,7 +1848,7 @@ class SMTPServer(_Common, asyncore.dispatcher):
             if channel is not None and channel.socket is connection:
                 try:
                     channel.close()
-                finally:  # a program's close() may raise, or leave it there
+                finally:  # a program's close() may raise, or leave it in the map
                     channel.del_channel()
 
     def close(self):
@@ -1886,7 +1886,7 @@ class SMTPServer(_Common, asyncore.dispatcher):
         self._own_threads().run(call, resume)
 
     def _quiet_channels_for(self, channel_class):
-        """What keeps channels that only wait for input; None: the socket map does."""
+        """What keeps channels that only wait for input; None if the socket map does."""
         if not (self.channels_in_selector and _QuietChannels.is_possible
                 and _leaves_events_alone(channel_class)):
             return None
@@ -1896,7 +1896,7 @@ class SMTPServer(_Common, asyncore.dispatcher):
         return self._quiet_channels
 
     def _relay_for(self, channel):
-        """PureProxy's: what takes a channel's steps upstream."""
+        """What takes a channel's steps upstream; a proxy overrides this."""
         return None
 
 
@@ -1917,7 +1917,7 @@ def _leaves_events_alone(channel_class):
 class DebuggingServer(SMTPServer):
     """Prints each message to standard output, and discards it.
 
-    Arguments as SMTPServer's.  Lines of bytes are printed as Python writes them:
+    The arguments are SMTPServer's.  Lines of bytes are printed as Python writes them:
     b'Subject: hello'.
     """
 
@@ -1930,7 +1930,7 @@ class DebuggingServer(SMTPServer):
         self._print_message_content(peer, data)
         _print('------------ END MESSAGE ------------')
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            sys.stdout.flush()  # a pipe or a container's log shows it now
+            sys.stdout.flush()  # or a pipe or a container's log would show it later
 
     def _print_message_content(self, peer, data):
         lines = data.splitlines()
@@ -2737,7 +2737,7 @@ Version: %(distribution)s; in the banner: %(version)s
 
 
 class Options:
-    """What the command line says, from parseargs().
+    """What parseargs() has read from the command line.
 
     localhost        the host to listen on
     localport        the port to listen on
@@ -2756,9 +2756,9 @@ class Options:
 
 
 def usage(code, msg=''):
-    """Print the message, or the usage if there is none; exit with `code`.
+    """Print the message, or the usage if it is empty, and exit with `code`.
 
-    It goes to standard output if `code` is 0, else to standard error.
+    The text goes to standard output if `code` is 0, else to standard error.
     """
     print(msg or _USAGE % {'program': program, 'version': __version__,
                            'distribution': _distribution(), 'classes': _BUILT_IN_CLASSES,
@@ -2781,7 +2781,7 @@ def _give_up(form, *values):
 
 
 def _refuse_argument(form, *values):
-    """The same for what --help explains."""
+    """The same, for arguments that --help explains."""
     _give_up(form + '; try --help', *values)
 
 
@@ -2842,7 +2842,7 @@ def _find_class(name):
     module_name, dot, class_name = name.rpartition('.')
     try:
         module = importlib.import_module(module_name) if dot else sys.modules[__name__]
-    except (TypeError, ValueError):  # a name that begins with a dot, or is one
+    except (TypeError, ValueError):  # a name that is or begins with a dot
         _refuse_class(name, 'no such module')
     except ImportError as error:
         if (module_name + '.').startswith('%s.' % error.name):
@@ -2865,7 +2865,7 @@ def _refuse_class(name, reason):
 
 
 def _import_for_tracebacks():
-    """Let traceback import what its first one takes, while this user may read it."""
+    """Let traceback import what its first use needs, while the files can be read."""
     try:
         raise RuntimeError
     except RuntimeError:
@@ -2922,7 +2922,7 @@ def _main():
             sys.stdout.flush()
         except (AttributeError, ValueError):  # None, or closed
             pass
-        except OSError:  # broken pipe: keep the interpreter from trying again
+        except OSError:  # broken pipe: keep the interpreter from flushing again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

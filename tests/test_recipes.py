@@ -130,18 +130,17 @@ def test_the_recipe_for_people_shows_all_mail(start, tmp_path, encoding):
             b'Content-Type: text/plain; charset="\xe9"', b'Content-Type: text/plain; =',
             b'Content-Type: ;', b'Content-Type: multipart/mixed',
             b'Content-Type: multipart/mixed; boundary=x', b'Content-Transfer-Encoding: base64',
-            b'Content-Transfer-Encoding: nobodys', b'no header', b'Date: 99', b'\xff: \xff']:
-        post_message(program.address, message=header + b'\r\n\r\n--x\r\n\r\nHell\xf6.\r\nHello.')
-        post_message(program.address, message=b'Subject: the next\r\n\r\n')
-        assert program.lines_to('Subject: the next')
+            b'Content-Transfer-Encoding: nobodys', b'no header', b'Date: 99', b'\xff: \xff', b'']:
+        for text in b'Hell\xf6.\r\nHello.', b'Hello.', b'Hello.\r\n--x--':
+            post_message(program.address, message=header + b'\r\n\r\n--x\r\n\r\n' + text)
+            post_message(program.address, message=b'Subject: the next\r\n\r\n')
+            assert 'Hello.' in program.lines_to('Subject: the next'), header
 
 
 def test_the_recipe_that_refuses_does_so(start, tmp_path):
     save_block(tmp_path, 'recipe-refuse')
     program = start(block('recipe-refuse-command'))
     assert post_message(program.address) == {}
-    assert post_message(program.address, ['nobody@example.com', 'you@example.com']) == {
-        'nobody@example.com': (550, b'No such user here')}
     with pytest.raises(smtplib.SMTPDataError) as refusal:
         post_message(program.address, ['later@example.com'])
     assert refusal.value.args == (451, b'Try again later')
@@ -334,9 +333,9 @@ def test_the_command_for_a_proxy_relays(start):
 
 
 def test_the_recipe_for_a_gateway_is_no_open_relay(start, tmp_path):
+    save_block(tmp_path, 'recipe-gateway')
     with serving(localaddr=('localhost', 0)) as upstream:
-        program = start(['python', save_block(tmp_path, 'recipe-gateway',
-                                              port_25=upstream.port_number)])
+        program = start(block('recipe-gateway-command', port_25=upstream.port_number))
         with pytest.raises(smtplib.SMTPRecipientsRefused):
             post_message(program.address, ['you@example.net'])
         assert post_message(program.address, ['You@Example.com', 'you@example.net']) == {
