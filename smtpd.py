@@ -880,7 +880,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
             self._set_post_data_state()
         if isinstance(error, _ENDS_OF_THE_LOOP):
             self._is_unanswered = False
-        elif self.connected and isinstance(self.ac_in_buffer, bytes) and self.ac_in_buffer:
+        elif self.ac_in_buffer:
             self._hold(_NEXT_TURN)
 
     def push(self, msg):
@@ -1580,7 +1580,7 @@ class _QuietChannels(_Reader):
                 self.channels[descriptor] = self._map.pop(descriptor)
                 self._fileno = self._epoll.fileno()
                 self.add_channel()
-            elif descriptor >= _FD_SETSIZE and self.channels.get(descriptor) is channel:
+            elif descriptor >= _FD_SETSIZE:
                 self._own_epoll().modify(descriptor, event)
 
     def discard(self, channel):
