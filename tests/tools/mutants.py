@@ -73,11 +73,12 @@ EQUIVALENT = {
     '_Reader.writable: return False  ->  return': 'None is as false',
     '_Threads.readable: return False  ->  return': 'None is as false',
     '_Threads.handle_read: 4096  ->  4097': 'any large number will do',
-    "_deliveries_of: '_deliveries'  ->  '_deliverie'": 'nobody else knows the name',
-    "_Relay.mail: 'BODY='  ->  'BODY'":
+    "_UpstreamSession._ask_mail: 'BODY='  ->  'BODY'":
         'smtp_MAIL() lets no other parameter through that begins so',
-    '_has_gone: 1  ->  2': 'a peek at more is a peek',
-    "_digest: b'\\n'  ->  b'\\nx'": 'it stands between the two, whatever it is',
+    '_peek: 1  ->  2': 'a peek at more is a peek',
+    '_run: 1  ->  2': 'how often it looks at time limits',
+    '_run: 1  ->  2 (2)': 'how often it looks at what has come',
+    '_run: True  ->  False': 'select() does as well, below 1024',
 }
 
 
