@@ -2490,7 +2490,6 @@ class _Upstream(_Common, asynchat.async_chat):
 
     ac_in_buffer_size = 4096  # replies are short
     terminator = b'\n'
-    extensions = ()  # those that it has offered
     has_transaction = False
     is_in_data = False  # it waits for a message, or the rest of it
 

@@ -2,6 +2,7 @@
 import asynchat
 import asyncore
 import contextlib
+import errno
 import itertools
 import os
 import re
@@ -344,6 +345,7 @@ def test_upstream_that_ends_a_session_is_asked_anew_for_the_next_message(upstrea
         assert codes(steps(client)) == '250 250 354 250'
         upstream.faults = {'MAIL': [farewell]}
         assert codes(steps(client)) == '250 250 354 250'
+        assert len(connections_to(upstream, proxy)) == 1
     assert upstream.connections == 2
 
 
@@ -412,9 +414,12 @@ def test_client_may_reset_what_the_upstream_does_not(upstream):
 @pytest.mark.parametrize('fault', [CLOSE, HANG, ENDLESS, 'What?'])
 def test_log_says_so_when_nobody_knows_whether_the_message_was_delivered(upstream, capfd, fault):
     upstream.faults = {'.': fault}
-    with proxy_to(upstream, impatient(upstream_block_timeout_seconds=60)) as proxy:
-        assert post(proxy) == b'451 Upstream not available\r\n'
-    assert 'sender@example.com: lost after the final dot: ' in capfd.readouterr().err
+    with proxy_to(upstream, impatient(upstream_block_timeout_seconds=60)) as proxy, \
+            greet(proxy, HELLO) as client:
+        assert steps(client) == [OK, OK, GO_ON, LATER]
+        assert client.say(b'RSET') == b'250 OK\r\n'
+    assert re.findall('^error: .*sender@example.com: (.*?):', capfd.readouterr().err, re.M) == [
+        'lost after the final dot']
     upstream.faults = {'BODY': CLOSE}
     with proxy_to(upstream, impatient()) as proxy:
         assert post(proxy, LARGE).startswith(b'451 ')
@@ -422,7 +427,7 @@ def test_log_says_so_when_nobody_knows_whether_the_message_was_delivered(upstrea
 
 
 @pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])
-@pytest.mark.parametrize('first', ['refuses', 'does not answer', 'hangs up'])
+@pytest.mark.parametrize('first', ['refuses', 'does not answer', 'says no'])
 def test_each_address_of_the_upstream_is_tried(upstream, monkeypatch, first, use_poll):
     with socket.socket() as other, contextlib.ExitStack() as waiting:
         other.bind(('127.0.0.1', 0))
@@ -432,10 +437,10 @@ def test_each_address_of_the_upstream_is_tried(upstream, monkeypatch, first, use
                 client = waiting.enter_context(socket.socket())
                 client.setblocking(False)
                 client.connect_ex(other.getsockname())
-        elif first == 'hangs up':
-            upstream.faults = {'CONNECT': [CLOSE]}
+        elif first == 'says no':
+            upstream.faults = {'CONNECT': ['554 No']}
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, '', address) for address in (
-            upstream.address if first == 'hangs up' else other.getsockname(), upstream.address)]
+            upstream.address if first == 'says no' else other.getsockname(), upstream.address)]
         proxy_class = impatient(upstream_timeout_seconds=1)
         with serving(proxy_class, remoteaddr=('mx.example', 25), use_poll=use_poll,
                      timeout=0.1) as proxy, greet(proxy, HELLO) as client:
@@ -462,12 +467,13 @@ def test_upstream_that_select_could_not_wait_for_is_451(upstream, use_poll):
         assert codes(steps(client)) == '250 250 354 250'
 
 
-def test_connections_to_one_upstream_are_limited(upstream):
+def test_connections_to_one_upstream_are_limited(upstream, capfd):
     with proxy_to(upstream, impatient(upstream_connection_limit=2)) as proxy, \
             greet(proxy, HELLO) as first, greet(proxy, HELLO) as second, \
             greet(proxy, HELLO) as third:
         assert first.say(b'MAIL FROM:<a@x>') == second.say(b'MAIL FROM:<a@x>') == b'250 OK\r\n'
         assert steps(third) == [LATER, NEEDS_MAIL, NEEDS_RCPT]
+        assert '2 connections already' in capfd.readouterr().err
         assert first.say(b'QUIT') == b'221 Bye\r\n'
         assert first.rest() == b''
         assert codes(steps(third)) == '250 250 354 250'
@@ -476,13 +482,14 @@ def test_connections_to_one_upstream_are_limited(upstream):
             assert codes(steps(fourth)) == '250 250 354 250'
 
 
-def test_upstream_that_cannot_be_reached_is_451():
+def test_upstream_that_cannot_be_reached_is_451(capfd):
     with socket.socket() as unused:
         unused.bind(('127.0.0.1', 0))
         for address in unused.getsockname(), ('a' * 64 + '.example', 25):  # no name of a host
             with serving(smtpd.PureProxy, remoteaddr=address) as proxy, \
                     greet(proxy, HELLO) as client:
                 assert steps(client) == [LATER, NEEDS_MAIL, NEEDS_RCPT]
+    assert os.strerror(errno.ECONNREFUSED) in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------
@@ -708,6 +715,15 @@ def test_reply_without_an_end_is_given_up_before_its_time_is(upstream):
         assert codes(steps(client)) == '250 451 503'
 
 
+def test_urgent_octet_from_the_upstream_does_not_keep_the_loop_awake(upstream):
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
+        assert client.say(b'MAIL FROM:<a@x>') == b'250 OK\r\n'
+        upstream.sockets[0].send(b'!', socket.MSG_OOB)
+        for _ in range(3):  # turns of the loop
+            assert client.say(b'NOOP') == b'250 OK\r\n'
+        assert select.select([], [], connections_to(upstream, proxy), 0)[2] == []
+
+
 @pytest.mark.parametrize('has_poll', [True, False])
 def test_proxy_relays_where_there_is_no_poll(upstream, has_poll, monkeypatch):
     """As on Windows."""
@@ -726,10 +742,12 @@ def test_proxy_relays_where_there_is_no_poll(upstream, has_poll, monkeypatch):
 
 def test_proxy_whose_upstream_is_itself_says_so_at_once():
     for host in '127.0.0.1', '0.0.0.0':
-        with serving(smtpd.PureProxy, localaddr=(host, 0), remoteaddr=('127.0.0.1', 9)) as proxy:
+        proxy_class = variant(smtpd.PureProxy, upstream_connection_limit=1)
+        with serving(proxy_class, localaddr=(host, 0), remoteaddr=('127.0.0.1', 9)) as proxy:
             proxy._remoteaddr = '127.0.0.1', proxy.port_number
             with greet(proxy, HELLO) as client:
-                assert steps(client)[0] == '554 Error: too many hops'
+                for _ in range(2):
+                    assert steps(client)[0] == '554 Error: too many hops'
 
 
 @pytest.mark.parametrize('proxy_class', [smtpd.PureProxy, smtpd.MailmanProxy])

@@ -81,6 +81,12 @@ EQUIVALENT = {
     '_Deliveries.note: 0  ->  1': 'when it was is not read',
     '_Deliveries.note: len(self._delivered) > _MOST_DELIVERIES  ->  '
     '(len(self._delivered) >= _MOST_DELIVERIES)': 'one more or less out of 1000',
+    '_Upstream.ac_in_buffer_size: ac_in_buffer_size = 4096  ->  pass': 'slower, and no more',
+    '_Upstream.ac_in_buffer_size: 4096  ->  4097': 'any number will do',
+    '_Upstream.is_in_data: False  ->  True': 'the reply to EHLO sets it',
+    '_Upstream._resume: _resume = None  ->  pass': '_wait() and close() set it',
+    '_Upstream._deadline: _deadline = math.inf  ->  pass': '_wait() sets it',
+    "_Upstream._text: b''  ->  b'x'": 'nobody sees the text of a greeting',
     '_run: 1  ->  2': 'how often it looks at time limits',
     '_run: 1  ->  2 (2)': 'how often it looks at what has come',
     '_run: True  ->  False': 'select() does as well, below 1024',
