@@ -2524,7 +2524,7 @@ class _Upstream(_Common, asynchat.async_chat):
         if '\r' in line or '\n' in line:
             raise ValueError('a line end in %r' % line)
         return (yield from self._exchange(
-            line.encode('utf-8', 'surrogateescape') + _END_OF_LINE,
+            _as_octets(line) + _END_OF_LINE,
             seconds or self.session.proxy.upstream_command_timeout_seconds, good))
 
     def send_message(self, message):

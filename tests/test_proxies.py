@@ -693,7 +693,7 @@ def test_session_closed_while_the_name_is_looked_up_leaves_no_connection(upstrea
 @pytest.mark.parametrize('lines, last', [
     ([], b'RCPT TO:<c@x>\r\n'), ([b'DATA\r\n'], stuffed(PROXIED))], ids=['RCPT', 'message'])
 def test_word_that_comes_at_the_same_time_as_the_client_is_not_the_reply_to_it(
-        upstream, lines, last):
+        upstream, capfd, lines, last):
     def heard():
         assert turn(until=lambda: select.select([client.socket], [], [], 0)[0])
         return client.reply()[:3]
@@ -707,6 +707,7 @@ def test_word_that_comes_at_the_same_time_as_the_client_is_not_the_reply_to_it(
         client.send(last)
         upstream.sockets[-1].sendall(b'250 In advance\r\n')
         assert heard() == b'451'
+    assert 'talks unasked' in capfd.readouterr().err
 
 
 def test_reply_without_an_end_is_given_up_before_its_time_is(upstream):
@@ -1035,8 +1036,9 @@ def test_process_message_can_be_called_by_hand_without_options(upstream):
         assert reply == '550 5.1.1 No such user'
         circled = b'X-Peer: a\n' * 50
         assert proxy.process_message(PEER, 'a@x', ['b@x'], circled) == '554 Error: too many hops'
-        with pytest.raises(ValueError):
-            proxy._deliver('a@x', ['b@x>\r\nRCPT TO:<c@x'], b'')
+        for line_end in '\r', '\n':
+            with pytest.raises(ValueError, match='line end'):
+                proxy._deliver('a@x', ['b@x>%sRCPT TO:<c@x' % line_end], b'')
     assert [content for _, _, content in upstream.messages] \
         == [b'A: b\r\nX-Peer: 127.0.0.1\r\n\r\ntext\r\n'] * 2
 
