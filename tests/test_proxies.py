@@ -710,6 +710,19 @@ def test_word_that_comes_at_the_same_time_as_the_client_is_not_the_reply_to_it(
     assert 'talks unasked' in capfd.readouterr().err
 
 
+def test_rest_of_a_message_does_not_follow_its_refusal(upstream):
+    upstream.faults = {'BODY': HANG}
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
+        start_message(client, LARGE)
+        assert upstream.hangs.wait(20)
+        upstream.sockets[-1].sendall(b'552 5.3.4 Too big\r\n')
+        assert client.reply() == b'552 5.3.4 Too big\r\n'
+        upstream.release()
+        upstream.threads[1].join(20)
+        assert not upstream.threads[1].is_alive()
+    assert upstream.messages == []
+
+
 def test_reply_without_an_end_is_given_up_before_its_time_is(upstream):
     with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
         upstream.faults = {'RCPT': [ENDLESS]}
