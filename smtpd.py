@@ -2553,7 +2553,7 @@ class _Upstream(_Common, asynchat.async_chat):
         return 451 if code == 421 else code, text
 
     def quit(self):
-        if self.connected and self._resume is None and not self.is_in_data:
+        if self._resume is None and not self.is_in_data:
             self.push(b'QUIT\r\n')  # Postfix does not wait for the reply either
         self.close()
 
