@@ -2560,7 +2560,6 @@ class _Upstream(_Common, asynchat.async_chat):
     def close(self):
         """Cut the connection; a step that waits is given up."""
         self._resume = None
-        self.ac_in_buffer = b''
         super().close()
 
     def _wait(self, seconds, resume):

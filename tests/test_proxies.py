@@ -326,7 +326,7 @@ def test_one_session_upstream_for_each_session(upstream):
     ([], {}),
     ([b'MAIL FROM:<a@x>', b'RCPT TO:<b@x>', b'DATA'], {b'A: b\r\n\r\n.': b'250'}),
 ], ids=['after MAIL', 'after RCPT', 'between two messages', 'after DATA'])
-def test_upstream_that_starts_anew(upstream, lines, heard):
+def test_upstream_that_starts_anew(upstream, capfd, lines, heard):
     with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
         assert relay_message(client) == b'250 OK\r\n'
         for line in lines:
@@ -337,6 +337,8 @@ def test_upstream_that_starts_anew(upstream, lines, heard):
         assert client.say(b'RSET') == b'250 OK\r\n'
         assert codes(steps(client)) == '250 250 354 250'
     assert [each[1] for each in upstream.messages[1:-1]] == [['b@x']] * (b'DATA' in lines)
+    log = capfd.readouterr().err
+    assert log.count('closed the connection\n') == [*heard.values()].count(b'451')
 
 
 @pytest.mark.parametrize('farewell', ['421 4.3.2 Bye', CLOSE, OUR_FAULT])
@@ -420,8 +422,8 @@ def test_log_says_so_when_nobody_knows_whether_the_message_was_delivered(upstrea
         assert client.say(b'RSET') == b'250 OK\r\n'
     assert re.findall('^error: .*sender@example.com: (.*?):', capfd.readouterr().err, re.M) == [
         'lost after the final dot']
-    upstream.faults = {'BODY': CLOSE}
-    with proxy_to(upstream, impatient()) as proxy:
+    upstream.faults = {'BODY': HANG}
+    with proxy_to(upstream, impatient(upstream_final_timeout_seconds=60)) as proxy:
         assert post(proxy, LARGE).startswith(b'451 ')
     assert 'final dot' not in capfd.readouterr().err
 
@@ -511,7 +513,7 @@ def test_client_that_goes_away_ends_the_session_upstream(upstream, sent, leave):
         upstream.threads[1].join(20)
         assert not upstream.threads[1].is_alive()
     assert upstream.messages == upstream.torn == []
-    assert bool(upstream.verbs(b'QUIT')) == (sent < 3)
+    assert bool(upstream.verbs(b'QUIT\r\n')) == (sent < 3)
 
 
 @pytest.mark.parametrize('sent', [0, 1, 2, 3, 4])
@@ -708,6 +710,15 @@ def test_word_that_comes_at_the_same_time_as_the_client_is_not_the_reply_to_it(
         upstream.sockets[-1].sendall(b'250 In advance\r\n')
         assert heard() == b'451'
     assert 'talks unasked' in capfd.readouterr().err
+
+
+def test_upstream_of_which_nothing_is_asked_may_be_silent(upstream, clock):
+    proxy_class = variant(smtpd.PureProxy, upstream_command_timeout_seconds=100)
+    with proxy_to(upstream, proxy_class) as proxy, greet(proxy, HELLO) as client:
+        assert client.say(b'MAIL FROM:<a@x>') == b'250 OK\r\n'
+        clock.seconds += 200
+        for line in b'NOOP', b'NOOP', b'NOOP', b'RCPT TO:<b@x>':
+            assert client.say(line) == b'250 OK\r\n'
 
 
 def test_rest_of_a_message_does_not_follow_its_refusal(upstream):

@@ -88,6 +88,9 @@ EQUIVALENT = {
     '_Upstream._deadline: _deadline = math.inf  ->  pass': '_wait() sets it',
     "_Upstream._text: b''  ->  b'x'": 'nobody sees the text of a greeting',
     "_Upstream._exchange: 'out of step: '  ->  'out of step:'": 'a blank in the log',
+    '_Upstream._wait: self.initiate_send()  ->  pass': 'the loop sends it, a turn later',
+    '_Upstream.readable: time.monotonic() > self._deadline  ->  '
+    '(time.monotonic() >= self._deadline)': 'nobody hits the very moment',
     '_run: 1  ->  2': 'how often it looks at time limits',
     '_run: 1  ->  2 (2)': 'how often it looks at what has come',
     '_run: True  ->  False': 'select() does as well, below 1024',
