@@ -734,10 +734,21 @@ def test_rest_of_a_message_does_not_follow_its_refusal(upstream):
     assert upstream.messages == []
 
 
-def test_reply_without_an_end_is_given_up_before_its_time_is(upstream):
+def test_reply_without_an_end_is_given_up_before_its_time_is(upstream, capfd):
     with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
         upstream.faults = {'RCPT': [ENDLESS]}
         assert codes(steps(client)) == '250 451 503'
+    assert 'without an end\n' in capfd.readouterr().err
+
+
+def test_half_a_line_unasked_is_not_the_beginning_of_the_next_reply(upstream):
+    upstream.refused = {'b@x': '550 No'}
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
+        assert client.say(b'MAIL FROM:<a@x>') == b'250 OK\r\n'
+        upstream.sockets[0].sendall(b'250 ')
+        for _ in range(3):  # turns of the loop
+            assert client.say(b'NOOP') == b'250 OK\r\n'
+        assert client.say(b'RCPT TO:<b@x>')[:3] == b'451'
 
 
 def test_urgent_octet_from_the_upstream_does_not_keep_the_loop_awake(upstream):

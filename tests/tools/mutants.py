@@ -91,6 +91,10 @@ EQUIVALENT = {
     '_Upstream._wait: self.initiate_send()  ->  pass': 'the loop sends it, a turn later',
     '_Upstream.readable: time.monotonic() > self._deadline  ->  '
     '(time.monotonic() >= self._deadline)': 'nobody hits the very moment',
+    '_Upstream.collect_incoming_data: '
+    'len(self._line) + len(self._text) > _MOST_OF_A_REPLY  ->  '
+    '(len(self._line) + len(self._text) >= _MOST_OF_A_REPLY)': 'one octet more or less',
+    '_Upstream.found_terminator: 100  ->  101': 'one octet more in the log',
     '_run: 1  ->  2': 'how often it looks at time limits',
     '_run: 1  ->  2 (2)': 'how often it looks at what has come',
     '_run: True  ->  False': 'select() does as well, below 1024',
