@@ -2523,9 +2523,9 @@ class _Upstream(_Common, asynchat.async_chat):
         """Send a command; return the reply, a good one or a refusal."""
         if '\r' in line or '\n' in line:
             raise ValueError('a line end in %r' % line)
-        return (yield from self._exchange(
+        return self._exchange(
             _as_octets(line) + _END_OF_LINE,
-            seconds or self.session.proxy.upstream_command_timeout_seconds, good))
+            seconds or self.session.proxy.upstream_command_timeout_seconds, good)
 
     def send_message(self, message):
         """Send the message, after DATA; return the reply to it."""
