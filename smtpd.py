@@ -2543,7 +2543,7 @@ class _Upstream(_Common, asynchat.async_chat):
     def _exchange(self, octets, seconds, good=range(200, 300)):
         self.producer_fifo.append(octets)  # asynchat sends at most 64 KB at once
         if self.ac_in_buffer or _peek(self.socket) is not None:
-            raise ConnectionError('talks unasked')
+            raise ConnectionError('talks unasked, or has closed')
         code, text = yield functools.partial(self._wait, seconds)
         if code < 400 and (code not in good or self.producer_fifo) or code == 503:  # our fault
             raise ConnectionError('out of step: ' + _reply_text((code, text)))

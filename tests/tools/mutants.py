@@ -94,6 +94,8 @@ EQUIVALENT = {
     '_Upstream.collect_incoming_data: '
     'len(self._line) + len(self._text) > _MOST_OF_A_REPLY  ->  '
     '(len(self._line) + len(self._text) >= _MOST_OF_A_REPLY)': 'one octet more or less',
+    '_Upstream.handle_close: time.monotonic() > self._deadline  ->  '
+    '(time.monotonic() >= self._deadline)': 'nobody hits the very moment',
     '_Upstream.found_terminator: 100  ->  101': 'one octet more in the log',
     '_run: 1  ->  2': 'how often it looks at time limits',
     '_run: 1  ->  2 (2)': 'how often it looks at what has come',
