@@ -1090,8 +1090,9 @@ class SMTPChannel(_Common, asynchat.async_chat):
                           'error')
             lines = ['451 Internal confusion']
         for line in lines:
-            self.push(line.encode('utf-8', 'replace')
-                      if takes_utf8 and isinstance(line, str) else line)
+            if takes_utf8 and isinstance(line, str) and not line.isascii():
+                line = line.encode('utf-8', 'replace')
+            self.push(line)
 
     def _is_relayed(self):
         """Whether a proxy's upstream has agreed to the transaction as it stands now."""
