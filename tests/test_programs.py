@@ -38,9 +38,9 @@ def ours():
         yield worker
 
 
-def a_program(client, *, attributes=None, server=None, **methods):
+def a_program(client, *, attributes=None, **methods):
     """One that the client sends these lines to; a method's body is given as a string."""
-    return {**programs.EMPTY_PROGRAM, 'attributes': attributes or {}, 'server': server or {},
+    return {**programs.EMPTY_PROGRAM, 'attributes': attributes or {},
             'methods': {name: [body] for name, body in methods.items()},
             'client': [['feed', each] if isinstance(each, str) else each for each in client]}
 
@@ -60,10 +60,6 @@ KNOWN_PROGRAMS = {
     'a command that ends the session and falls through': (
         a_program(['XFOO\r\n'], smtp_XFOO="self.smtp_QUIT(0)\nself.push('500 not sent')"),
         ('221 Bye|', True)),
-    'a push() that closes after an error': (
-        a_program(['BAD\r\nNOOP\r\n'],
-                  push="super().push(msg)\nif msg[:1] == '5':\n    self.close()"),
-        ('500 Error: command "BAD" not recognized|', True)),
     'STARTTLS that makes the transport anew': (
         a_program(['STARTTLS\r\nNOOP\r\n'], found_terminator=programs.COPIED_FOUND_TERMINATOR,
                   smtp_STARTTLS="self.push('220 ready')\n"
@@ -79,17 +75,6 @@ KNOWN_PROGRAMS = {
         ('', True)),
     'a get_terminator() that raises': (
         a_program(['NOOP\r\n'], get_terminator="raise ValueError('x')"), ('', True)),
-    'a handle_error() of its own': (
-        a_program(['XFOO\r\n'], smtp_XFOO="raise ValueError('x')",
-                  handle_error="self.push('554 my own words')"),
-        ('554 my own words|', False)),
-    'state of its own in _set_rset_state()': (
-        a_program(['XFOO\r\n'], _set_rset_state='super()._set_rset_state()\nself.mine = []',
-                  smtp_XFOO="self.push('250 %r' % self.mine)"),
-        ('250 []|', False)),
-    'a command that answers and then raises': (
-        a_program(['XFOO\r\nNOOP\r\n'], smtp_XFOO="self.push('250 ok')\nraise ValueError('x')"),
-        ('250 ok|', True)),
     'a get_terminator() that drops the input': (
         a_program(['NOOP\r\n', 'NOOP\r\n'], get_terminator='if once("it"):\n'
                   '    self.discard_buffers()\nreturn self.terminator'),
@@ -151,29 +136,3 @@ def test_generated_programs_behave_alike(old, ours):
             faults.append('--show %d' % seed)
             print(compare_programs.shown_case(case))
     assert not faults
-
-
-# Rows of the table that are a promise: what the client got, and what it gets.
-PROMISES = {
-    'nothing is executed after close_when_done()': (
-        a_program(['QUIT\r\nXFOO\r\n'], smtp_XFOO='self.socket.send(b"too late")'),
-        ('221 Bye|too late', True), ('221 Bye|', True)),
-    'nothing is executed after close()': (
-        a_program(['XFOO\r\nXFOO\r\n'],
-                  smtp_XFOO="self.close()\nworld.add_text('sent', 'closed')"),
-        ('closedclosed', True), ('closed', True)),
-    'a command that fails gets 451': (
-        a_program(['XFOO\r\nNOOP\r\n'], smtp_XFOO="raise ValueError('x')"),
-        ('', True), ('451 Internal confusion|250 OK|', False)),
-    'text as a terminator': (
-        a_program(['XFOO\r\nNOOP\r\n'],
-                  smtp_XFOO="self.set_terminator('\\r\\n')\nself.push('250 ok')"),
-        ('250 ok|', True), ('250 ok|250 OK|', False)),
-}
-
-
-@pytest.mark.parametrize('name', PROMISES)
-def test_what_is_better_than_it_was(name, old, ours):
-    program, before, now = PROMISES[name]
-    assert octets_sent(old.run(program)) == before
-    assert octets_sent(ours.run(program)) == now
