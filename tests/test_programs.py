@@ -57,19 +57,6 @@ EHLO = '250-mx.example|250-SIZE 33554432|250-8BITMIME|250 HELP|'
 
 # What real programs do, and what their clients got of the old module.
 KNOWN_PROGRAMS = {
-    'a command that ends the session and falls through': (
-        a_program(['XFOO\r\n'], smtp_XFOO="self.smtp_QUIT(0)\nself.push('500 not sent')"),
-        ('221 Bye|', True)),
-    'STARTTLS that makes the transport anew': (
-        a_program(['STARTTLS\r\nNOOP\r\n'], found_terminator=programs.COPIED_FOUND_TERMINATOR,
-                  smtp_STARTTLS="self.push('220 ready')\n"
-                  'asynchat.async_chat.__init__(self, self.conn, self._map)'),
-        ('220 ready|', False)),
-    'a long answer in a state of its own': (
-        a_program(['EHLO x\r\n', 'AUTH\r\n', 'A' * 1500 + '\r\n', 'MAIL FROM:<a@b>\r\n'],
-                  smtp_AUTH="self.smtp_state = 99\nself.push('334 go on')",
-                  found_terminator=programs.OWN_DIALOGUE + '\nsuper().found_terminator()'),
-        (EHLO + '334 go on|235 1500|250 OK|', False)),
     'a terminator that is text': (
         a_program(['NOOP\r\n'], __init__="super().__init__(*args)\nself.terminator = 'XX'"),
         ('', True)),
