@@ -247,6 +247,9 @@ for worker in workers:
                 start_message(client)
             for client in clients:
                 assert client.reply().startswith(b'250 of')
+        assert clients[0].say(b'XCLOSE') == OK  # in its worker
+        assert all(is_served(address) for _ in range(10))
+        assert relay_message(clients[0]).startswith(b'250 of')
         process.communicate()
 
 
