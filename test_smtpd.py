@@ -1976,6 +1976,40 @@ class TestHooks:
         assert [text.count(b'451 Internal confusion') for text in plain[0]] == [1, 1, 1, 1]
         assert len(plain[1]) == 8
 
+    @in_map_and_selector
+    @pytest.mark.parametrize('is_patched', [False, True], ids=['a mixin', 'patched'])
+    @pytest.mark.parametrize('hook', '''close handle_close handle_read readable log_info
+        handle_error initiate_send send recv'''.split())
+    def test_a_hook_of_asyncore_or_asynchat_is_called(
+            self, hook, is_patched, monkeypatch, capsys):
+        """In a mixin after SMTPChannel, or patched into their class, as zope.server does."""
+        def method(self, *args, **kwargs):
+            calls.append(type(self))
+            return inherited(self, *args, **kwargs)
+
+        calls = []
+        owner = next(each for each in asynchat.async_chat.__mro__ if hook in vars(each))
+        inherited = vars(owner)[hook]
+        bases = smtpd.SMTPChannel,
+        if is_patched:
+            monkeypatch.setattr(owner, hook, method)
+        else:
+            bases += type('Mixin', (owner,), {hook: method}),
+        channel_class = type('Channel', bases, {'smtp_XFAIL': fail})
+        with serving(variant(channel_class=channel_class)) as server, greet(server) as client:
+            client.send(b'XFAIL\r\nQUIT\r\n')
+            client.rest()
+        assert channel_class in calls
+
+    @pytest.mark.parametrize('hook', ['close', 'log_info', 'handle_error'])
+    def test_a_hook_in_a_mixin_after_the_server_is_called(self, hook, capsys):
+        calls = []
+        mixin = counting(asyncore.dispatcher, hook, calls)
+        server_class = type('Server', (RecordingServer, mixin), {'channel_class': fail})
+        with serving(server_class) as server, RawClient(server) as client:
+            assert client.rest() == b''
+        assert calls
+
 
 class TestProgramsOnASocket:
     @in_map_and_selector

@@ -265,7 +265,7 @@ def asks_for_the_end(case):
 def has_ended(case):
     """Ours has ended the session, or would have but for the program or a full socket."""
     return (['closed'] in case.new or case.program['room'] is not None
-            or re.search('del_channel|fifo.clear|discard_buffers', case.source) is not None
+            or re.search('fifo.clear|discard_buffers', case.source) is not None
             or case.overrides('handle_close', 'close', 'initiate_send', 'writable',
                               'handle_write', 'handle_write_event'))
 
@@ -278,8 +278,8 @@ def stops_at_close_when_done(case):
     if case.overrides('handle_write_event', 'handle_read_event'):  # it may push
         harmless.add('push')
     return (asks_for_the_end(case) and has_ended(case) and is_quiet(
-        [event for event in until_close(case.new_rest) if event[0] not in harmless
-         and not (event[0] == 'error' and event in case.old_rest)])
+        [event for event in until_close(case.new_rest)
+         if event[0] not in harmless and event not in case.old_rest])
         and not any(event[0] in INPUT for event in case.new_rest))
 
 
@@ -296,6 +296,13 @@ def collects_less(case):
             and ('received_lines' not in case.state_differs_in()
                  or case.seen('received_lines')[1] == "'(none)'")
             and case.seen('ac_in_buffer')[1] == "b''")
+
+
+def dropped_input_after_the_end(case):
+    """The program has kept the session open after close_when_done(): the input was dropped."""
+    return case.overrides('close', 'handle_close') and any(
+        ', None)' in event[1].get('producer_fifo', '')
+        for event in case.old[:case.at] if event[0] == 'state')
 
 
 def old_never_ends(case):
@@ -356,7 +363,7 @@ def control_character(case):
             return True  # the socket is full
     in_arguments = ('\\r\\n' in case.seen('received_lines')[1]
                     and '501 Syntax: RCPT' in new and '555 RCPT' in old)
-    return in_arguments or '500 Error: bad syntax' in new and '500 Error: bad syntax' not in old
+    return in_arguments or new.count('500 Error: bad syntax') > old.count('500 Error: bad syntax')
 
 
 def piece_in_another_form(case):
@@ -405,9 +412,10 @@ def begun_anew(case):
 
 def gone_already(case):
     """A connection that is closed while the channel is made is no error."""
-    return (case.old_rest[0] in (['start raised', 'OSError'], ['error', 'OSError'])
+    return (any(event in (['start raised', 'OSError'], ['error', 'OSError'])
+                for event in case.old_rest[:2])
             and ['closed'] in case.new[:case.at]
-            and 'OSError' not in str(case.new_rest[0]))
+            and 'OSError' not in str(case.new_rest[:2]))
 
 
 NOT_COMPARED = 'not compared: the old module never comes to rest'
@@ -439,7 +447,8 @@ ALLOWED = [
             [(buffer_is_emptied, without_state('ac_in_buffer')), (stops_at_close, None)]),
     Allowed('nothing is executed after close_when_done()',
             [(collects_less, without_state('received_lines', 'num_bytes', 'ac_in_buffer')),
-             (stops_at_close_when_done, None)]),
+             (stops_at_close_when_done, None),
+             (dropped_input_after_the_end, None)]),
     Allowed('what waits is sent before the end', [(sends_before_it_closes, None)]),
     Allowed('control characters in a command are refused, a bare LF may end it',
             [(control_character, None)]),

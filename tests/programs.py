@@ -632,7 +632,7 @@ REPLIES = ["self.push('250 ok')", "self.push('250 ok')",
            "self.producer_fifo.append(b'250 queued\\r\\n')"]
 ENDS = ['self.close()', 'self.close_when_done()', 'self.handle_close()', 'self.smtp_QUIT(0)',
         'self.smtp_QUIT(None)', 'self.socket.close()', 'self.conn.close()',
-        'self.del_channel()', 'asynchat.async_chat.close(self)']
+        'asynchat.async_chat.close(self)']
 CALLS = ['self.smtp_NOOP(None)', 'self.smtp_RSET(None)', "self.smtp_EHLO('inner')",
          "self.smtp_MAIL('FROM:<in@x>')", "self.smtp_RCPT('TO:<in@x>')", 'self.smtp_DATA(None)',
          'self.initiate_send()', 'self.discard_buffers()',
@@ -851,7 +851,8 @@ def hook_body(name, dice, number=0):
     if name in SPECIAL_METHODS and (dice.chance(.5) or name == '__getattr__'):
         body = dice.one_of(SPECIAL_METHODS[name]).format(base=call, call=call)
         return [body] if name == '__getattr__' or dice.chance(.7) else [*actions[:1], body]
-    place = dice.number(0, len(actions))
+    # After it the session may be over, and ours closes it at once.
+    place = len(actions) if name.startswith('handle_read') else dice.number(0, len(actions))
     if dice.chance(.07):
         return actions
     if name in RETURNS:

@@ -1,5 +1,4 @@
 """Channels: limits met exactly, and what seldom happens."""
-import asynchat
 import asyncore
 import collections
 import contextlib
@@ -325,14 +324,6 @@ def test_a_session_that_the_program_closes_while_its_handler_runs(capsys):
             again.send(ONE_MESSAGE)
             assert read_replies(again, 5).endswith(b'250 OK\r\n')
     assert capsys.readouterr() == ('', '')
-
-
-def test_what_is_patched_into_asynchat_reads(monkeypatch):
-    handle_read = unittest.mock.Mock(side_effect=asynchat.async_chat.handle_read)
-    monkeypatch.setattr(asynchat.async_chat, 'handle_read', lambda self: handle_read(self))
-    channel = make_channel()
-    assert feed(channel, b'NOOP\r\n') == b'250 OK\r\n'
-    handle_read.assert_called_once_with(channel)
 
 
 @contextlib.contextmanager

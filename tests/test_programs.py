@@ -4,7 +4,6 @@ Up to Python 3.11 the old module is this Python's own; later ones have none, and
 python3.11's.
 """
 
-import asyncore
 import os
 import shutil
 import sys
@@ -13,7 +12,7 @@ import pytest
 
 import smtpd
 from tests import compare_programs, programs
-from tests.support import BANNER, RawClient, missing, serving, variant
+from tests.support import missing
 
 PROGRAMS = 1000
 
@@ -122,34 +121,6 @@ def test_a_copied_init_need_not_know_of_recipients(ours):
                         'self.seen_greeting = "x"\nself.set_terminator(b"\\r\\n")')
     assert ours.run(program)[-1][0] == 'state'
     assert '250 OK' in str(ours.run(program))
-
-
-class Mixin(asyncore.dispatcher):
-    def handle_error(self):
-        self.smtp_server.failed = True
-        self.close()
-
-
-class ChannelAndMixin(smtpd.SMTPChannel, Mixin):
-    def smtp_NOOP(self, arg):
-        raise ValueError
-
-
-class Stillborn(smtpd.SMTPChannel):
-    def __init__(self, server, *args):
-        server.failed = True
-        raise ValueError
-
-
-@pytest.mark.parametrize('channel_class', [ChannelAndMixin, Stillborn])
-def test_channel_that_fails_in_its_own_way_ends_alone(channel_class):
-    with serving(variant(channel_class=channel_class)) as server:
-        for _ in range(2):
-            with RawClient(server) as client:
-                if client.reply() == BANNER:
-                    client.send(b'NOOP\r\n')
-                assert client.rest() == b''
-            assert server.failed
 
 
 def test_generated_programs_behave_alike(old, ours):
