@@ -580,6 +580,12 @@ def missing(what):
     pytest.skip('missing: ' + what)
 
 
+def python_of(version):
+    variable = 'PYSMTPD_TEST_PYTHON' + version.replace('.', '')
+    python = os.environ.get(variable) or shutil.which('python' + version)
+    return python or missing('python%s (or its path in %s)' % (version, variable))
+
+
 # ---------------------------------------------------------------------------------------------
 # A server that misbehaves on purpose
 

@@ -5,30 +5,22 @@ python3.11's.
 """
 
 import os
-import shutil
 import sys
 
 import pytest
 
 import smtpd
 from tests import compare_programs, programs
-from tests.support import missing
+from tests.support import python_of
 
 PROGRAMS = 1000
 
 
-def old_python():
-    if sys.version_info < (3, 12):  # Breakpoint: 3.12
-        return sys.executable
-    python = os.environ.get('PYSMTPD_TEST_PYTHON311') or shutil.which('python3.11')
-    if not python:
-        missing('python3.11 (or its path in PYSMTPD_TEST_PYTHON311)')
-    return python
-
-
 @pytest.fixture(scope='module')
 def old():
-    with programs.Worker(old_python()) as worker:
+    # Breakpoint: 3.12.
+    python = sys.executable if sys.version_info < (3, 12) else python_of('3.11')
+    with programs.Worker(python) as worker:
         yield worker
 
 

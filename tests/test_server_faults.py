@@ -194,18 +194,6 @@ class Own(smtpd.MailmanProxy):
     assert [recipients for _, recipients, _ in upstream.messages] == [['a@x'], ['b@x']]
 
 
-def test_a_log_info_that_is_patched_into_asyncore_gets_the_log(monkeypatch, capsys):
-    """As zope.server does."""
-    logged = []
-    monkeypatch.setattr(asyncore.dispatcher, 'log_info',
-                        lambda self, message, type='info': logged.append((message, type)))
-    with contextlib.closing(RecordingServer(map={})) as server:
-        server.log_info('of the server')
-    channel_with().log_info('of a channel', 'error')
-    assert logged == [('of the server', 'info'), ('of a channel', 'error')]
-    assert capsys.readouterr() == ('', '')
-
-
 class Untold(Exception):
     def __str__(self):
         raise ValueError
