@@ -51,7 +51,6 @@ from tests.support import (
     TRANSACTION_ANSWERED,
     FakeConnection,
     HookedChannel,
-    LMTPServer,
     RawClient,
     RecordingServer,
     StubServer,
@@ -1053,20 +1052,6 @@ class TestSession:
         assert feed(channel, b'poison', b'\r\nNOOP\r\n.\r\n') == b''
         assert channel.conn.closed and channel.smtp_server.messages == []
         assert error.__name__ in capsys.readouterr().err
-
-    def test_memory_that_ends_in_mid_message_ends_the_session(self, monkeypatch, capsys):
-        """The rest of the data would be taken for commands."""
-        class ShortOfMemory(io.BytesIO):
-            def write(self, octets):
-                if len(self.getvalue()) + len(octets) > 100:
-                    raise MemoryError
-                return super().write(octets)
-
-        monkeypatch.setattr(smtpd, 'io', types.SimpleNamespace(BytesIO=ShortOfMemory))
-        channel = make_channel()
-        feed(channel, TO_DATA)
-        assert feed(channel, b'first\r\n', b'y' * 120, b'\r\nforged\r\n.\r\n') == b''
-        assert channel.conn.closed and channel.smtp_server.messages == []
 
     def test_each_channel_has_its_own_command_size_limits(self):
         extended, plain = make_channel(), make_channel()
@@ -2075,21 +2060,6 @@ class TestProgramsOnASocket:
         with serving(variant(channel_class=make)) as server:
             assert is_served(server)
 
-    def test_an_lmtp_server_built_from_the_parts(self, tmp_path):
-        sockets, path = {}, str(tmp_path / 'lmtp')
-        server = LMTPServer(path, sockets)
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(path)
-            client.sendall(ONE_MESSAGE.replace(b'HELO', b'LHLO') + b'QUIT\r\n')
-            received = b''
-            while not received.endswith(b'221 Bye\r\n'):
-                asyncore.loop(timeout=1, map=sockets, count=1)
-                if select.select([client], [], [], 0)[0]:
-                    received += client.recv(9999)
-        server.close()
-        assert received == BANNER + ANSWERED + b'221 Bye\r\n'
-        assert server.messages == [('a@b', ['c@d'], b'text')]
-
     def test_a_server_that_is_a_thread_too(self):
         class Server(threading.Thread, RecordingServer):
             def __init__(self):
@@ -2182,20 +2152,6 @@ class TestSmtplib:
             assert (mailfrom, rcpttos) == ('\xfc@b.example', ['to@example.org'])
             assert {'BODY=8BITMIME', 'SMTPUTF8'} < set(keywords['mail_options'])
             assert 'caf\xe9' in data.decode()
-
-    def test_a_message_that_is_too_large(self):
-        with serving(data_size_limit=1000) as server:
-            with smtp_client(server) as client:
-                with pytest.raises(smtplib.SMTPSenderRefused) as refused:
-                    client.sendmail('a@b', 'c@d', 'x' * 2000)
-                assert refused.value.smtp_code == 552
-                client.helo()
-            with smtp_client(server) as client:
-                client.helo()
-                with pytest.raises(smtplib.SMTPDataError) as refused:
-                    client.sendmail('a@b', 'c@d', 'x' * 2000)
-                assert refused.value.smtp_code == 552
-                assert client.sendmail('a@b', 'c@d', 'x' * 900) == {}
 
 
 def email_message(sender, text):

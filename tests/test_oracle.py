@@ -3,7 +3,6 @@
 Breakpoint: 3.12. From there on it has none.
 """
 import asyncore
-import contextlib
 import importlib.util
 import io
 import itertools
@@ -482,28 +481,6 @@ def test_data_are_taken_as_by_the_old_module(old_module, options):
     cuts=st.none() | st.lists(st.floats(0, 1), max_size=8))
 def test_dialogues_are_as_with_the_old_module(old_module, steps, replies, limit, mode, cuts):
     compare(old_module, steps, replies, {**limit, **mode}, cuts)
-
-
-@settings(max_examples=500)
-@given(
-    data=st.lists(st.sampled_from(
-        ['', 'X: y', 'text', "it's", '\t', '\\', '.', '"\'', '\xe9', '\x1b', '\r', ' '])).map(
-            '\n'.join),
-    mail_options=st.sampled_from([None, [], ['SIZE=5'], ['BODY=8BITMIME', 'SMTPUTF8']]),
-    octets=st.booleans())
-def test_debugging_server_prints_as_the_old_one(old_module, data, mail_options, octets):
-    printed = []
-    for module in (old_module, smtpd):
-        server = module.DebuggingServer.__new__(module.DebuggingServer)
-        keywords = {} if mail_options is None else {
-            'mail_options': mail_options, 'rcpt_options': []}
-        stdout = io.TextIOWrapper(io.BytesIO(), 'utf-8', newline='\n')
-        with contextlib.redirect_stdout(stdout):
-            server.process_message(
-                PEER, 'a@b', ['c@d'], data.encode() if octets else data, **keywords)
-        stdout.flush()
-        printed.append(stdout.buffer.getvalue())
-    assert printed[1] == printed[0]
 
 
 @pytest.mark.parametrize('options', MODES, ids=str)

@@ -18,6 +18,7 @@ import pytest
 import smtpd
 from tests import support
 from tests.support import (
+    ANSWERED,
     BANNER,
     HELLO,
     ONE_MESSAGE,
@@ -27,6 +28,7 @@ from tests.support import (
     FakeConnection,
     RawClient,
     RecordingServer,
+    StubServer,
     WaitingServer,
     channel_with,
     channels_of,
@@ -419,6 +421,7 @@ class Given(RecordingServer):
     """Its `listener` was made elsewhere, as systemd hands one in."""
 
     def __init__(self, *args, map):
+        StubServer.__init__(self)
         asyncore.dispatcher.__init__(self, map=map)
         self.set_socket(self.listener)
         self.accepting = True
@@ -534,6 +537,22 @@ def test_two_threads_push_to_one_session_whose_client_does_not_read(monkeypatch)
 
 # ---------------------------------------------------------------------------------------------
 # Listeners that are not ours
+
+@in_map_and_selector
+@pytest.mark.skipif(not hasattr(socket, 'AF_UNIX'), reason='no AF_UNIX here')
+def test_an_lmtp_server_on_a_path(tmp_path):
+    channel = {'smtp_LHLO': smtpd.SMTPChannel.smtp_HELO}
+    path = str(tmp_path / 'lmtp')
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(path)
+        listener.listen()
+        client.connect(path)
+        with turning(variant(Given, channel, listener=listener.dup())) as (server, turn):
+            client.sendall(ONE_MESSAGE.replace(b'HELO', b'LHLO') + b'QUIT\r\n')
+            assert turn(until=lambda: server.messages and not channels_of(server))
+            assert client.makefile('rb').read() == BANNER + ANSWERED + b'221 Bye\r\n'
+            assert server.messages[0][:4] == ('', 'a@b', ['c@d'], b'text')
+
 
 @in_map_and_selector
 def test_a_listener_that_blocks_is_accepted_from_once_an_event():
