@@ -4,7 +4,6 @@ Breakpoint: 3.12. From there on it has none.
 """
 import asyncore
 import importlib.util
-import io
 import itertools
 import os
 import re
@@ -271,8 +270,6 @@ GREETING = Step(b'EHLO x')
 SENDER_STEP = Step(b'MAIL FROM:<a@b>')
 RECIPIENT_STEP = Step(b'RCPT TO:<c@d>')
 OLD_TRANSACTION = [GREETING, SENDER_STEP, RECIPIENT_STEP]
-WHOLE_TRANSACTION = (
-    b'EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nSubject: x\r\n\r\nText.\r\n.\r\n')
 
 DIFFERENCES = {  # which ones, and why we differ
     command_that_ended_the_session: 'every command gets an answer',
@@ -481,15 +478,3 @@ def test_data_are_taken_as_by_the_old_module(old_module, options):
     cuts=st.none() | st.lists(st.floats(0, 1), max_size=8))
 def test_dialogues_are_as_with_the_old_module(old_module, steps, replies, limit, mode, cuts):
     compare(old_module, steps, replies, {**limit, **mode}, cuts)
-
-
-@pytest.mark.parametrize('options', MODES, ids=str)
-def test_debug_stream_gets_what_the_old_module_writes(old_module, options, monkeypatch):
-    octets = (WHOLE_TRANSACTION + b'HELP x\r\nFOO\r\nMAIL\r\nVRFY a\r\nMAIL FROM:<a@b> X=Y\r\n'
-              b'MAIL FROM:<a@b> SIZE=1\r\nRCPT TO:<c@d>\r\nRCPT TO:<e@f>\r\nRSET\r\nQUIT\r\n')
-    texts = []
-    for module in (old_module, smtpd):
-        monkeypatch.setattr(module, 'DEBUGSTREAM', io.StringIO())
-        Session(module, **options).take(octets)
-        texts.append(module.DEBUGSTREAM.getvalue())
-    assert texts[1] == texts[0] != ''

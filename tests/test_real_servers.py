@@ -5,6 +5,7 @@ PYSMTPD_TEST_MAILMAN names a virtual environment that has Mailman 3.
 import contextlib
 import email
 import os
+import pickle
 import re
 import shutil
 import smtplib
@@ -303,10 +304,14 @@ class: mailman.database.sqlite.SQLiteDatabase
 url: sqlite:///{home}/mailman.db
 '''
     READ = '''
-import pickle, sys
-with open(sys.argv[1], 'rb') as file:
-    message, data = pickle.load(file), pickle.load(file)
-sys.stdout.buffer.write(data['listid'].encode() + b'\\n' + message.as_bytes())
+import glob, os, pickle, sys
+found = []
+for path in sorted(glob.glob(sys.argv[1] + '/*.pck')):
+    with open(path, 'rb') as file:
+        message, data = pickle.load(file), pickle.load(file)
+    found.append((data['listid'], message.as_bytes()))
+    os.unlink(path)
+pickle.dump(found, sys.stdout.buffer)
 '''
 
     def __init__(self, home, environment, port):
@@ -335,16 +340,11 @@ sys.stdout.buffer.write(data['listid'].encode() + b'\\n' + message.as_bytes())
 
     def take(self, queue):
         """Take the messages out of a queue: (list id, message)."""
-        messages = []
         directory = os.path.join(self.home, 'var', 'queue', queue)
-        for name in sorted(os.listdir(directory)):
-            path = os.path.join(directory, name)
-            done = subprocess.run([os.path.join(self.programs, 'python'), '-c', self.READ, path],
-                                  env=clean_environment(), capture_output=True, timeout=120)
-            os.unlink(path)
-            list_id, _, message = done.stdout.partition(b'\n')
-            messages.append((list_id.decode(), email.message_from_bytes(message)))
-        return messages
+        done = subprocess.run([os.path.join(self.programs, 'python'), '-c', self.READ, directory],
+                              env=clean_environment(), capture_output=True, timeout=600)
+        return [(list_id, email.message_from_bytes(octets))
+                for list_id, octets in pickle.loads(done.stdout)]
 
 
 @contextlib.contextmanager
