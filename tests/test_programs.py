@@ -63,12 +63,6 @@ KNOWN_PROGRAMS = {
                   get_terminator='if self.received_lines:\n'
                   "    self.push('354 %d' % len(self.received_lines))\nreturn self.terminator"),
         (EHLO + '250 OK|250 OK|354 End data with <CR><LF>.<CR><LF>|354 1|354 2|250 OK|', False)),
-    'the same, set on the channel': (
-        a_program([*MESSAGE[:4], 'one', 'two', '\r\n.\r\n'],
-                  __init__='super().__init__(*args)\nself.get_terminator = self.look',
-                  look='if self.received_lines:\n'
-                  "    self.push('354 %d' % len(self.received_lines))\nreturn self.terminator"),
-        (EHLO + '250 OK|250 OK|354 End data with <CR><LF>.<CR><LF>|354 1|354 2|250 OK|', False)),
     'push() and send() by turns': (
         a_program(['EHLO x\r\n'], push="super().push(msg)\nself.send(b'(sent)')"),
         ('(sent)250-mx.example|(sent)250-SIZE 33554432|(sent)250-8BITMIME|(sent)250 HELP|(sent)',
@@ -91,8 +85,8 @@ def test_a_limit_that_is_none_never_hangs_a_session(old, ours):
 
 @pytest.mark.parametrize('program', [
     a_program(['XFOO\r\nNOOP\r\n'], smtp_XFOO='self.connected = False'),
-    {**a_program([['eof'], ['room', 1000]], close_when_done='pass'), 'room': 10},
-], ids=['that is not connected any more', 'whose client has ended and does not read'])
+    a_program([['eof']], close_when_done='pass'),
+], ids=['that is not connected any more', 'whose client has ended'])
 def test_no_channel_keeps_the_loop_busy(program, ours):
     trace = ours.run(program)
     assert ['busy'] not in trace

@@ -22,7 +22,6 @@ from tests.support import (
     OTHER_NAMES,
     OTHERS,
     PROXIED,
-    RECIPIENT,
     clean_environment,
     find_tool,
     greet,
@@ -32,7 +31,6 @@ from tests.support import (
     missing,
     post,
     proxy_to,
-    relay_message,
     running,
     running_server,
     serving,
@@ -246,19 +244,6 @@ def test_each_recipient_hears_what_a_real_postfix_says(postfix):
     assert_queue_stays_empty(postfix)
 
 
-@pytest.mark.real
-@pytest.mark.slow
-def test_postfix_that_is_stopped_is_451_and_the_retry_arrives():
-    with running_postfix() as postfix, proxy_to(postfix) as proxy, greet(proxy, HELLO) as client:
-        assert relay_message(client).startswith(b'250 ')
-        postfix.kill()
-        assert client.say(b'MAIL FROM:<a@example.com>') == b'451 Upstream not available\r\n'
-        postfix.start()
-        assert relay_message(client).startswith(b'250 ')
-        assert postfix.receive(2) == [
-            ('sender@example.com', 'rcpt@example.com', with_x_peer(PROXIED))] * 2
-
-
 @contextlib.contextmanager
 def smtp_sink(*options):
     program = find_tool('smtp-sink', 'postfix')
@@ -384,14 +369,3 @@ def test_post_and_request_end_in_the_queues_of_a_real_mailman_the_unknown_goes_u
     assert upstream.messages == [
         ('sender@example.com', ['announce-nonsense@lists.example', 'someone@example.com'],
          with_x_peer(message))]
-
-
-@pytest.mark.real
-def test_mail_goes_through_a_real_mailman_and_a_real_postfix(mailman, postfix):
-    message = b'From: a@example.com\r\nMessage-ID: <3@example.com>\r\n\r\ntext\r\n'
-    with mailman_proxy_to(postfix, mailman.address) as proxy:
-        recipients = b'<announce@lists.example>', RECIPIENT
-        assert post(proxy, message, recipients=recipients).startswith(b'250 ')
-    assert len(mailman.take('in')) == 1
-    assert postfix.receive(1) == [
-        ('sender@example.com', 'rcpt@example.com', with_x_peer(message))]
