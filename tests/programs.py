@@ -146,10 +146,10 @@ class FakeSocket:
     """The server's end of a connection whose client is world.act()."""
 
     family = socket.AF_INET
+    descriptor = 7
 
-    def __init__(self, world, descriptor):
+    def __init__(self, world):
         self.world = world
-        self.descriptor = descriptor
         self.incoming = collections.deque()
         self.ended = None  # 'eof' or 'reset'
         self.is_open = True
@@ -163,8 +163,6 @@ class FakeSocket:
 
     def recv(self, size, flags=0):
         self._check()
-        if flags & socket.MSG_OOB:
-            raise OSError(errno.EINVAL, 'no such octet')
         if self.incoming:
             if flags & socket.MSG_PEEK:
                 return self.incoming[0][:size]
@@ -185,9 +183,6 @@ class FakeSocket:
             raise BrokenPipeError(errno.EPIPE, 'reset')
         self.world.add_text('sent', octets.decode('latin-1'))
         return len(octets)
-
-    def sendall(self, octets):
-        self.send(octets)
 
     def fileno(self):
         return self.descriptor if self.is_open else -1
@@ -274,7 +269,7 @@ class World:
         self.seen_state = {name: state_text(name, value) for name, value in WATCHED.items()}
         self.counts = collections.Counter()
         self.is_over = False
-        self.socket = FakeSocket(self, 7)
+        self.socket = FakeSocket(self)
         self.channel = None
         self.last_map = None
 
@@ -481,16 +476,13 @@ class Runner:
             asyncore.socket_map.clear()
 
     def _run_for_a_while(self, world):
-        has_timer = hasattr(signal, 'setitimer')
-        if has_timer:
-            signal.signal(signal.SIGALRM, _time_is_up)
-            signal.setitimer(signal.ITIMER_REAL, SECONDS, 0.1)
+        signal.signal(signal.SIGALRM, _time_is_up)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS, 0.1)
         try:
             try:
                 world.run()
             finally:
-                if has_timer:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.setitimer(signal.ITIMER_REAL, 0)
         except TimeUp:
             return [['hung']]
         except Overflow:
