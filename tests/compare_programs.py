@@ -315,25 +315,16 @@ def state_is_there(case):
 
 def sends_before_it_closes(case):
     """Ours closes only when what waits is sent."""
-    old_closes = any(event[0] in ('closed', 'handle_close', 'close', 'replaced handle_close',
-                                  'replaced close') for event in case.old_rest[:2])
-    new_sends = (next(event[0] for event in case.new_rest if event[0] != 'state') in (
-        'sent', 'close_when_done') and ['closed'] in case.new_rest
-        and not case.new_says().startswith(FAILURE[:-2]))
-    if case.old_rest[0][0] == 'sent' and case.new_says() and ['closed'] in case.old:
-        return ['closed'] in case.new and (
-            ['eof'] in case.program['client'] or any(event[0] == 'error' for event in case.old))
-    return old_closes and new_sends
+    says = case.new_says()
+    return (bool(says) and not says.startswith(FAILURE[:-2])
+            and ['closed'] in case.old and ['closed'] in case.new_rest)
 
 
 def control_character(case):
     """CR or LF is left in a command line: by a terminator of the program's own, mostly."""
     old, new = str(case.old_rest[:6]), str(case.new_rest[:6])
-    if re.search(r"""command "[^"]*\\+[rn]|'__getattr__', [^]]*\\+r""", old):
-        return True
-    in_arguments = ('\\r\\n' in case.seen('received_lines')[1]
-                    and '501 Syntax: RCPT' in new and '555 RCPT' in old)
-    return in_arguments or new.count('500 Error: bad syntax') > old.count('500 Error: bad syntax')
+    return (new.count('500 Error: bad syntax') > old.count('500 Error: bad syntax') or re.search(
+        r"""command "[^"]*\\+[rn]|'__getattr__', [^]]*\\+r""", old) is not None)
 
 
 def piece_in_another_form(case):
@@ -347,8 +338,9 @@ def piece_in_another_form(case):
 
 
 def buffer_is_emptied(case):
-    """close() lets go of what the client sent."""
-    return ['closed'] in case.old[:case.at] and 'ac_in_buffer' in case.state_differs_in()
+    """close() and close_when_done() let go of what the client sent."""
+    has_ended = ['closed'] in case.old[:case.at] or ', None)' in case.seen('producer_fifo')[1]
+    return has_ended and 'ac_in_buffer' in case.state_differs_in()
 
 
 def counted_as_in_rfc_1870(case):
