@@ -13,8 +13,6 @@ import smtpd
 from tests import compare_programs, programs
 from tests.support import python_of
 
-PROGRAMS = 1000
-
 
 @pytest.fixture(scope='module')
 def old():
@@ -112,7 +110,7 @@ def test_a_copied_init_need_not_know_of_recipients(ours):
 def test_generated_programs_behave_alike(old, ours):
     """Run python -m tests.tools.oracle for more, and to shrink what this finds."""
     faults = []
-    for seed, case, _ in compare_programs.compare_seeds(0, PROGRAMS, old, ours):
+    for seed, case, _ in compare_programs.compare_seeds(0, 1000, old, ours):
         if case is not None:
             faults.append('--show %d' % seed)
             print(compare_programs.shown_case(case))
