@@ -134,12 +134,9 @@ class Program:
         self.last_resort.cancel()
         self.last_resort.join()
         self.send(signal.SIGKILL)
-        self.process.wait()
-        self.errors += self.process.stderr.read()
+        self.errors += self.process.communicate()[1]
         print('%s ended with %s:\n%s' % (  # pytest shows it if the test fails
             self.process.args, self.process.returncode, self.errors.decode()), file=sys.stderr)
-        self.output.close()
-        self.process.stderr.close()
 
     def line(self):
         line = self.output.readline().decode()

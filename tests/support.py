@@ -194,32 +194,6 @@ def without_init(server, conn, addr, map=None, decode_data=False):
     return channel
 
 
-class LMTPServer(smtpd.SMTPServer):
-    """Built from the parts, as an LMTP server on AF_UNIX is: the base's __init__ never runs."""
-
-    def __init__(self, path, map):
-        self.messages = []
-        self._localaddr, self._remoteaddr = path, None
-        asyncore.dispatcher.__init__(self, map=map)
-        self.create_socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.set_reuse_addr()
-        self.bind(path)
-        self.listen(5)
-
-    def process_message(self, peer, mailfrom, rcpttos, data):
-        self.messages.append((mailfrom, rcpttos, data))
-
-    def handle_accept(self):
-        pair = self.accept()
-        if pair is not None:
-            LMTPChannel(self, pair[0], pair[1], map=self._map)
-
-
-class LMTPChannel(smtpd.SMTPChannel):
-    def smtp_LHLO(self, arg):
-        self.smtp_HELO(arg)
-
-
 class HookedChannel(smtpd.SMTPChannel):
     """Takes asynchat's way, since it overrides the hooks."""
 
@@ -578,6 +552,12 @@ def missing(what):
     if os.environ.get('PYSMTPD_TEST_REQUIRE_ALL') == '1':
         pytest.fail('missing: ' + what)
     pytest.skip('missing: ' + what)
+
+
+def python_of(version):
+    variable = 'PYSMTPD_TEST_PYTHON' + version.replace('.', '')
+    python = os.environ.get(variable) or shutil.which('python' + version)
+    return python or missing('python%s (or its path in %s)' % (version, variable))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,5 +1,4 @@
 """Channels: limits met exactly, and what seldom happens."""
-import asynchat
 import asyncore
 import collections
 import contextlib
@@ -113,6 +112,15 @@ def test_what_ends_the_loop_may_come_from_get_terminator(error):
         feed(channel_with(get_terminator=get_terminator), b'NOOP\r\n')
 
 
+@pytest.mark.parametrize('end', ['close', 'close_when_done', 'handle_close'])
+def test_nothing_is_executed_after_the_end(end):
+    done = []
+    channel = channel_with(smtp_XEND=lambda self, arg: getattr(self, arg)(),
+                           smtp_XNOTE=lambda self, arg: done.append(arg))
+    feed(channel, b'XEND %s\r\nXNOTE\r\n' % end.encode())
+    assert channel.conn.closed and not done
+
+
 def test_a_reply_of_many_lines_is_one_error():
     def smtp_XMANY(self, arg):
         for line in '550-one', '550-two', '550 three':
@@ -136,18 +144,6 @@ def test_without_a_limit_a_message_of_any_size_arrives(base, limit):
     feed(channel, TO_DATA)
     assert feed(channel, b'x' * 100_000, b'\r\n.\r\n') == b'250 OK\r\n'
     assert [len(each[3]) for each in channel.smtp_server.messages] == [100_000]
-
-
-def test_a_dialogue_of_the_programs_own_has_no_limit():
-    """Its smtp_state is neither COMMAND nor DATA."""
-
-    def take_line(self):
-        line, self.received_lines = b''.join(self.received_lines), []
-        self.push('%d octets' % len(line))
-
-    channel = make_channel(channel_class=variant(HookedChannel, found_terminator=take_line))
-    channel.smtp_state = 99
-    assert feed(channel, b'x' * 100_000 + b'\r\n') == b'100000 octets\r\n'
 
 
 def test_of_a_message_that_was_not_kept_in_full_nothing_is_delivered():
@@ -325,14 +321,6 @@ def test_a_session_that_the_program_closes_while_its_handler_runs(capsys):
             again.send(ONE_MESSAGE)
             assert read_replies(again, 5).endswith(b'250 OK\r\n')
     assert capsys.readouterr() == ('', '')
-
-
-def test_what_is_patched_into_asynchat_reads(monkeypatch):
-    handle_read = unittest.mock.Mock(side_effect=asynchat.async_chat.handle_read)
-    monkeypatch.setattr(asynchat.async_chat, 'handle_read', lambda self: handle_read(self))
-    channel = make_channel()
-    assert feed(channel, b'NOOP\r\n') == b'250 OK\r\n'
-    handle_read.assert_called_once_with(channel)
 
 
 @contextlib.contextmanager

@@ -8,19 +8,7 @@ import sys
 import pytest
 
 import smtpd
-from tests.support import missing
-
-
-def standard_library_of(version):
-    """The directory of another interpreter's standard library."""
-    variable = 'PYSMTPD_TEST_PYTHON' + version.replace('.', '')
-    interpreter = os.environ.get(variable) or shutil.which('python' + version)
-    if not interpreter:
-        missing('python%s (or its path in %s)' % (version, variable))
-    return subprocess.run(
-        [interpreter, '-c', 'import sysconfig; print(sysconfig.get_path("stdlib"))'],
-        check=True, stdout=subprocess.PIPE, universal_newlines=True).stdout.strip()
-
+from tests.support import missing, python_of
 
 RUN_A_SUITE = '''
 import json, unittest, warnings
@@ -48,7 +36,9 @@ print(json.dumps({
 def test_the_suite_of_cpython_passes_unmodified(version, tmp_path):
     if sys.implementation.name != 'cpython' and '%d.%d' % sys.version_info[:2] != version:
         pytest.skip("CPython's test.support needs CPython's _testcapi")
-    source = os.path.join(standard_library_of(version), 'test')
+    library = subprocess.check_output(
+        [python_of(version), '-c', 'import os; print(os.path.dirname(os.__file__))'], text=True)
+    source = os.path.join(library.strip(), 'test')
     if not os.path.exists(os.path.join(source, 'test_smtpd.py')):
         missing('the test package of Python ' + version)
     package = tmp_path / 'test'

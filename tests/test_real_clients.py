@@ -1,11 +1,17 @@
 """Messages of real clients: swaks, curl and msmtp."""
 import re
 import subprocess
-import threading
 
 import pytest
 
-from tests.support import clean_environment, command_line, find_tool, proxy_to, with_x_peer
+from tests.support import (
+    clean_environment,
+    command_line,
+    find_tool,
+    proxy_to,
+    read_until,
+    with_x_peer,
+)
 
 # with the headers that msmtp would add
 TOOL_MESSAGE = (b'From: a@example.com\r\nMessage-ID: <4@example.com>\r\nDate: now\r\n'
@@ -49,19 +55,6 @@ def run_tool(name, port, message):
                           timeout=60)
 
 
-def read_printed(process):
-    """One message out of DebuggingServer's output."""
-    watchdog = threading.Timer(60, process.kill)  # ends the pipe
-    watchdog.start()
-    lines = []
-    for line in process.stdout:
-        lines.append(line.decode())
-        if 'END MESSAGE' in lines[-1]:
-            break
-    watchdog.cancel()
-    return ''.join(lines)
-
-
 @pytest.mark.real
 @pytest.mark.parametrize('name', TOOLS)
 def test_message_of_a_real_client_is_printed_at_once_by_the_debugging_server(name):
@@ -70,7 +63,7 @@ def test_message_of_a_real_client_is_printed_at_once_by_the_debugging_server(nam
         for _ in range(2):
             done = run_tool(name, address[1], TOOL_MESSAGE)
             assert done.returncode == 0, done
-            printed = read_printed(process)
+            printed = read_until(process.stdout, b'END MESSAGE ------------\n').decode()
             # the options that a client sends with MAIL come on a line of their own
             assert re.sub(r'mail options: \[.*\]\n\n?', '', printed) == PRINTED_BY_PROXY
 

@@ -17,6 +17,7 @@ import pytest
 import smtpd
 from tests import support
 from tests.support import (
+    ANSWERED,
     BANNER,
     HELLO,
     ONE_MESSAGE,
@@ -26,6 +27,7 @@ from tests.support import (
     FakeConnection,
     RawClient,
     RecordingServer,
+    StubServer,
     WaitingServer,
     channel_with,
     channels_of,
@@ -159,50 +161,29 @@ runpy.run_module('smtpd', run_name='__main__', alter_sys=True)
 '''
 
 
-@contextlib.contextmanager
-def as_nobody(tmp_path, own):
-    (tmp_path / 'own.py').write_text('import smtpd\n' + own)
+@needs_posix
+def test_nobody_may_read_what_a_fault_takes_and_knows_who_got_a_message(upstream, tmp_path):
+    (tmp_path / 'own.py').write_text('''
+import smtpd
+
+class Channel(smtpd.SMTPChannel):
+    def smtp_XFAIL(self, arg):
+        1 / 0
+
+class Own(smtpd.MailmanProxy):
+    channel_class = Channel
+    mailman_lmtp_address = %r, %r
+''' % upstream.address)
+    upstream.faults = {'.': [None, '451 4.3.0 Not now']}
     with script(AS_NOBODY, env=environment(tmp_path)) as (process, address), \
             greet(address, HELLO) as client:
-        yield process, client
-
-
-@needs_posix
-def test_a_fault_is_logged_whole_though_nobody_may_read_what_that_takes(tmp_path):
-    with as_nobody(tmp_path, '''
-class Own(smtpd.SMTPServer):
-    def process_message(*args, **kwargs):
-        1 / 0
-''') as (process, client):
-        assert relay_message(client) == CONFUSED
+        assert client.say(b'XFAIL') == CONFUSED
+        for answer in '451 4.3.0 Not now', '250 OK':
+            assert steps(client, recipients=[b'<a@x>', b'<b@x>'])[-1] == answer
         process.terminate()
         log = process.stderr.read().decode()
     assert 'Traceback' in log and 'ZeroDivisionError' in log
-
-
-@needs_posix
-def test_a_proxy_knows_who_got_a_message_though_nobody_may_read_what_that_takes(
-        upstream, tmp_path):
-    upstream.faults = {'.': [None, '451 4.3.0 Not now']}
-    with as_nobody(tmp_path, '''
-class Own(smtpd.MailmanProxy):
-    mailman_lmtp_address = %r, %r
-''' % upstream.address) as (_, client):
-        assert steps(client, recipients=[b'<a@x>', b'<b@x>'])[-1] == '451 4.3.0 Not now'
-        assert steps(client, recipients=[b'<a@x>', b'<b@x>'])[-1] == '250 OK'
     assert [recipients for _, recipients, _ in upstream.messages] == [['a@x'], ['b@x']]
-
-
-def test_a_log_info_that_is_patched_into_asyncore_gets_the_log(monkeypatch, capsys):
-    """As zope.server does."""
-    logged = []
-    monkeypatch.setattr(asyncore.dispatcher, 'log_info',
-                        lambda self, message, type='info': logged.append((message, type)))
-    with contextlib.closing(RecordingServer(map={})) as server:
-        server.log_info('of the server')
-    channel_with().log_info('of a channel', 'error')
-    assert logged == [('of the server', 'info'), ('of a channel', 'error')]
-    assert capsys.readouterr() == ('', '')
 
 
 class Untold(Exception):
@@ -246,6 +227,9 @@ for worker in workers:
                 start_message(client)
             for client in clients:
                 assert client.reply().startswith(b'250 of')
+        assert clients[0].say(b'XCLOSE') == OK  # in its worker
+        assert all(is_served(address) for _ in range(10))
+        assert relay_message(clients[0]).startswith(b'250 of')
         process.communicate()
 
 
@@ -427,6 +411,7 @@ class Given(RecordingServer):
     """Its `listener` was made elsewhere, as systemd hands one in."""
 
     def __init__(self, *args, map):
+        StubServer.__init__(self)
         asyncore.dispatcher.__init__(self, map=map)
         self.set_socket(self.listener)
         self.accepting = True
@@ -542,6 +527,22 @@ def test_two_threads_push_to_one_session_whose_client_does_not_read(monkeypatch)
 
 # ---------------------------------------------------------------------------------------------
 # Listeners that are not ours
+
+@in_map_and_selector
+@pytest.mark.skipif(not hasattr(socket, 'AF_UNIX'), reason='no AF_UNIX here')
+def test_an_lmtp_server_on_a_path(tmp_path):
+    channel = {'smtp_LHLO': smtpd.SMTPChannel.smtp_HELO}
+    path = str(tmp_path / 'lmtp')
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(path)
+        listener.listen()
+        client.connect(path)
+        with turning(variant(Given, channel, listener=listener.dup())) as (server, turn):
+            client.sendall(ONE_MESSAGE.replace(b'HELO', b'LHLO') + b'QUIT\r\n')
+            assert turn(until=lambda: server.messages and not channels_of(server))
+            assert client.makefile('rb').read() == BANNER + ANSWERED + b'221 Bye\r\n'
+            assert server.messages[0][:4] == ('', 'a@b', ['c@d'], b'text')
+
 
 @in_map_and_selector
 def test_a_listener_that_blocks_is_accepted_from_once_an_event():

@@ -21,12 +21,6 @@ import asyncore
 import smtpd
 
 
-class OfBytes(smtpd.SMTPServer):
-    def process_message(self, peer: tuple[str, int], mailfrom: str, rcpttos: list[str],
-                        data: bytes, **kwargs: Any) -> None:
-        print(self._remoteaddr, len(data))
-
-
 class OfText(smtpd.SMTPServer):
     def process_message(self, peer: Any, mailfrom: str, rcpttos: list[str], data: str,
                         mail_options: Optional[list[str]] = None,
@@ -75,15 +69,9 @@ class Channel(smtpd.SMTPChannel):
         super().found_terminator()
 
 
-class OtherChannel(smtpd.SMTPChannel):
-    def push(self, msg: 'str | bytes') -> None:
-        super().push(msg)
-
-
-OfBytes.channel_class = Channel
-server = OfBytes(('localhost', 0), None, data_size_limit=None, map={})
-text = OfText((None, 0), ('localhost', 25), decode_data=True)
-print(server.socket.getsockname(), smtpd.DEBUGSTREAM, smtpd.__version__)
+OfText.channel_class = Channel
+server = OfText((None, 0), ('localhost', 25), data_size_limit=None, map={}, decode_data=True)
+print(server.socket.getsockname(), server._remoteaddr, smtpd.DEBUGSTREAM, smtpd.__version__)
 server.close()
 asyncore.loop()
 smtpd.asyncore.close_all()

@@ -82,16 +82,14 @@ def parse_arguments(arguments):
     parser.add_argument('--seeds', default='0:1000', help='first:last+1')
     parser.add_argument('--old', default='python3.11', help='a Python with the old module')
     parser.add_argument('--new', default=sys.executable, help='the Python for ours')
-    parser.add_argument('--module', default=OUR_MODULE, help='our smtpd.py')
     parser.add_argument('--shrink', type=int, default=1, help='so many of each kind (default 1)')
     parser.add_argument('--show', help='the seed of one program: show it and both traces')
-    parser.add_argument('--kinds', type=int, default=20, help='kinds of differences to show')
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    with Worker(options.old) as old, Worker(options.new, options.module) as new:
+    with Worker(options.old) as old, Worker(options.new, OUR_MODULE) as new:
         return compare_and_report(options, old, new)
 
 
@@ -114,7 +112,7 @@ def compare_and_report(options, old, new):
         total, options.new, options.old, total - differing, differing - count, count))
     for reason, times in rows.most_common():
         print('%6d  %s' % (times, reason))
-    for kind, cases in sorted(faults.items(), key=lambda item: -len(item[1]))[:options.kinds]:
+    for kind, cases in sorted(faults.items(), key=lambda item: -len(item[1])):
         print('=' * 80 + '\n%d of this kind: %s' % (len(cases), kind))
         for case in cases[:options.shrink]:
             print(shown_case(shrunk_case(case, kind, old, new)) + '\n')

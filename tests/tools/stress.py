@@ -1,12 +1,8 @@
-"""What servers go through in bad hours: python -m tests.tools.stress WORK [options]
+"""What servers go through in bad hours: python -m tests.tools.stress --seconds 600
 
-    prefork  4 processes with 8 handler threads each share a listener, and one of them closes
-             it in the middle: each message is answered, and none is doubled
-    random   sessions of all kinds, good and bad, against servers of all kinds: each 250
-             belongs to a handler that ran once and had finished, replies keep their order, and
-             nothing is left in maps, descriptors, threads
-
-It prints what it saw, and ends with status 1 at the first fault.
+Sessions of all kinds, good and bad, against servers of all kinds: each 250 belongs to a handler
+that ran once and had finished, replies keep their order, and nothing is left in maps,
+descriptors, threads.  It prints what it saw, and ends with status 1 at the first fault.
 """
 import argparse
 import asyncore
@@ -16,8 +12,6 @@ import io
 import os
 import random
 import re
-import signal
-import tempfile
 import threading
 import time
 
@@ -48,76 +42,6 @@ def answer_to(client, steps=4 * [b'']):
         assert reply.startswith(code), (reply, code)
     return reply
 
-
-def at_once(function, arguments):
-    """What function(argument) returns for each, all at the same time."""
-    with concurrent.futures.ThreadPoolExecutor(len(arguments)) as pool:
-        return list(pool.map(function, arguments))
-
-
-# ---------------------------------------------------------------------------------------------
-
-class Logging(smtpd.SMTPServer):
-    """Writes the text of each message to a file, a line each."""
-
-    process_message_threads = 8
-
-    def process_message(self, peer, mailfrom, rcpttos, data, **kwargs):
-        os.write(self.log_of_messages, data + b'\n')
-        return '250 ' + data.decode()
-
-
-def work(server, selector):
-    """Be a worker until the server and its sessions are closed."""
-    def close(number, frame):
-        threading.Thread(target=server.close).start()
-
-    signal.signal(signal.SIGUSR1, close)
-    server.channels_in_selector = selector
-    asyncore.loop(timeout=1)
-    os._exit(0)
-
-
-def prefork(options):
-    clients = range(40)
-    each = options.messages // len(clients)
-    with tempfile.NamedTemporaryFile() as log:
-        server = Logging(('127.0.0.1', 0), None)
-        server.log_of_messages = os.open(log.name, os.O_WRONLY | os.O_APPEND)
-        address = server.socket.getsockname()
-        pids = []
-        for number in range(4):
-            pid = os.fork()
-            if not pid:
-                work(server, number % 2 == 1)
-            pids.append(pid)
-        server.close()
-
-        def hold_sessions(number):
-            for first in range(0, each, 5):
-                with greet(address, b'EHLO x', timeout=TIMEOUT) as client:
-                    for message in range(first, min(first + 5, each)):
-                        if (number, message) == (0, each // 2):
-                            os.kill(pids[0], signal.SIGUSR1)
-                        text = '%d of %d' % (message, number)
-                        assert answer_to(client, steps_of(text)) == '250 ' + text
-                    assert client.say(b'QUIT') == b'221 Bye\r\n'
-
-        at_once(hold_sessions, clients)
-        ended = os.waitpid(pids.pop(0), 0)[1]  # the one that closed, by itself
-        for pid in pids:
-            assert os.waitpid(pid, os.WNOHANG) == (0, 0), 'a worker has ended'
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        os.close(server.log_of_messages)
-        handled = log.read().decode().splitlines()
-    assert ended == 0, ended
-    assert sorted(handled) == sorted('%d of %d' % (message, number) for number in clients
-                                     for message in range(each)), 'lost or doubled'
-    print('prefork: %d messages, each answered and handled once' % len(handled))
-
-
-# ---------------------------------------------------------------------------------------------
 
 class Moody(smtpd.SMTPServer):
     """Does with a message what its text says, and keeps account."""
@@ -215,21 +139,6 @@ class RandomSession:
         reset(client)
 
 
-def random_sessions(options):
-    seed = options.seed if options.seed is not None else random.randrange(10 ** 6)
-    print('random: --seed %d' % seed, flush=True)
-    chance = random.Random(seed)
-    end = time.monotonic() + options.seconds
-    rounds = answered = 0
-    while time.monotonic() < end:
-        rounds += 1
-        log = io.StringIO()
-        with contextlib.redirect_stderr(log):
-            answered += one_round(chance, '%d.' % rounds)
-        assert not re.sub(AS_TOLD, '', log.getvalue()), log.getvalue()
-    print('random: %d messages of %d rounds were answered as they should be' % (answered, rounds))
-
-
 AS_TOLD = r'error: .*\nTraceback .*\n(?:  .*\n)*RuntimeError: as told\n\n?'
 
 
@@ -247,9 +156,11 @@ def one_round(chance, name):
     loop = threading.Thread(
         target=asyncore.loop, args=(1, chance.choice([False, True]), server._map), daemon=True)
     loop.start()
-    answered = at_once(RandomSession.run, [
+    sessions = [
         RandomSession(server, address, name + str(number), random.Random(chance.random()))
-        for number in range(chance.randint(1, 24))])
+        for number in range(chance.randint(1, 24))]
+    with concurrent.futures.ThreadPoolExecutor(len(sessions)) as pool:
+        answered = sum(pool.map(RandomSession.run, sessions))
     server.close()
     loop.join(TIMEOUT)
     assert not loop.is_alive() and not server._map, server._map
@@ -259,18 +170,25 @@ def one_round(chance, name):
     server.channels_by_peer.clear()
     del server, loop
     assert open_descriptors() == descriptors, (descriptors, open_descriptors())
-    return sum(answered)
+    return answered
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('work', choices=['prefork', 'random'])
-    parser.add_argument('--messages', type=int, default=2000, help='of prefork')
-    parser.add_argument('--seconds', type=float, default=60, help='of random')
-    parser.add_argument('--seed', type=int, help='of random')
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--seconds', type=float, default=60)
+    parser.add_argument('--seed', type=int, default=random.randrange(10 ** 6))
     options = parser.parse_args()
-    {'prefork': prefork, 'random': random_sessions}[options.work](options)
+    print('--seed %d' % options.seed, flush=True)
+    chance = random.Random(options.seed)
+    end = time.monotonic() + options.seconds
+    rounds = answered = 0
+    while time.monotonic() < end:
+        rounds += 1
+        log = io.StringIO()
+        with contextlib.redirect_stderr(log):
+            answered += one_round(chance, '%d.' % rounds)
+        assert not re.sub(AS_TOLD, '', log.getvalue()), log.getvalue()
+    print('%d messages of %d rounds were answered as they should be' % (answered, rounds))
 
 
 if __name__ == '__main__':
