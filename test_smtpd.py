@@ -1357,8 +1357,10 @@ class TestExistingPrograms:
         monkeypatch.setattr(smtpd, 'DEBUGSTREAM', io.StringIO())
         feed(channel, b'EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nFOO\r\n')
         text = smtpd.DEBUGSTREAM.getvalue()
+        feed(channel, b'DATA\r\n1\r\n')
         monkeypatch.setattr(smtpd, 'DEBUGSTREAM', smtpd.Devnull())
-        assert feed(channel, b'NOOP\r\n') == b'250 OK\r\n'
+        assert feed(channel, b'2\r\n.\r\nNOOP\r\n') == b'250 OK\r\n250 OK\r\n'
+        assert channel.received_data == b'1\n2'
         assert text.splitlines() == [
             "Data: b'EHLO x'", "Data: b'MAIL FROM:<a@b>'", '===> MAIL FROM:<a@b>', 'sender: a@b',
             "Data: b'RCPT TO:<c@d>'", '===> RCPT TO:<c@d>', "recips: ['c@d']", "Data: b'FOO'"]
