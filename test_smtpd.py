@@ -1933,6 +1933,7 @@ class TestHandlerThreads:
             assert idle.rest() == BANNER + TIMED_OUT
             server.go.set()
             assert read_replies(client, 6) == BANNER + ANSWERED
+            assert is_served(server)  # turns of the loop
             assert client.say(b'NOOP') == b'250 OK\r\n' and is_served(server)
             clock.seconds += 301
             assert client.rest() == TIMED_OUT
