@@ -1644,6 +1644,9 @@ class TestServerStaysUp:
             assert sent < 50_000_000
             [channel] = channels_of(server)
             assert sum(map(len, channel.producer_fifo)) < 200_000
+            replies = len(channel.producer_fifo)
+            turn(at_most=5)
+            assert len(channel.producer_fifo) <= replies  # nor are its commands executed
             shut(client)
             assert count_lines(client, turn) == 1 + sent // 6  # none is lost
 
