@@ -584,7 +584,7 @@ asyncore.loop()
 def test_numbers_that_select_cannot_take_are_served_in_the_selector(use_poll):
     """Also while a client that does not read its replies has to wait."""
     text = '''
-Channel.smtp_XLONG = lambda self, arg: self.push('250 ' + 10_000_000 * 'x')
+Channel.smtp_XLONG = lambda self, arg: self.push('250 ' + 30_000_000 * 'x')
 limit(2000)
 server = make()
 asyncore.loop(count=1)  # the first client comes, before numbers are large
@@ -595,7 +595,7 @@ asyncore.loop(use_poll=%s)
             greet(address, HELLO) as client:
         client.send(b'XLONG\r\nNOOP\r\n')
         assert first.say(b'NOOP') == OK
-        assert len(client.reply()) == 10_000_006 and client.reply() == OK
+        assert len(client.reply()) == 30_000_006 and client.reply() == OK
         assert relay_message(client).startswith(b'250 of')
         assert client.say(b'NOOP') == OK and process.poll() is None
 
