@@ -2411,7 +2411,12 @@ class TestCommandLine:
         done = run_smtpd('-n', *arguments)
         assert (done.returncode, done.stdout) == (1, '')
         assert re.fullmatch('smtpd: %s.*\n' % re.escape(beginning), done.stderr)
-        assert '--help' not in done.stderr
+        assert '--help' not in done.stderr and 'None' not in done.stderr
+
+    def test_a_class_that_takes_other_arguments_is_no_server(self):
+        done = run_smtpd('-n', '-c', 'queue.Queue', '127.0.0.1:0')
+        assert re.fullmatch('smtpd: queue.Queue: not a server class: .*; %s; try --help\n' % CLASSES,
+                            done.stderr)
 
     def test_a_class_whose_module_imports_what_is_not_there(self, tmp_path):
         (tmp_path / 'keep.py').write_text('import no_such_module\n')
