@@ -48,6 +48,7 @@ from tests.support import (
     traced_memory,
     turning,
     variant,
+    waits,
 )
 
 OK = b'250 OK\r\n'
@@ -900,7 +901,10 @@ def test_a_server_that_is_closed_frees_its_descriptors_without_the_garbage_colle
             with looping(variant(process_message_threads=threads), 0.05, use_poll=True) as server:
                 with greet(server, HELLO) as client:
                     assert relay_message(client) == OK
-                    assert client.say(b'QUIT') == b'221 Bye\r\n'
+                    assert client.say(b'QUIT') == b'221 Bye\r\n' and client.rest() == b''
+                wait = waits()
+                while len(server._map) > 1:
+                    next(wait)
                 server.close()
             counts.append(len(os.listdir('/proc/self/fd')))
     finally:
