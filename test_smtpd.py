@@ -906,6 +906,13 @@ class TestHandlers:
         assert feed(channel, b'x\r\n.\r\n') == answer
         assert feed(channel, b'NOOP\r\n') == b'250 OK\r\n' and found == [ZeroDivisionError]
 
+    def test_a_handle_error_that_is_patched_into_asyncore_is_called(self, monkeypatch):
+        hook = unittest.mock.Mock()
+        monkeypatch.setattr(asyncore.dispatcher, 'handle_error', lambda self: hook(self))
+        channel = make_channel(StubServer(ZeroDivisionError()))
+        feed(channel, TO_DATA + b'x\r\n.\r\n')
+        hook.assert_called_once_with(channel)
+
     def test_not_implemented_error_leaves_handle_read_when_called_directly(self):
         channel = make_channel(StubServer(NotImplementedError()))
         feed(channel, TO_DATA)
@@ -1834,6 +1841,18 @@ class TestHandlerThreads:
                 b'250 noted\r\n500 Error: command "FOO" not recognized\r\n221 Bye\r\n')
             assert server.notes == ['1', '2']
             assert [message[3] for message in server.messages] == [b'text', b'2']
+
+    def test_the_loop_sleeps_though_a_client_sends_while_its_handler_works(self, selector):
+        with turning(WaitingServer) as (server, turn), RawClient(server), \
+                RawClient(server) as client:
+            client.send(ONE_MESSAGE)
+            assert turn(until=lambda: server.entered.acquire(blocking=False))
+            client.send(b'NOOP\r\n')
+            turn(at_most=3)
+            asks = [[number for number, each in list(server._map.items()) if getattr(each, name)()]
+                    for name in ('readable', 'writable')]
+            assert select.select(*asks, [], 0) == ([], [], [])
+            server.go.set()
 
     def test_there_are_no_more_threads_than_asked_for(self):
         with self.serving() as server, contextlib.ExitStack() as stack:
