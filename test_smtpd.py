@@ -663,7 +663,7 @@ class TestData:
     @pytest.mark.parametrize('size', [1, 3, 1 << 30], ids='in pieces of {}'.format)
     @pytest.mark.parametrize('body, counted', [
         (b'', 0), (b'12345678\r\n', 10), (b'1\r\n2\r\n', 6), (b'..2\r\n..\r\n', 7),
-        (b'...\r\n', 4), (b'\r\n\r\n', 4), (b'\n\n\n\r\n', 5), ('\xe4\xf6\r\n'.encode(), 6)])
+        (b'..\r\n' * 4, 12), (b'...\r\n', 4), (b'\r\n\r\n', 4), (b'\n\n\n\r\n', 5), ('\xe4\xf6\r\n'.encode(), 6)])
     @pytest.mark.parametrize('channel_class', [smtpd.SMTPChannel, HookedChannel])
     @both_modes
     def test_size_is_counted_as_rfc_1870_says(
@@ -1014,6 +1014,17 @@ class TestSession:
         while channel.connected and channel.writable():
             asyncore.write(channel)
         assert channel.conn.sent == b'250 OK\r\n250 mx.example\r\n221 Bye\r\n'
+
+    def test_commands_wait_until_all_replies_are_sent_where_these_are_many(self):
+        channel = channel_with(unsent_reply_limit=10)
+        channel.conn.sends_at_most = 1
+        channel.conn.incoming.append(b'HELP\r\nHELO x\r\n')
+        asyncore.read(channel)
+        asyncore.write(channel)
+        assert not channel.seen_greeting
+        channel.conn.sends_at_most = None
+        asyncore.write(channel)
+        assert channel.seen_greeting == 'x'
 
     def test_small_packets_are_not_held_back(self, monkeypatch):
         """By Nagle's rule, neither ours nor the client's, which may wait for an ACK of ours."""
@@ -1587,6 +1598,25 @@ class TestEndOfSession:
                 clock.seconds += 301
                 turn(at_most=5)
             assert len(server._map) == 1
+
+    def test_an_idle_client_that_cannot_even_be_told_is_shut_off(self, clock):
+        channel = make_channel()
+        channel.conn.shutdown = unittest.mock.Mock()
+        for _ in range(2):
+            clock.seconds += 301
+            channel.readable()
+        channel.conn.shutdown.assert_called_once_with(socket.SHUT_RDWR)
+
+    @in_map_and_selector
+    def test_what_is_pushed_to_a_session_at_rest_leaves_at_once(self, monkeypatch):
+        with turning() as (server, turn), RawClient(server) as client:
+            assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
+            turn(at_most=3)
+            monkeypatch.setattr('time.monotonic', lambda: 0)
+            [channel] = channels_of(server)
+            channel.push('250 ' + 30_000_000 * 'x')
+            channel.close_when_done()
+            assert count_lines(client, turn) == 1
 
     @in_map_and_selector
     def test_a_channel_that_fails_to_say_421_does_not_end_the_loop(self, clock, capsys):
@@ -2438,11 +2468,11 @@ class TestCommandLine:
                             done.stderr)
 
     def test_a_class_whose_module_imports_what_is_not_there(self, tmp_path):
-        (tmp_path / 'keep.py').write_text('import no_such_module\n')
+        (tmp_path / 'keep.py').write_text('import kee\n')
         done = run_briefly([*SMTPD, '-n', '-c', 'keep.Server'], env=environment(tmp_path))
         assert (done.returncode, done.stdout) == (1, '')
         assert done.stderr == ("smtpd: keep.Server: cannot import keep: No module named "
-                               "'no_such_module'\n")
+                               "'kee'\n")
 
     def test_a_port_in_use_gets_one_line(self):
         with socket.create_server(('127.0.0.1', 0)) as used:
@@ -2607,7 +2637,7 @@ class TestArguments:
         ([], ('localhost', 8025, 'localhost', 25, 'PureProxy', True, False)),
         (['-n'], ('localhost', 8025, 'localhost', 25, 'PureProxy', False, False)),
         (['--nosetuid', 'here:26'], ('here', 26, 'localhost', 25, 'PureProxy', False, False)),
-        (['here:26', 'there:27'], ('here', 26, 'there', 27, 'PureProxy', True, False)),
+        (['here:26', 'there:65535'], ('here', 26, 'there', 65535, 'PureProxy', True, False)),
         (['-u', '-c', 'X', ':26'], ('', 26, 'localhost', 25, 'X', True, True)),
         (['--smtputf8', '--class=a.X', '[::1]:26', '[::2]:27'],
          ('::1', 26, '::2', 27, 'a.X', True, True)),
