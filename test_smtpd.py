@@ -1101,6 +1101,7 @@ class TestSession:
         assert feed(plain, line) == b'500 Error: line too long\r\n'
         assert feed(extended, line) == b'250 OK\r\n'
         assert not smtpd.SMTPChannel.command_size_limits
+        assert smtpd.SMTPChannel.command_size_limits.default_factory() == 512
 
     def test_limits_set_on_the_class_count(self):
         channel = channel_with(command_size_limit=20)
@@ -2573,6 +2574,13 @@ class TestCommandLine:
             assert fields['Uid'].split() == 4 * [str(nobody.pw_uid)]
             assert fields['Gid'].split() == 4 * [str(nobody.pw_gid)]
             assert set(fields['Groups'].split()) <= {str(nobody.pw_gid)}
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason='only root can become nobody')
+    def test_nobody_writes_tracebacks_even_where_it_may_not_read_the_standard_library(self):
+        with running_server(lambda port: [
+                *SMTPD, '-c', 'SMTPServer', '127.0.0.1:%d' % port]) as (process, address):
+            assert send_message(address).endswith(b'451 Internal confusion\r\n221 Bye\r\n')
+            assert b'Traceback' in read_until(process.stderr, b'NotImplementedError')
 
     @pytest.mark.parametrize('lack, complaint', [
         ("""import os

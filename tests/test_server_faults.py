@@ -919,6 +919,22 @@ def test_a_server_that_is_closed_frees_its_descriptors_without_the_garbage_colle
     assert counts == 5 * counts[:1]
 
 
+@in_map_and_selector
+def test_nothing_is_kept_of_a_session_that_another_thread_closes():
+    counts = []
+    with serving() as server:
+        for _ in range(3):
+            with greet(server) as client:
+                for channel in channels_of(server):
+                    channel.close()
+                assert client.rest() == b''
+            del channel
+            assert is_served(server)
+            gc.collect()
+            counts.append(sum(isinstance(each, asyncore.dispatcher) for each in gc.get_objects()))
+    assert counts == 3 * counts[:1]
+
+
 @needs_proc
 def test_a_session_that_outlives_its_server_frees_what_its_messages_took():
     """Its first thread comes after close()."""

