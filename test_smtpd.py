@@ -1608,6 +1608,16 @@ class TestEndOfSession:
             channel.readable()
         channel.conn.shutdown.assert_called_once_with(socket.SHUT_RDWR)
 
+    def test_a_client_that_reads_its_replies_is_not_idle(self, clock):
+        channel = make_channel()
+        channel.conn.shutdown, channel.conn.sends_at_most = unittest.mock.Mock(), 1
+        channel.push('250 OK')
+        for _ in range(3):
+            clock.seconds += 200
+            channel.readable()
+            asyncore.write(channel)
+        channel.conn.shutdown.assert_not_called()
+
     @in_map_and_selector
     def test_what_is_pushed_to_a_session_at_rest_leaves_at_once(self, monkeypatch):
         with turning() as (server, turn), RawClient(server) as client:

