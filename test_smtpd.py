@@ -860,6 +860,17 @@ class TestHandlers:
         assert feed(channel, b'FAIL\r\nNOOP\r\n') == b'250 OK\r\n'
         assert channel.conn.closed and 'KeyError' in capsys.readouterr().err
 
+    def test_a_fault_that_cannot_be_told_ends_the_session_and_is_logged_too(self, capsys):
+        def push(self, msg):
+            if msg.startswith('451'):
+                raise ZeroDivisionError
+            smtpd.SMTPChannel.push(self, msg)
+
+        channel = make_channel(StubServer(KeyError('x')), variant(smtpd.SMTPChannel, push=push))
+        feed(channel, TO_DATA + b'x\r\n.\r\n')
+        err = capsys.readouterr().err
+        assert channel.conn.closed and "KeyError: 'x'" in err and '\nZeroDivisionError' in err
+
     @pytest.mark.parametrize('stderr', [
         None, io.TextIOWrapper(io.BytesIO(), 'ascii'),
         unittest.mock.Mock(**{'write.side_effect': OSError(errno.EPIPE, 'gone')}),
@@ -1018,12 +1029,15 @@ class TestSession:
     def test_commands_wait_until_all_replies_are_sent_where_these_are_many(self):
         channel = channel_with(unsent_reply_limit=10)
         channel.conn.sends_at_most = 1
-        channel.conn.incoming.append(b'HELP\r\nHELO x\r\n')
+        channel.conn.incoming += [b'HELP\r\n', b'HELP\r\nHELO x\r\n']
+        asyncore.read(channel)
+        assert not channel.readable()
         asyncore.read(channel)
         asyncore.write(channel)
         assert not channel.seen_greeting
         channel.conn.sends_at_most = None
-        asyncore.write(channel)
+        while channel.writable():
+            asyncore.write(channel)
         assert channel.seen_greeting == 'x'
 
     def test_small_packets_are_not_held_back(self, monkeypatch):
@@ -1600,10 +1614,13 @@ class TestEndOfSession:
                 turn(at_most=5)
             assert len(server._map) == 1
 
-    def test_an_idle_client_that_cannot_even_be_told_is_shut_off(self, clock):
+    @pytest.mark.parametrize('replies, times', [(0, 2), (1, 1)])
+    def test_an_idle_client_that_cannot_even_be_told_is_shut_off(self, replies, times, clock):
         channel = make_channel()
-        channel.conn.shutdown = unittest.mock.Mock()
-        for _ in range(2):
+        channel.conn.shutdown, channel.conn.sends_at_most = unittest.mock.Mock(), 0
+        for _ in range(replies):
+            channel.push('250 OK')
+        for _ in range(times):
             clock.seconds += 301
             channel.readable()
         channel.conn.shutdown.assert_called_once_with(socket.SHUT_RDWR)

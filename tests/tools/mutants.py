@@ -67,6 +67,10 @@ EQUIVALENT = {
     'SMTPChannel.readable: now - self._last_sign_of_life >= limit  ->  '
     '(now - self._last_sign_of_life > limit)': 'the clock hardly ever says so',
     'SMTPChannel.readable: return False  ->  return (2)': 'None is as false',
+    'SMTPChannel.readable: self.producer_fifo and self._must_send_first()  ->  '
+    '(self._must_send_first())': 'the same, more slowly',
+    'SMTPChannel._ask_for_the_rest: len(self.ac_in_buffer) < octets + len(_END_OF_DATA)  ->  '
+    '(len(self.ac_in_buffer) <= octets + len(_END_OF_DATA))': 'a hint to the system alone',
     'SMTPChannel.handle_expt: 1  ->  2': 'there is never more than one',
     "SMTPChannel._decode_piece: ''  ->  'x'": 'nothing is cut off from either',
     'SMTPChannel._decode_piece: 3  ->  4': 'what is decoded a second time becomes the same',
@@ -84,6 +88,7 @@ EQUIVALENT = {
     'SMTPChannel._pass_on_reply: False  ->  True': 'before the reply is known nothing was told',
     'SMTPChannel._begin_session: return False  ->  return': 'None is as false',
     "SMTPChannel.close: b''  ->  b'x'": 'no line ends in it',
+    "SMTPChannel.close_when_done: b''  ->  b'x'": 'no line ends in it',
     'SMTPChannel.smtp_EHLO: 0  ->  1': 'the other is larger',
     "SMTPChannel.smtp_MAIL: ''  ->  'x'": 'does not begin with the keyword either',
     "SMTPChannel.smtp_RCPT: ''  ->  'x'": 'does not begin with the keyword either',
@@ -96,6 +101,10 @@ EQUIVALENT = {
     '(self._refusal_of_mail_parameters(parameters))': 'it refuses none of none, more slowly',
     "SMTPChannel.smtp_HELP: ''  ->  'x'": 'not a command either',
     '_QuietChannels.__init__: self._epoll.close()  ->  pass': 'nothing else refers to it',
+    '_QuietChannels._own_epoll: self._process = os.getpid()  ->  pass':
+        'a new one each time, more slowly',
+    '_QuietChannels._leave_if_empty: self._epoll.close()  ->  pass': 'nothing else refers to it',
+    '_QuietChannels.handle_read: 0  ->  1': 'it does not wait: something is there',
     '_QuietChannels.readable: now + 1  ->  (now - 1)': 'it looks more often',
     '_QuietChannels._leave_if_empty: self._server._quiet_channels = None  ->  pass':
         'closed, it takes no channel; the garbage collector takes it',
