@@ -591,8 +591,8 @@ asyncore.loop(count=1)  # the first client comes, before numbers are large
 hoard(1100)
 asyncore.loop(use_poll=%s)
 ''' % use_poll
-    with script(text, selector=True, threads=1) as (process, address), greet(address) as first, \
-            greet(address, HELLO) as client:
+    with script(text, selector=True, threads=1) as (process, address), \
+            greet(address, b'NOOP') as first, greet(address, HELLO) as client:
         client.send(b'XLONG\r\nNOOP\r\n')
         assert first.say(b'NOOP') == OK
         assert len(client.reply()) == 30_000_006 and client.reply() == OK

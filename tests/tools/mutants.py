@@ -51,6 +51,8 @@ EQUIVALENT = {
     '(len(octets) < 4096)': 'both ways give the same, one faster',
     "_without_cr: len(octets) < 4096 or octets.count(b'\\r', 0, 1024) < 32  ->  "
     "(octets.count(b'\\r', 0, 1024) < 32)": 'both ways give the same, one faster',
+    '_without_cr: len(octets) < 4096  ->  (len(octets) <= 4096)':
+        'both ways give the same, one faster',
     '_lf_for_crlf: len(octets) - len(without_cr)  ->  (len(octets) + len(without_cr))':
         'both ways give the same, one faster',
     "_QUICK_ACK: (socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1) if hasattr(socket, 'TCP_QUICKACK') "
@@ -69,6 +71,9 @@ EQUIVALENT = {
     'SMTPChannel.readable: return False  ->  return (2)': 'None is as false',
     'SMTPChannel.readable: self.producer_fifo and self._must_send_first()  ->  '
     '(self._must_send_first())': 'the same, more slowly',
+    'SMTPChannel._ask_for_the_rest: _QUICK_ACK and octets < self.ac_in_buffer_size and '
+    'len(self.ac_in_buffer) < octets + len(_END_OF_DATA)  ->  (octets < self.ac_in_buffer_size and '
+    'len(self.ac_in_buffer) < octets + len(_END_OF_DATA))': 'Linux has it',
     'SMTPChannel._ask_for_the_rest: len(self.ac_in_buffer) < octets + len(_END_OF_DATA)  ->  '
     '(len(self.ac_in_buffer) <= octets + len(_END_OF_DATA))': 'a hint to the system alone',
     'SMTPChannel.handle_expt: 1  ->  2': 'there is never more than one',
