@@ -663,7 +663,8 @@ class TestData:
     @pytest.mark.parametrize('size', [1, 3, 1 << 30], ids='in pieces of {}'.format)
     @pytest.mark.parametrize('body, counted', [
         (b'', 0), (b'12345678\r\n', 10), (b'1\r\n2\r\n', 6), (b'..2\r\n..\r\n', 7),
-        (b'..\r\n' * 4, 12), (b'...\r\n', 4), (b'\r\n\r\n', 4), (b'\n\n\n\r\n', 5), ('\xe4\xf6\r\n'.encode(), 6)])
+        (b'..\r\n' * 4, 12), (b'...\r\n', 4), (b'\r\n\r\n', 4), (b'\n\n\n\r\n', 5),
+        ('\xe4\xf6\r\n'.encode(), 6)])
     @pytest.mark.parametrize('channel_class', [smtpd.SMTPChannel, HookedChannel])
     @both_modes
     def test_size_is_counted_as_rfc_1870_says(
@@ -1340,7 +1341,8 @@ class TestExistingPrograms:
             found.append(b''.join(self.received_lines))
 
         found = []
-        feed(channel_with(collect_incoming_data=collect_incoming_data), TO_DATA + b'a\r\n..b', b'c')
+        channel = channel_with(collect_incoming_data=collect_incoming_data)
+        feed(channel, TO_DATA + b'a\r\n..b', b'c')
         assert found[-2:] == [b'a\r\n..b', b'a\r\n..bc']
 
     def test_a_hook_that_is_patched_in_the_class_is_called(self, monkeypatch):
@@ -2492,8 +2494,8 @@ class TestCommandLine:
 
     def test_a_class_that_takes_other_arguments_is_no_server(self):
         done = run_smtpd('-n', '-c', 'queue.Queue', '127.0.0.1:0')
-        assert re.fullmatch('smtpd: queue.Queue: not a server class: .*; %s; try --help\n' % CLASSES,
-                            done.stderr)
+        assert re.fullmatch(
+            'smtpd: queue.Queue: not a server class: .*; %s; try --help\n' % CLASSES, done.stderr)
 
     def test_a_class_whose_module_imports_what_is_not_there(self, tmp_path):
         (tmp_path / 'keep.py').write_text('import kee\n')

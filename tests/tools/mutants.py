@@ -73,8 +73,12 @@ EQUIVALENT = {
     'SMTPChannel.readable: self.producer_fifo and self._must_send_first()  ->  '
     '(self._must_send_first())': 'the same, more slowly',
     'SMTPChannel._ask_for_the_rest: _QUICK_ACK and octets < self.ac_in_buffer_size and '
-    'len(self.ac_in_buffer) < octets + len(_END_OF_DATA)  ->  (octets < self.ac_in_buffer_size and '
-    'len(self.ac_in_buffer) < octets + len(_END_OF_DATA))': 'Linux has it',
+    'len(self.ac_in_buffer) < octets + len(_END_OF_DATA)  ->  '
+    '(octets < self.ac_in_buffer_size and len(self.ac_in_buffer) < octets + len(_END_OF_DATA))':
+        'Linux has it',
+    'SMTPChannel._ask_for_the_rest: _QUICK_ACK and octets < self.ac_in_buffer_size and '
+    'len(self.ac_in_buffer) < octets + len(_END_OF_DATA)  ->  '
+    '(_QUICK_ACK and octets < self.ac_in_buffer_size)': 'a hint to the system alone',
     'SMTPChannel._ask_for_the_rest: len(self.ac_in_buffer) < octets + len(_END_OF_DATA)  ->  '
     '(len(self.ac_in_buffer) <= octets + len(_END_OF_DATA))': 'a hint to the system alone',
     'SMTPChannel.handle_expt: 1  ->  2': 'there is never more than one',
@@ -109,6 +113,10 @@ EQUIVALENT = {
     'self._refusal_of_mail_parameters(parameters)  ->  '
     '(self._refusal_of_mail_parameters(parameters))': 'it refuses none of none, more slowly',
     "SMTPChannel.smtp_HELP: ''  ->  'x'": 'not a command either',
+    '_QuietChannels.__init__: 0.0  ->  1.0': 'both are long ago',
+    '_QuietChannels.settle: descriptor >= _FD_SETSIZE and self.channels.get(descriptor) is '
+    'channel  ->  (descriptor >= _FD_SETSIZE or self.channels.get(descriptor) is channel)':
+        'it tells the kernel what it knows',
     '_QuietChannels.__init__: self._epoll.close()  ->  pass': 'nothing else refers to it',
     '_QuietChannels._own_epoll: self._process = os.getpid()  ->  pass':
         'a new one each time, more slowly',
