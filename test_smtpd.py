@@ -520,8 +520,8 @@ class TestPaths:
             assert send_path(form % control, *command)[0] == '500 Error: bad syntax\r\n'
 
     @pytest.mark.parametrize('arg, address, rest', [
-        ('', '', ''), ('a@b', 'a@b', ''), ('<a@b>', 'a@b', ''), ('<>', '<>', ''),
-        ('<a@b> SIZE=1', 'a@b', 'SIZE=1'), ('a@b SIZE=1', 'a@b', 'SIZE=1')])
+        (None, '', ''), ('', '', ''), ('a@b', 'a@b', ''), ('<a@b>', 'a@b', ''),
+        ('<>', '<>', ''), ('<a@b> SIZE=1', 'a@b', 'SIZE=1'), ('a@b SIZE=1', 'a@b', 'SIZE=1')])
     def test_getaddr_gives_the_address_and_the_rest(self, arg, address, rest):
         found = make_channel()._getaddr(arg)
         assert (found[0], found[1].strip()) == (address, rest)
@@ -662,7 +662,8 @@ class TestData:
     @pytest.mark.parametrize('size', [1, 3, 1 << 30], ids='in pieces of {}'.format)
     @pytest.mark.parametrize('body, counted', [
         (b'', 0), (b'12345678\r\n', 10), (b'1\r\n2\r\n', 6), (b'..2\r\n..\r\n', 7),
-        (b'...\r\n', 4), (b'\r\n\r\n', 4), (b'\n\n\n\r\n', 5), ('\xe4\xf6\r\n'.encode(), 6)])
+        (b'..\r\n' * 4, 12), (b'...\r\n', 4), (b'\r\n\r\n', 4), (b'\n\n\n\r\n', 5),
+        ('\xe4\xf6\r\n'.encode(), 6)])
     @pytest.mark.parametrize('channel_class', [smtpd.SMTPChannel, HookedChannel])
     @both_modes
     def test_size_is_counted_as_rfc_1870_says(
@@ -817,7 +818,8 @@ class TestHandlers:
         assert feed(channel, b'text\r\n.\r\nNOOP\r\n') == (
             b'451 Internal confusion\r\n250 OK\r\n')
         out, err = capsys.readouterr()
-        assert out == '' and len(err.splitlines()) == 1
+        assert out == ''
+        assert re.fullmatch('error: process_message.. returned .*, which is no reply\n', err)
 
     @pytest.mark.parametrize('returned, reply', [
         ('550 caf\xe9', b'550 caf\xc3\xa9\r\n'), ('550 caf\udce9', b'550 caf?\r\n'),
@@ -857,6 +859,17 @@ class TestHandlers:
         channel = channel_with(smtp_FAIL=smtp_FAIL)
         assert feed(channel, b'FAIL\r\nNOOP\r\n') == b'250 OK\r\n'
         assert channel.conn.closed and 'KeyError' in capsys.readouterr().err
+
+    def test_a_fault_that_cannot_be_told_ends_the_session_and_is_logged_too(self, capsys):
+        def push(self, msg):
+            if msg.startswith('451'):
+                raise ZeroDivisionError
+            smtpd.SMTPChannel.push(self, msg)
+
+        channel = make_channel(StubServer(KeyError('x')), variant(smtpd.SMTPChannel, push=push))
+        feed(channel, TO_DATA + b'x\r\n.\r\n')
+        err = capsys.readouterr().err
+        assert channel.conn.closed and "KeyError: 'x'" in err and '\nZeroDivisionError' in err
 
     @pytest.mark.parametrize('stderr', [
         None, io.TextIOWrapper(io.BytesIO(), 'ascii'),
@@ -903,6 +916,13 @@ class TestHandlers:
         feed(channel, TO_DATA)
         assert feed(channel, b'x\r\n.\r\n') == answer
         assert feed(channel, b'NOOP\r\n') == b'250 OK\r\n' and found == [ZeroDivisionError]
+
+    def test_a_handle_error_that_is_patched_into_asyncore_is_called(self, monkeypatch):
+        hook = unittest.mock.Mock()
+        monkeypatch.setattr(asyncore.dispatcher, 'handle_error', lambda self: hook(self))
+        channel = make_channel(StubServer(ZeroDivisionError()))
+        feed(channel, TO_DATA + b'x\r\n.\r\n')
+        hook.assert_called_once_with(channel)
 
     def test_not_implemented_error_leaves_handle_read_when_called_directly(self):
         channel = make_channel(StubServer(NotImplementedError()))
@@ -1006,6 +1026,20 @@ class TestSession:
             asyncore.write(channel)
         assert channel.conn.sent == b'250 OK\r\n250 mx.example\r\n221 Bye\r\n'
 
+    def test_commands_wait_until_all_replies_are_sent_where_these_are_many(self):
+        channel = channel_with(unsent_reply_limit=10)
+        channel.conn.sends_at_most = 1
+        channel.conn.incoming += [b'HELP\r\n', b'HELP\r\nHELO x\r\n']
+        asyncore.read(channel)
+        assert not channel.readable()
+        asyncore.read(channel)
+        asyncore.write(channel)
+        assert not channel.seen_greeting
+        channel.conn.sends_at_most = None
+        while channel.writable():
+            asyncore.write(channel)
+        assert channel.seen_greeting == 'x'
+
     def test_small_packets_are_not_held_back(self, monkeypatch):
         """By Nagle's rule, neither ours nor the client's, which may wait for an ACK of ours."""
         options = []
@@ -1028,6 +1062,12 @@ class TestSession:
         assert channel.conn.closed and not channel.connected
         out, err = capsys.readouterr()
         assert out == '' and 'timed out' in err and 'SMTPChannel' in err.splitlines()[0]
+
+    def test_a_client_that_has_gone_before_its_session_began(self, monkeypatch):
+        monkeypatch.setattr(FakeConnection, 'getpeername', unittest.mock.Mock(
+            side_effect=OSError(errno.ENOTCONN, 'gone')))
+        channel = make_channel()
+        assert channel.conn.closed and not channel.connected
 
     def test_a_connection_that_fails_in_send_ends_its_session_alone(self, monkeypatch, capsys):
         channel = make_channel()
@@ -1060,10 +1100,13 @@ class TestSession:
         assert feed(plain, line) == b'500 Error: line too long\r\n'
         assert feed(extended, line) == b'250 OK\r\n'
         assert not smtpd.SMTPChannel.command_size_limits
+        assert smtpd.SMTPChannel.command_size_limits.default_factory() == 512
 
     def test_limits_set_on_the_class_count(self):
-        assert feed(channel_with(command_size_limit=20), b'NOOP\r\n' + b'x' * 21 + b'\r\n') == (
-            b'250 OK\r\n500 Error: line too long\r\n')
+        channel = channel_with(command_size_limit=20)
+        for greeting in b'RSET', b'EHLO x':
+            sent = feed(channel, greeting + b'\r\nNOOP\r\nNOOP ' + b'x' * 16 + b'\r\n')
+            assert sent.endswith(b'250 OK\r\n500 Error: line too long\r\n')
         channel = make_channel()
         channel.command_size_limits['XLONG'] = 1000
         assert channel.max_command_size_limit == 1000
@@ -1100,7 +1143,7 @@ class TestSession:
     def test_none_turns_a_limit_off(self, attribute, lines):
         sent = feed(channel_with(**{attribute: None}), b''.join(lines))
         assert len(re.findall(rb'(?m)^...[ ]', sent)) == len(lines) + (lines[0][:4] == b'EHLO') * 2
-        assert b'421' not in sent and b'452' not in sent
+        assert b'\n4' not in sent
 
 
 # ---------------------------------------------------------------------------
@@ -1250,6 +1293,11 @@ class TestExistingPrograms:
         assert feed(other, b'MAIL FROM:<a@b>\r\n') == b'503 Error: send HELO first\r\n'
         assert (other.mailfrom, list(other.rcpttos)) == (None, [])
 
+    def test_a_connection_that_breaks_where_init_never_ran_is_closed(self, capsys):
+        channel = without_init(StubServer(), FakeConnection(), PEER, {})
+        feed(channel, OSError(errno.ETIMEDOUT, 'timed out'))
+        assert channel.conn.closed and 'timed out' in capsys.readouterr().err
+
     @three_ways
     @pytest.mark.parametrize('is_method', [True, False], ids=['a method', 'a function'])
     def test_a_hook_may_be_set_in_the_middle_of_a_session(self, is_method, way):
@@ -1270,6 +1318,16 @@ class TestExistingPrograms:
                        'C: c2VjcmV0', 'S: 235 Authentication successful',
                        'C: NOOP', 'S: 250 OK'), way)
         assert channel.response == b'c2VjcmV0'
+
+    def test_a_hook_finds_the_pieces_of_a_message_in_received_lines(self):
+        def collect_incoming_data(self, data):
+            smtpd.SMTPChannel.collect_incoming_data(self, data)
+            found.append(b''.join(self.received_lines))
+
+        found = []
+        channel = channel_with(collect_incoming_data=collect_incoming_data)
+        feed(channel, TO_DATA + b'a\r\n..b', b'c')
+        assert found[-2:] == [b'a\r\n..b', b'a\r\n..bc']
 
     def test_a_hook_that_is_patched_in_the_class_is_called(self, monkeypatch):
         hook = unittest.mock.Mock(side_effect=smtpd.SMTPChannel.found_terminator)
@@ -1341,8 +1399,10 @@ class TestExistingPrograms:
         monkeypatch.setattr(smtpd, 'DEBUGSTREAM', io.StringIO())
         feed(channel, b'EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nFOO\r\n')
         text = smtpd.DEBUGSTREAM.getvalue()
+        feed(channel, b'DATA\r\n1\r\n')
         monkeypatch.setattr(smtpd, 'DEBUGSTREAM', smtpd.Devnull())
-        assert feed(channel, b'NOOP\r\n') == b'250 OK\r\n'
+        assert feed(channel, b'2\r\n.\r\nNOOP\r\n') == b'250 OK\r\n250 OK\r\n'
+        assert channel.received_data == b'1\n2'
         assert text.splitlines() == [
             "Data: b'EHLO x'", "Data: b'MAIL FROM:<a@b>'", '===> MAIL FROM:<a@b>', 'sender: a@b',
             "Data: b'RCPT TO:<c@d>'", '===> RCPT TO:<c@d>', "recips: ['c@d']", "Data: b'FOO'"]
@@ -1540,6 +1600,38 @@ class TestEndOfSession:
                 turn(at_most=5)
             assert len(server._map) == 1
 
+    @pytest.mark.parametrize('replies, times', [(0, 2), (1, 1)])
+    def test_an_idle_client_that_cannot_even_be_told_is_shut_off(self, replies, times, clock):
+        channel = make_channel()
+        channel.conn.shutdown, channel.conn.sends_at_most = unittest.mock.Mock(), 0
+        for _ in range(replies):
+            channel.push('250 OK')
+        for _ in range(times):
+            clock.seconds += 301
+            channel.readable()
+        channel.conn.shutdown.assert_called_once_with(socket.SHUT_RDWR)
+
+    def test_a_client_that_reads_its_replies_is_not_idle(self, clock):
+        channel = make_channel()
+        channel.conn.shutdown, channel.conn.sends_at_most = unittest.mock.Mock(), 1
+        channel.push('250 OK')
+        for _ in range(3):
+            clock.seconds += 200
+            channel.readable()
+            asyncore.write(channel)
+        channel.conn.shutdown.assert_not_called()
+
+    @in_map_and_selector
+    def test_what_is_pushed_to_a_session_at_rest_leaves_at_once(self, monkeypatch):
+        with turning() as (server, turn), RawClient(server) as client:
+            assert turn(until=lambda: has_input(client)) and client.reply() == BANNER
+            turn(at_most=3)
+            monkeypatch.setattr('time.monotonic', lambda: 0)
+            [channel] = channels_of(server)
+            channel.push('250 ' + 30_000_000 * 'x')
+            channel.close_when_done()
+            assert count_lines(client, turn) == 1
+
     @in_map_and_selector
     def test_a_channel_that_fails_to_say_421_does_not_end_the_loop(self, clock, capsys):
         def push(self, msg):
@@ -1603,6 +1695,9 @@ class TestServerStaysUp:
             assert sent < 50_000_000
             [channel] = channels_of(server)
             assert sum(map(len, channel.producer_fifo)) < 200_000
+            replies = len(channel.producer_fifo)
+            turn(at_most=5)
+            assert len(channel.producer_fifo) <= replies  # nor are its commands executed
             shut(client)
             assert count_lines(client, turn) == 1 + sent // 6  # none is lost
 
@@ -1734,7 +1829,7 @@ class TestServerStaysUp:
 
     @in_map_and_selector
     @pytest.mark.parametrize('threads', [0, 2], ids='{} threads'.format)
-    def test_nothing_else_stays_in_the_map(self, threads):
+    def test_nothing_else_stays_in_the_map(self, threads, selector):
         """`while asyncore.socket_map:` ends when the last server and channel are closed."""
         server_class = variant(process_message_threads=threads)
         with looping(server_class) as server, greet(server) as client:
@@ -1742,6 +1837,8 @@ class TestServerStaysUp:
             assert read_replies(client, 5) == ANSWERED
             assert is_served(server)
             assert len(server._map) == 2
+            assert (list(map(type, server._map.values()))[1] is smtpd.SMTPChannel) is not (
+                selector and hasattr(select, 'epoll'))
             server.close()
             assert client.say(b'NOOP') == b'250 OK\r\n'
             assert client.say(b'QUIT') == b'221 Bye\r\n'
@@ -1788,6 +1885,18 @@ class TestHandlerThreads:
                 b'250 noted\r\n500 Error: command "FOO" not recognized\r\n221 Bye\r\n')
             assert server.notes == ['1', '2']
             assert [message[3] for message in server.messages] == [b'text', b'2']
+
+    def test_the_loop_sleeps_though_a_client_sends_while_its_handler_works(self, selector):
+        with turning(WaitingServer) as (server, turn), RawClient(server), \
+                RawClient(server) as client:
+            client.send(ONE_MESSAGE)
+            assert turn(until=lambda: server.entered.acquire(blocking=False))
+            client.send(b'NOOP\r\n')
+            turn(at_most=3)
+            asks = [[number for number, each in list(server._map.items()) if getattr(each, name)()]
+                    for name in ('readable', 'writable')]
+            assert select.select(*asks, [], 0) == ([], [], [])
+            server.go.set()
 
     def test_there_are_no_more_threads_than_asked_for(self):
         with self.serving() as server, contextlib.ExitStack() as stack:
@@ -1890,6 +1999,7 @@ class TestHandlerThreads:
             assert idle.rest() == BANNER + TIMED_OUT
             server.go.set()
             assert read_replies(client, 6) == BANNER + ANSWERED
+            assert is_served(server)  # turns of the loop
             assert client.say(b'NOOP') == b'250 OK\r\n' and is_served(server)
             clock.seconds += 301
             assert client.rest() == TIMED_OUT
@@ -2052,6 +2162,13 @@ class TestProgramsOnASocket:
             assert turn(until=lambda: server.messages)
             assert client.reply() == BANNER
         assert asyncore.socket_map == {}
+
+    @in_map_and_selector
+    def test_a_channel_lives_in_the_map_that_it_is_given(self):
+        sockets = {}
+        with contextlib.closing(RecordingServer(map={})) as server:
+            channel = smtpd.SMTPChannel(server, FakeConnection(), PEER, map=sockets)
+        assert list(sockets.values()) == [channel]
 
     @in_map_and_selector
     def test_a_channel_class_may_be_a_function(self):
@@ -2353,14 +2470,19 @@ class TestCommandLine:
         done = run_smtpd('-n', *arguments)
         assert (done.returncode, done.stdout) == (1, '')
         assert re.fullmatch('smtpd: %s.*\n' % re.escape(beginning), done.stderr)
-        assert '--help' not in done.stderr
+        assert '--help' not in done.stderr and 'None' not in done.stderr
+
+    def test_a_class_that_takes_other_arguments_is_no_server(self):
+        done = run_smtpd('-n', '-c', 'queue.Queue', '127.0.0.1:0')
+        assert re.fullmatch(
+            'smtpd: queue.Queue: not a server class: .*; %s; try --help\n' % CLASSES, done.stderr)
 
     def test_a_class_whose_module_imports_what_is_not_there(self, tmp_path):
-        (tmp_path / 'keep.py').write_text('import no_such_module\n')
+        (tmp_path / 'keep.py').write_text('import kee\n')
         done = run_briefly([*SMTPD, '-n', '-c', 'keep.Server'], env=environment(tmp_path))
         assert (done.returncode, done.stdout) == (1, '')
         assert done.stderr == ("smtpd: keep.Server: cannot import keep: No module named "
-                               "'no_such_module'\n")
+                               "'kee'\n")
 
     def test_a_port_in_use_gets_one_line(self):
         with socket.create_server(('127.0.0.1', 0)) as used:
@@ -2462,6 +2584,13 @@ class TestCommandLine:
             assert fields['Gid'].split() == 4 * [str(nobody.pw_gid)]
             assert set(fields['Groups'].split()) <= {str(nobody.pw_gid)}
 
+    @pytest.mark.skipif(os.geteuid() != 0, reason='only root can become nobody')
+    def test_nobody_writes_tracebacks_even_where_it_may_not_read_the_standard_library(self):
+        with running_server(lambda port: [
+                *SMTPD, '-c', 'SMTPServer', '127.0.0.1:%d' % port]) as (process, address):
+            assert send_message(address).endswith(b'451 Internal confusion\r\n221 Bye\r\n')
+            assert b'Traceback' in read_until(process.stderr, b'NotImplementedError')
+
     @pytest.mark.parametrize('lack, complaint', [
         ("""import os
 def refuse(groups):
@@ -2525,7 +2654,7 @@ class TestArguments:
         ([], ('localhost', 8025, 'localhost', 25, 'PureProxy', True, False)),
         (['-n'], ('localhost', 8025, 'localhost', 25, 'PureProxy', False, False)),
         (['--nosetuid', 'here:26'], ('here', 26, 'localhost', 25, 'PureProxy', False, False)),
-        (['here:26', 'there:27'], ('here', 26, 'there', 27, 'PureProxy', True, False)),
+        (['here:26', 'there:65535'], ('here', 26, 'there', 65535, 'PureProxy', True, False)),
         (['-u', '-c', 'X', ':26'], ('', 26, 'localhost', 25, 'X', True, True)),
         (['--smtputf8', '--class=a.X', '[::1]:26', '[::2]:27'],
          ('::1', 26, '::2', 27, 'a.X', True, True)),

@@ -380,7 +380,8 @@ def looping(server_class=RecordingServer, timeout=30, use_poll=False):
         thread.join(20)
         assert not thread.is_alive() and server._map == {}
     finally:
-        server.close()
+        if thread.is_alive():
+            server.close()
         thread.join(20)
 
 

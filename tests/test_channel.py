@@ -286,6 +286,17 @@ def test_a_second_init_begins_a_session_anew_in_its_own_mode(base, decode_data):
     assert [each[3] for each in channel.smtp_server.messages] == [in_mode(b'.x\ny', decode_data)]
 
 
+def test_a_character_that_is_cut_in_two_reaches_a_hook_whole():
+    channel = make_channel(channel_class=SelfMadeChannel, decode_data=True)
+    feed(channel, TO_DATA + b'\xc3', b'\xa9\r\n.\r\n')
+    assert channel.smtp_server.messages[0][3] == '\xe9'
+
+
+def test_what_comes_after_quit_is_not_executed_by_a_found_terminator_of_ones_own():
+    channel = make_channel(channel_class=SelfMadeChannel)
+    assert feed(channel, b'QUIT\r\nHELO x\r\n') == b'221 Bye\r\n' and not channel.seen_greeting
+
+
 @pytest.mark.skipif(not hasattr(select, 'poll'), reason='no poll() here')
 def test_a_channel_that_is_closed_between_reading_and_writing_is_closed_once():
     """poll() tells of both at once."""

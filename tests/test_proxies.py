@@ -635,6 +635,23 @@ def test_step_that_the_client_was_told_to_be_taken_stands_whatever_fails_then(
         assert recipients == [['b@x', 'c@x']]
 
 
+def test_step_that_the_client_was_told_to_be_refused_is_taken_back_whatever_fails_then(upstream):
+    class Channel(smtpd.SMTPChannel):
+        def push(self, msg):
+            super().push(msg)
+            if msg.startswith('550'):
+                raise OSError('the transcript is full')
+
+        def handle_error(self):
+            assert isinstance(sys.exc_info()[1], OSError)
+
+    upstream.refused = {'no@x': '550 No'}
+    with proxy_to(upstream, variant(smtpd.PureProxy, channel_class=Channel)) as server, \
+            greet(server) as client:
+        client.send(b'HELO me\r\nMAIL FROM:<a@x>\r\nRCPT TO:<no@x>\r\nDATA\r\n')
+        assert [client.reply()[:3] for _ in range(4)] == [b'250', b'250', b'550', b'503']
+
+
 @pytest.mark.parametrize('step', ['CONNECT', 'MAIL', 'RCPT', 'DATA', '.'])
 def test_hung_upstream_holds_up_its_own_session_only(upstream, step, selector):
     """Even if another client, who waits as well, sends the same message."""

@@ -584,20 +584,20 @@ asyncore.loop()
 def test_numbers_that_select_cannot_take_are_served_in_the_selector(use_poll):
     """Also while a client that does not read its replies has to wait."""
     text = '''
-Channel.smtp_XLONG = lambda self, arg: self.push('250 ' + 10_000_000 * 'x')
+Channel.smtp_XLONG = lambda self, arg: self.push('250 ' + 30_000_000 * 'x')
 limit(2000)
 server = make()
 asyncore.loop(count=1)  # the first client comes, before numbers are large
 hoard(1100)
 asyncore.loop(use_poll=%s)
 ''' % use_poll
-    with script(text, selector=True, threads=1) as (process, address), greet(address) as first, \
-            greet(address, HELLO) as client:
+    with script(text, selector=True, threads=1) as (process, address), \
+            greet(address, b'NOOP') as first, greet(address, HELLO) as client:
         client.send(b'XLONG\r\nNOOP\r\n')
         assert first.say(b'NOOP') == OK
-        assert len(client.reply()) == 10_000_006 and client.reply() == OK
+        assert len(client.reply()) == 30_000_006 and client.reply() == OK
         assert relay_message(client).startswith(b'250 of')
-        assert process.poll() is None
+        assert client.say(b'NOOP') == OK and process.poll() is None
 
 
 @in_map_and_selector
@@ -825,20 +825,47 @@ except (KeyboardInterrupt, asyncore.ExitNow):
 @in_map_and_selector
 @without_and_with_thread
 def test_a_server_that_is_closed_frees_its_descriptors_without_the_garbage_collector(threads):
+    class Server(RecordingServer):
+        process_message_threads = threads
+
+        def readable(self):
+            if self.messages and len(self._map) == 1:  # nobody else is there, at a new turn
+                is_alone.set()
+            return super().readable()
+
+    is_alone = threading.Event()
     counts = []
     gc.collect()
     gc.disable()
     try:
         for _ in range(5):
-            with looping(variant(process_message_threads=threads), 0.05, use_poll=True) as server:
+            is_alone.clear()
+            with looping(Server, 0.05, use_poll=True) as server:
                 with greet(server, HELLO) as client:
                     assert relay_message(client) == OK
                     assert client.say(b'QUIT') == b'221 Bye\r\n'
+                assert is_alone.wait(20)
                 server.close()
             counts.append(len(os.listdir('/proc/self/fd')))
     finally:
         gc.enable()
     assert counts == 5 * counts[:1]
+
+
+@in_map_and_selector
+def test_nothing_is_kept_of_a_session_that_another_thread_closes():
+    counts = []
+    with serving() as server:
+        for _ in range(3):
+            with greet(server) as client:
+                for channel in channels_of(server):
+                    channel.close()
+                assert client.rest() == b''
+            del channel
+            assert is_served(server)
+            gc.collect()
+            counts.append(sum(isinstance(each, asyncore.dispatcher) for each in gc.get_objects()))
+    assert counts == 3 * counts[:1]
 
 
 @needs_proc

