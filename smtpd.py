@@ -622,7 +622,6 @@ class SMTPChannel(_Common, asynchat.async_chat):
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
-        self.terminator = _END_OF_LINE
         self._sending = threading.RLock()  # one thread at a time
         try:
             self._set_initial_state()  # __init__() may be the program's own
@@ -711,7 +710,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
         try:
             go_on(outcome)
         except BaseException as error:
-            self._clean_up(error)
+            self._clean_up()
             if isinstance(error, _ENDS_OF_THE_LOOP):
                 raise
             self.handle_error()
@@ -871,21 +870,19 @@ class SMTPChannel(_Common, asynchat.async_chat):
                 self._end_data(pieces)
             else:
                 self.push('451 Internal confusion')
-        except BaseException as error:
-            self._clean_up(error)
+        except BaseException:
+            self._clean_up()
             raise
         if not isinstance(self._waits_for, list):
             self._is_unanswered = False
             if self.producer_fifo and self.ac_in_buffer and self._must_send_first():
                 self._hold(_REPLIES_SENT)
 
-    def _clean_up(self, error):
+    def _clean_up(self):
         """After a fault: what the client sends next is a command, at the loop's next turn."""
         if self._is_unanswered and self.smtp_state == self.DATA:
             self._set_post_data_state()
-        if isinstance(error, _ENDS_OF_THE_LOOP):
-            self._is_unanswered = False
-        elif self.ac_in_buffer:
+        if self.ac_in_buffer:
             self._hold(_NEXT_TURN)
 
     def push(self, msg):
@@ -902,8 +899,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
 
     def _count_error(self):
         self._errors += 1
-        if (self.error_limit is not None and self._errors >= self.error_limit
-                and self.connected and None not in self.producer_fifo):
+        if self.error_limit is not None and self._errors >= self.error_limit:
             self.push('421 Error: too many errors')
             self.close_when_done()
 
