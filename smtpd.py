@@ -284,9 +284,16 @@ class _Common:
 
     def close(self):
         loop = self._loop_elsewhere()
-        if loop is not None and self._fileno is not None and isinstance(self.socket, _socket.socket):
-            _Leftover(self, loop)
+        if loop is not None and self._fileno is not None and isinstance(
+                self.socket, _socket.socket):
+            with contextlib.suppress(ValueError):  # the loop has closed it just now
+                _Leftover(self, loop)
         super().close()
+        if loop is None:
+            self._end_in_loop()
+
+    def _end_in_loop(self):
+        """The rest of close(), in the loop's thread."""
 
     def del_channel(self, map=None):
         with contextlib.suppress(KeyError):  # another thread has closed it at the same moment
@@ -344,11 +351,14 @@ class _Leftover(_Reader):
     def __init__(self, owner, loop):
         asyncore.dispatcher.__init__(self, map=owner._map)
         theirs = owner.socket
-        owner._fileno = None  # its place in the map is ours
-        self.set_socket(_socket.socket(theirs.family, theirs.type, theirs.proto, theirs.detach()))
+        self._owner = owner
+        self._is_shared = owner._shares_socket()
         self._leftovers = loop.leftovers
         self._leftovers.add(self)
-        self._is_shared = owner._shares_socket()
+        owner._fileno = None  # so that its del_channel() leaves our entry in the map
+        # Last of all, for the loop may see it from now on.
+        self.set_socket(
+            _socket.socket(theirs.family, theirs.type, theirs.proto, theirs.detach()))
         if not self._is_shared:
             try:
                 self.socket.shutdown(_socket.SHUT_RDWR)  # wakes the loop, which close() would not
@@ -367,6 +377,9 @@ class _Leftover(_Reader):
     def close(self):
         self._leftovers.discard(self)
         super().close()
+
+    def _end_in_loop(self):
+        self._owner._end_in_loop()
 
 
 class _ThisThread(threading.local):
@@ -912,7 +925,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
 
     def _end_fault(self):
         """Reply 451 to a command or message that has no reply yet; otherwise close."""
-        if self._is_unanswered and self.connected:
+        if self._is_unanswered and self.connected and not isinstance(self._waits_for, list):
             try:
                 self.push('451 Internal confusion')
                 return
@@ -953,8 +966,13 @@ class SMTPChannel(_Common, asynchat.async_chat):
         self._stop_being_quiet()
         super().close()
         self.ac_in_buffer = self._unread = b''
-        if self._relay is not None:
-            self._relay.end()
+
+    def _end_in_loop(self):
+        relay, self._relay = self._relay, None  # no reference cycle
+        if relay is not None:
+            relay.end()
+        if self._quiet_channels is not None:
+            self._quiet_channels.leave_if_idle()
 
     # ------------------------------------------------------------------
     # A command line
@@ -1514,24 +1532,19 @@ class _Threads(_Reader):
             self._start_threads()
             if not self._ended.empty():
                 self._wake_loop()
-            self._leave_if_idle()
+            self.leave_if_idle()
 
-    def _leave_if_idle(self):
-        if not self._running:
+    def leave_if_idle(self):
+        if not (self._running or self._waiting):
             self.del_channel()
             if not self._server.accepting:
                 self.close()
 
-    def server_has_closed(self, loop):
-        """Close as soon as all calls have ended; `loop` is the loop's thread, if another."""
-        if loop is None or self._waker is None:
-            self._leave_if_idle()
-        else:
-            loop.leftovers.add(self)
-            self._stand_in_map()
-            self._wake_loop()
-
     def close(self):
+        loop = self._server._loop_elsewhere()
+        if loop is not None:  # asyncore.close_all()
+            loop.leftovers.add(self)
+            return
         self.del_channel()
         self._server._threads_for_handlers = None  # no reference cycle
         if self._waker is not None:
@@ -1590,7 +1603,7 @@ class _QuietChannels(_Reader):
             del self.channels[channel._fileno]
             if self._server._loop_elsewhere() is None:  # else its next event wakes the loop
                 self._unregister(channel._fileno)
-                self._leave_if_empty()
+                self.leave_if_idle()
 
     def _unregister(self, descriptor):
         with contextlib.suppress(OSError):
@@ -1607,19 +1620,12 @@ class _QuietChannels(_Reader):
                     self._epoll.register(descriptor, select.EPOLLIN)
         return self._epoll
 
-    def _leave_if_empty(self):
+    def leave_if_idle(self):
         if not self.channels:
             self.del_channel()
             if not self._server.accepting:
                 self._epoll.close()
                 self._server._quiet_channels = None  # no reference cycle
-
-    def server_has_closed(self, loop):
-        """Close when there are no channels left; `loop` is the loop's thread, if another."""
-        if loop is None:
-            self._leave_if_empty()
-        else:
-            loop.leftovers.add(self)
 
     def readable(self):
         with contextlib.suppress(OSError):  # a child without descriptors: at a later turn
@@ -1639,11 +1645,15 @@ class _QuietChannels(_Reader):
             else:
                 (asyncore.write if events & select.EPOLLOUT else asyncore.read)(channel)
                 self.settle(channel)
-        self._leave_if_empty()
+        self.leave_if_idle()
 
     def close(self):
         with contextlib.ExitStack() as closing:  # all of them, even if one raises
-            closing.callback(self.server_has_closed, self._server._loop_elsewhere())
+            loop = self._server._loop_elsewhere()
+            if loop is None:
+                closing.callback(self.leave_if_idle)
+            else:  # asyncore.close_all()
+                loop.leftovers.add(self)
             for channel in list(self.channels.values()):
                 closing.callback(channel.close)
 
@@ -1853,13 +1863,10 @@ class SMTPServer(_Common, asyncore.dispatcher):
                 finally:  # a program's close() may raise, or leave it in the map
                     channel.del_channel()
 
-    def close(self):
-        """Stop listening; may be called from any thread.  Channels stay open."""
-        loop = self._loop_elsewhere()
-        super().close()
+    def _end_in_loop(self):
         for each in self._threads_for_handlers, self._quiet_channels:
             if each is not None:
-                each.server_has_closed(loop)
+                each.leave_if_idle()
 
     def _loop_elsewhere(self):
         loop = self._loop_thread and self._loop_thread()
@@ -2368,16 +2375,16 @@ class _UpstreamSession:
 
     def _connect(self):
         """Connect to one of the upstream's addresses."""
-        limit = self.proxy.upstream_connection_limit
-        others = [each for each in self.sockets.values()
-                  if isinstance(each, _Upstream) and each.session.address == self.address]
-        if limit is not None and len(others) >= limit:
-            raise ConnectionError('%d connections already' % len(others))
         look_up = functools.partial(socket.getaddrinfo, *self.address, type=socket.SOCK_STREAM)
         if self.sockets is self.proxy._map:
             addresses = yield functools.partial(self.proxy._run_in_thread, look_up)
         else:  # a loop that has nothing else to do
             addresses = look_up()
+        limit = self.proxy.upstream_connection_limit
+        others = [each for each in list(self.sockets.values())
+                  if isinstance(each, _Upstream) and each.session.address == self.address]
+        if limit is not None and len(others) >= limit:
+            raise ConnectionError('%d connections already' % len(others))
         seconds = self.proxy.upstream_timeout_seconds / len(addresses)
         for number, (family, _, _, _, address) in enumerate(addresses, 1):
             self._upstream = _Upstream(self)
@@ -2428,6 +2435,7 @@ class _Upstream(_Common, asynchat.async_chat):
     def __init__(self, session):
         asynchat.async_chat.__init__(self, map=session.sockets)
         self.session = session
+        self._process = os.getpid()
 
     def open(self, family, address, seconds):
         """Connect, and say hello."""
@@ -2477,7 +2485,8 @@ class _Upstream(_Common, asynchat.async_chat):
         return 451 if code == 421 else code, text
 
     def quit(self):
-        if self._resume is None and not self.is_in_data:
+        is_ours = self._process == os.getpid()  # in a child after fork(), it is the parent's
+        if is_ours and self._resume is None and not self.is_in_data:
             self.push(b'QUIT\r\n')  # Postfix does not wait for the reply either
         self.close()
 
@@ -2604,7 +2613,7 @@ def _with_peer_header(octets, peer):
     """The message with X-Peer after its headers, and how many hops these told of."""
     end = 0 if octets[:1] == b'\n' else octets.find(b'\n\n') + 1 or len(octets)
     is_line = octets[end - 1:end] in (b'', b'\n')  # the last header, as nearly always
-    header = b'X-Peer: %s\n' % _host_of(peer).encode('ascii', 'backslashreplace')
+    header = b'X-Peer: %s\n' % ascii(_host_of(peer))[1:-1].encode()
     # Otherwise _deliver() would take the last, empty line for a line end.
     last = b'\n' if octets[-1:] == b'\n' else b''
     # Joined, since the message may be large.
