@@ -818,10 +818,9 @@ def idle_proxy(proxy_class=smtpd.PureProxy, remoteaddr=('127.0.0.1', 9), **kwarg
     return contextlib.closing(proxy_class(('127.0.0.1', 0), remoteaddr, map={}, **kwargs))
 
 
-def mailman_proxy_to(upstream, mailman_address, **kwargs):
-    proxy_class = type('OurMailman', (smtpd.MailmanProxy,),
-                       {'mailman_lmtp_address': mailman_address})
-    return serving(proxy_class, remoteaddr=upstream.address, **kwargs)
+def mailman_proxy_to(upstream, mailman, proxy_class=smtpd.MailmanProxy, **kwargs):
+    proxy_class = variant(proxy_class, mailman_lmtp_address=mailman.address)
+    return proxy_to(upstream, proxy_class, **kwargs)
 
 
 OTHERS = (b'<c@example.com>', b'<d@example.com>')

@@ -357,7 +357,7 @@ def test_post_and_request_end_in_the_queues_of_a_real_mailman_the_unknown_goes_u
                b'Message-ID: <1@example.com>\r\n\r\n.dot and 8-bit \xff\r\n')
     recipients = (b'<announce@lists.example>', b'<announce-request@lists.example>',
                   b'<announce-nonsense@lists.example>', b'<someone@example.com>')
-    with mailman_proxy_to(upstream, mailman.address, decode_data=decode_data) as proxy:
+    with mailman_proxy_to(upstream, mailman, decode_data=decode_data) as proxy:
         assert post(proxy, message, recipients=recipients).startswith(b'250 ')
     for queue in 'in', 'command':
         (list_id, queued), = mailman.take(queue)
