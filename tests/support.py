@@ -53,11 +53,10 @@ class FakeConnection:
     family = socket.AF_INET
     sends_at_most = None  # octets that one send() takes, None for all
 
-    def __init__(self, descriptor=7):
+    def __init__(self):
         self.incoming = []
         self.sends = []
         self.closed = False
-        self.descriptor = descriptor
 
     @property
     def sent(self):
@@ -81,7 +80,7 @@ class FakeConnection:
         return len(data)
 
     def fileno(self):
-        return self.descriptor
+        return 7
 
     def getpeername(self):
         return PEER
@@ -524,12 +523,12 @@ def running_server(make_command, host='127.0.0.1', **kwargs):
         yield process, (host, port)
 
 
-def command_line(*options, host='127.0.0.1', remote=None, through=(), **kwargs):
+def command_line(*options, host='127.0.0.1', remote=None, **kwargs):
     """A running `python -m smtpd -n`: yields the process and its address."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # would be inherited
         signal.signal(signal.SIGINT, signal.default_int_handler)
     spec = '[%s]:%d' if ':' in host else '%s:%d'
-    return running_server(lambda port: [*through, *SMTPD, '-n', *options, spec % (host, port)]
+    return running_server(lambda port: [*SMTPD, '-n', *options, spec % (host, port)]
                           + ([remote] if remote else []), host, **kwargs)
 
 
@@ -592,7 +591,6 @@ class Upstream:
         self.bodies = []
         self.messages = []
         self.torn = []  # lines of messages that had no end
-        self.arrived = threading.Condition()
         self.hangs = threading.Event()
         self.released = threading.Event()
         self.address = host, 0
@@ -607,10 +605,6 @@ class Upstream:
     def __exit__(self, *exc):
         self.stop()
         self.port_holder.__exit__(*exc)
-
-    @property
-    def port(self):
-        return self.address[1]
 
     def start(self):
         family = socket.AF_INET6 if ':' in self.address[0] else socket.AF_INET
@@ -706,11 +700,9 @@ class Upstream:
         raise ConnectionError('the end without a dot')
 
     def keep(self, mailfrom, recipients, body):
-        with self.arrived:
-            self.bodies.append(body)
-            content = (b'\r\n' + body).replace(b'\r\n.', b'\r\n')[2:]
-            self.messages.append((mailfrom, recipients, content))
-            self.arrived.notify_all()
+        self.bodies.append(body)
+        content = (b'\r\n' + body).replace(b'\r\n.', b'\r\n')[2:]
+        self.messages.append((mailfrom, recipients, content))
 
     def answer(self, connection, step, reply, before=None):
         """Send the reply, or what the test wants instead; whether it is a good one."""
@@ -750,12 +742,6 @@ class Upstream:
 
     def verbs(self, verb):
         return [line for line in self.commands if line.upper().startswith(verb)]
-
-    def wait_for(self, count):
-        """The messages, once there are so many."""
-        with self.arrived:
-            assert self.arrived.wait_for(lambda: len(self.messages) >= count, 20), self.messages
-            return list(self.messages)
 
 
 # ---------------------------------------------------------------------------------------------
