@@ -566,7 +566,6 @@ SENDER = b'<sender@example.com>'
 RECIPIENT = b'<rcpt@example.com>'
 HELLO = b'HELO client.example'
 PROXIED = b'Subject: hello\r\n\r\nText.\r\n'
-BOTH_MODES = pytest.mark.parametrize('decode_data', [False, True], ids=['bytes', 'decoded'])
 
 CLOSE, HANG, ENDLESS, SLOW = 'break off', 'hang', 'never end', 'never end, slowly'
 

@@ -16,11 +16,11 @@ import tempfile
 import pytest
 
 from tests.support import (
-    BOTH_MODES,
     HELLO,
     OTHER_NAMES,
     OTHERS,
     PROXIED,
+    both_modes,
     clean_environment,
     find_tool,
     greet,
@@ -200,7 +200,7 @@ KINDS = {
 
 
 @pytest.mark.real
-@BOTH_MODES
+@both_modes
 @pytest.mark.parametrize('kind', KINDS)
 def test_message_arrives_byte_for_byte_in_a_real_postfix(postfix, decode_data, kind):
     with proxy_to(postfix, decode_data=decode_data) as proxy:
@@ -309,7 +309,7 @@ def mailman(tmp_path_factory):
 
 
 @pytest.mark.real
-@BOTH_MODES
+@both_modes
 def test_post_and_request_end_in_the_queues_of_a_real_mailman_the_unknown_goes_upstream(
         upstream, mailman, decode_data):
     message = (b'From: sender@example.com\r\nSubject: a post\r\n'
