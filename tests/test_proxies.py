@@ -861,7 +861,7 @@ NO, LATE = (550, b'5.1.1 No such user'), (450, '4.2.0 Greylisted')
     ({'d@example.com': LATE}, b'451 4.2.0 Greylisted'),
     ({'d@example.com': (400, b'Wait')}, b'451 Wait'),
     ({'d@example.com': (250, b'What?')}, b'451 Upstream not available'),
-    ({'d@example.com': (600, b'What?')}, b'451 Upstream not available'),
+    (dict.fromkeys(OTHER_NAMES, (600, b'What?')), b'451 Upstream not available'),
 ], ids=str)
 def test_what_their_deliver_refused_is_never_250(refused, reply):
     with serving(variant(OverriddenDeliver, refused=refused),
