@@ -53,11 +53,10 @@ class FakeConnection:
     family = socket.AF_INET
     sends_at_most = None  # octets that one send() takes, None for all
 
-    def __init__(self, descriptor=7):
+    def __init__(self):
         self.incoming = []
         self.sends = []
         self.closed = False
-        self.descriptor = descriptor
 
     @property
     def sent(self):
@@ -81,7 +80,7 @@ class FakeConnection:
         return len(data)
 
     def fileno(self):
-        return self.descriptor
+        return 7
 
     def getpeername(self):
         return PEER
@@ -525,12 +524,12 @@ def running_server(make_command, host='127.0.0.1', **kwargs):
         yield process, (host, port)
 
 
-def command_line(*options, host='127.0.0.1', remote=None, through=(), **kwargs):
+def command_line(*options, host='127.0.0.1', remote=None, **kwargs):
     """A running `python -m smtpd -n`: yields the process and its address."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # would be inherited
         signal.signal(signal.SIGINT, signal.default_int_handler)
     spec = '[%s]:%d' if ':' in host else '%s:%d'
-    return running_server(lambda port: [*through, *SMTPD, '-n', *options, spec % (host, port)]
+    return running_server(lambda port: [*SMTPD, '-n', *options, spec % (host, port)]
                           + ([remote] if remote else []), host, **kwargs)
 
 
@@ -568,7 +567,6 @@ SENDER = b'<sender@example.com>'
 RECIPIENT = b'<rcpt@example.com>'
 HELLO = b'HELO client.example'
 PROXIED = b'Subject: hello\r\n\r\nText.\r\n'
-BOTH_MODES = pytest.mark.parametrize('decode_data', [False, True], ids=['bytes', 'decoded'])
 
 CLOSE, HANG, ENDLESS, SLOW = 'break off', 'hang', 'never end', 'never end, slowly'
 
@@ -593,7 +591,6 @@ class Upstream:
         self.bodies = []
         self.messages = []
         self.torn = []  # lines of messages that had no end
-        self.arrived = threading.Condition()
         self.hangs = threading.Event()
         self.released = threading.Event()
         self.address = host, 0
@@ -608,10 +605,6 @@ class Upstream:
     def __exit__(self, *exc):
         self.stop()
         self.port_holder.__exit__(*exc)
-
-    @property
-    def port(self):
-        return self.address[1]
 
     def start(self):
         family = socket.AF_INET6 if ':' in self.address[0] else socket.AF_INET
@@ -707,11 +700,9 @@ class Upstream:
         raise ConnectionError('the end without a dot')
 
     def keep(self, mailfrom, recipients, body):
-        with self.arrived:
-            self.bodies.append(body)
-            content = (b'\r\n' + body).replace(b'\r\n.', b'\r\n')[2:]
-            self.messages.append((mailfrom, recipients, content))
-            self.arrived.notify_all()
+        self.bodies.append(body)
+        content = (b'\r\n' + body).replace(b'\r\n.', b'\r\n')[2:]
+        self.messages.append((mailfrom, recipients, content))
 
     def answer(self, connection, step, reply, before=None):
         """Send the reply, or what the test wants instead; whether it is a good one."""
@@ -751,12 +742,6 @@ class Upstream:
 
     def verbs(self, verb):
         return [line for line in self.commands if line.upper().startswith(verb)]
-
-    def wait_for(self, count):
-        """The messages, once there are so many."""
-        with self.arrived:
-            assert self.arrived.wait_for(lambda: len(self.messages) >= count, 20), self.messages
-            return list(self.messages)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -819,10 +804,9 @@ def idle_proxy(proxy_class=smtpd.PureProxy, remoteaddr=('127.0.0.1', 9), **kwarg
     return contextlib.closing(proxy_class(('127.0.0.1', 0), remoteaddr, map={}, **kwargs))
 
 
-def mailman_proxy_to(upstream, mailman_address, **kwargs):
-    proxy_class = type('OurMailman', (smtpd.MailmanProxy,),
-                       {'mailman_lmtp_address': mailman_address})
-    return serving(proxy_class, remoteaddr=upstream.address, **kwargs)
+def mailman_proxy_to(upstream, mailman, proxy_class=smtpd.MailmanProxy, **kwargs):
+    proxy_class = variant(proxy_class, mailman_lmtp_address=mailman.address)
+    return proxy_to(upstream, proxy_class, **kwargs)
 
 
 OTHERS = (b'<c@example.com>', b'<d@example.com>')

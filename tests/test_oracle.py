@@ -2,7 +2,6 @@
 
 Breakpoint: 3.12. From there on it has none.
 """
-import asyncore
 import importlib.util
 import itertools
 import os
@@ -17,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import smtpd
-from tests.support import PEER, FakeConnection, StubServer
+from tests.support import PEER, FakeConnection, StubServer, feed
 
 pytestmark = pytest.mark.skipif(
     sys.version_info >= (3, 12), reason='this Python has no smtpd of its own')
@@ -88,16 +87,9 @@ class Session:
 
     def take(self, *segments):
         """Feed the segments, one read event each; return the Outcome."""
-        channel = self.channel
-        sent, messages = len(channel.conn.sent), len(self.server.messages)
-        for segment in segments:
-            channel.conn.incoming.append(segment)
-            while channel.conn.incoming and channel.connected:
-                asyncore.read(channel)
-                while channel.connected and channel.writable():
-                    asyncore.write(channel)
+        channel, messages = self.channel, len(self.server.messages)
         return Outcome(
-            channel.conn.sent[sent:], self.server.messages[messages:], self.raised,
+            feed(channel, *segments), self.server.messages[messages:], self.raised,
             not channel.connected,
             (channel.seen_greeting, channel.mailfrom, list(channel.rcpttos), channel.smtp_state))
 

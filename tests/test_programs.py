@@ -91,22 +91,6 @@ def test_no_channel_keeps_the_loop_busy(program, ours):
     assert ['closed'] in trace
 
 
-def test_no_session_sees_what_another_has_sent(ours):
-    program = a_program(['NO'], __init__='asynchat.async_chat.__init__(self, args[1], args[4])\n'
-                        'self.set_terminator(b"\\r\\n")',
-                        collect_incoming_data='self.received_lines.append(data)\n'
-                        'self.rcpttos.append(data)')
-    assert ours.run(program) == ours.run(program)
-
-
-def test_a_copied_init_need_not_know_of_recipients(ours):
-    program = a_program(['MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n'],
-                        __init__='asynchat.async_chat.__init__(self, args[1])\n'
-                        'self.seen_greeting = "x"\nself.set_terminator(b"\\r\\n")')
-    assert ours.run(program)[-1][0] == 'state'
-    assert '250 OK' in str(ours.run(program))
-
-
 def test_generated_programs_behave_alike(old, ours):
     """Run python -m tests.tools.oracle for more, and to shrink what this finds."""
     faults = []

@@ -290,17 +290,6 @@ class TestRecipeStartTLSWithAuth:
                 client.login('alice', 'open sesame')
             assert client.docmd('AUTH', 'PLAIN') == (538, b'Encryption required')
 
-    @pytest.mark.real
-    def test_swaks_sends_no_password_in_clear(self, program):
-        """Nor does it without --tls, where it is told to log in."""
-        swaks = find_tool('swaks', 'swaks')
-        outcome = subprocess.run(
-            [swaks, '--server', '%s:%d' % program.address, '--to', 'you@example.com',
-             '--auth', 'PLAIN', '--auth-user', 'alice', '--auth-password', 'open sesame'],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8', timeout=60)
-        sent = [line for line in outcome.stdout.splitlines() if line.startswith(' -> ')]
-        assert sent and not [line for line in sent if 'AUTH' in line]
-
 
 def test_the_recipe_for_parameters_keeps_them(start, tmp_path):
     save_block(tmp_path, 'recipe-extension')
