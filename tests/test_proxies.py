@@ -3,6 +3,7 @@ import asynchat
 import asyncore
 import contextlib
 import errno
+import gc
 import itertools
 import os
 import re
@@ -10,6 +11,7 @@ import select
 import socket
 import sys
 import threading
+import weakref
 
 import pytest
 
@@ -467,6 +469,48 @@ def test_connections_to_one_upstream_are_limited(upstream, capfd):
         proxy.upstream_connection_limit = None
         with greet(proxy, HELLO) as fourth:
             assert codes(steps(fourth)) == '250 250 354 250'
+
+
+def test_connections_to_one_upstream_are_limited_though_all_come_at_once(upstream):
+    with proxy_to(upstream, impatient(upstream_connection_limit=1)) as proxy, \
+            greet(proxy, HELLO) as first, greet(proxy, HELLO) as second:
+        for client in first, second:
+            client.send(b'MAIL FROM:<a@x>\r\n')
+        assert {client.reply()[:3] for client in (first, second)} == {b'250', b'451'}
+
+
+def test_session_that_ends_leaves_nothing_to_the_garbage_collector(upstream):
+    gc.collect()
+    gc.disable()
+    try:
+        with proxy_to(upstream) as proxy:
+            with greet(proxy, HELLO) as client:
+                assert codes(steps(client)) == '250 250 354 250'
+                [channel] = map(weakref.ref, channels_of(proxy))
+                assert client.say(b'QUIT') == b'221 Bye\r\n'
+                assert client.rest() == b''
+        assert channel() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork() here')
+@pytest.mark.filterwarnings('ignore:.*fork:DeprecationWarning')
+def test_child_that_closes_its_copies_of_the_sessions_says_nothing_upstream(upstream):
+    def smtp_XFORK(self, arg):
+        child = os.fork()
+        if not child:
+            asyncore.close_all(self._map)
+            os._exit(0)
+        self.push('250 %d' % os.waitpid(child, 0)[1])
+
+    channel_class = variant(smtpd.SMTPChannel, smtp_XFORK=smtp_XFORK)
+    with proxy_to(upstream, impatient(channel_class=channel_class)) as proxy, \
+            greet(proxy, HELLO) as client:
+        assert client.say(b'MAIL FROM:<a@x>') == client.say(b'RCPT TO:<b@x>') == b'250 OK\r\n'
+        assert client.say(b'XFORK') == b'250 0\r\n'
+        assert client.say(b'RCPT TO:<c@x>') == b'250 OK\r\n'
+        assert upstream.verbs(b'QUIT') == []
 
 
 def test_upstream_that_cannot_be_reached_is_451(capfd):

@@ -40,13 +40,13 @@ from tests.support import (
     in_map_and_selector,
     is_served,
     looping,
+    read_replies,
     relay_message,
     reset,
     serving,
     small_buffers,
     start_message,
     steps,
-    traced_memory,
     turning,
     variant,
 )
@@ -816,6 +816,67 @@ except (KeyboardInterrupt, asyncore.ExitNow):
         else:
             client.send(b'XEND\r\n')
         assert process.wait(20) == 0 and process.stderr.read() == b'ended'
+
+
+def test_a_session_outlives_the_close_of_its_server_in_another_thread():
+    """Even if another server is made in the loop meanwhile."""
+    def smtp_XSERVE(self, arg):
+        smtpd.SMTPServer(('127.0.0.1', 0), None, map={}).close()
+        self.push('250 OK')
+
+    server_class = variant(WaitingServer, channel_class=variant(
+        smtpd.SMTPChannel, smtp_XSERVE=smtp_XSERVE))
+    with looping(server_class) as server, \
+            greet(server, HELLO) as first, greet(server, HELLO) as second:
+        start_message(first)
+        server.wait_until_entered()
+        server.close()
+        assert second.say(b'XSERVE') == OK
+        server.go.set()
+        assert first.reply() == OK
+        for client in first, second:
+            assert client.say(b'QUIT') == b'221 Bye\r\n'
+
+
+def test_a_message_that_waits_as_its_server_closes_is_answered():
+    def push(self, msg):
+        smtpd.SMTPChannel.push(self, msg)
+        if len(server.messages) == 1:  # the reply to the first one
+            server.close()
+
+    server_class = variant(WaitingServer, process_message_threads=1,
+                           channel_class=variant(smtpd.SMTPChannel, push=push))
+    with turning(server_class) as (server, turn), \
+            RawClient(server) as first, RawClient(server) as second:
+        for client in first, second:
+            client.send(HELLO + b'\r\n' + TRANSACTION)
+        turn(until=lambda: [len(each.rcpttos) for each in channels_of(server)] == [1, 1])
+        first.send(b'1\r\n.\r\n')
+        assert turn(until=lambda: server.entered.acquire(blocking=False))
+        second.send(b'2\r\n.\r\n')
+        server.go.set()
+        for thread in threading.enumerate():
+            if thread.ident in server.threads:
+                thread.join(20)
+        turn(until=lambda: len(server.messages) == 2)
+        turn(at_most=20)
+        for client in first, second:
+            assert read_replies(client, 6) == BANNER + ANSWERED
+
+
+def test_a_method_that_fails_after_it_has_begun_to_wait_ends_the_session(capsys):
+    def found_terminator(self):
+        has_data = self.smtp_state == self.DATA
+        smtpd.SMTPChannel.found_terminator(self)
+        assert not has_data, 'on purpose'
+
+    channel_class = variant(smtpd.SMTPChannel, found_terminator=found_terminator)
+    with serving(variant(WaitingServer, channel_class=channel_class)) as server, \
+            greet(server, HELLO) as client:
+        start_message(client)
+        assert client.rest() == b''
+        server.go.set()
+    assert 'on purpose' in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------
