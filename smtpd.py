@@ -20,9 +20,9 @@ The protocol is RFC 5321 (SMTP) with RFC 1870 (SIZE), RFC 6152 (8BITMIME) and
 RFC 6531 (SMTPUTF8).
 
 All methods are called in the thread that runs asyncore.loop(), in asynchat's order;
-process_message() may run in others (`process_message_threads`).  Nothing that a client
-sends can end the loop.  If a handler fails, the client gets 451, so that it keeps the
-message and tries again.
+process_message() may run in others (`process_message_threads`), and any thread may call
+close() and push().  Nothing that a client sends can end the loop.  If a handler fails, the
+client gets 451, so that it keeps the message and tries again.
 """
 
 # Layout of this file: names of the module; paths, parameters, replies, handlers (pure
@@ -109,7 +109,7 @@ def _write_to_stderr(text):
 def _log_exception(self):
     """Write the exception that is being handled to the log; never raise."""
     error = sys.exc_info()[1]
-    # The first call of format_exc() imports modules: descriptors, memory or rights may lack.
+    # The first call of format_exc() imports modules: it may lack descriptors, memory, rights.
     message = 'exception in %s\n%s' % (
         _safe_repr(self), _text_from(traceback.format_exc) or _describe(error))
     try:
@@ -326,7 +326,7 @@ def _peek(connection):
 
 
 class _LoopThread:
-    """A thread that runs the loop: it alone may close what it may be waiting for.
+    """The thread that runs the loop: no other may close what select() may be waiting for.
 
     Only the thread keeps it, and all else refers to it weakly, so it lives as long as the thread.
     """
@@ -334,7 +334,7 @@ class _LoopThread:
     def __init__(self):
         self.reference = weakref.ref(self)
         self.ident = threading.get_ident()
-        self.leftovers = set()  # to be closed: the map may be cleared, as by asyncore.close_all()
+        self.leftovers = set()  # to be closed; asyncore.close_all() clears the map
 
     def close_leftovers(self):
         while self.leftovers:
@@ -433,7 +433,7 @@ def _advance(steps, resume, outcome=_nothing):
 _NEXT_TURN = 'the next turn of the loop'
 _REPLIES_SENT = 'the client, which has to read its replies'
 _GOODBYE = 'the goodbye to an idle client'  # input that comes before it is taken
-# or the outcome of a step: a list, which would hold it already if it had come at once.
+# or a list: the outcome of a step that is under way.  It tells this step from all others.
 
 
 # ---------------------------------------------------------------------------
@@ -580,7 +580,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
     unsent_reply_limit = 65536  # one read's worth
 
     # What most sessions leave as it is; _set_initial_state() sets the rest.  In CPython,
-    # attributes are fast if only the instance has them, and fewer than 30.
+    # attributes are fast if the class lacks them, and the instance has fewer than 30.
     data_size_limit = DATA_SIZE_DEFAULT
     enable_SMTPUTF8 = False
     require_SMTPUTF8 = False  # asked for in MAIL
@@ -1124,7 +1124,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
             reply = outcome()
             is_refused = reply[:1] not in '23'
             if reply[:1] == '5':
-                self._errors -= 1  # how many may come is the upstream's business
+                self._errors -= 1  # push() counts it, but the upstream's do not count
             for line in reply.split(NEWLINE):
                 self.push(line)
         except BaseException:
@@ -1395,7 +1395,7 @@ def _getfqdn():
 
 
 # ---------------------------------------------------------------------------
-# Aside: threads for handlers, quiet channels outside the map
+# Aside: threads for handlers and look-ups, quiet channels outside the map
 # ---------------------------------------------------------------------------
 
 def _is_too_much_for_select(descriptor, sockets=()):
@@ -1439,7 +1439,7 @@ class _Threads(_Reader):
         self._process = os.getpid()
         self._waiting = collections.deque()  # [call, resume], for a thread
         self._running = 0
-        self._ended = queue.SimpleQueue()  # (resume, outcome, whether its thread ends), too
+        self._ended = queue.SimpleQueue()  # (resume, outcome, whether the thread ends)
         self._waker = None
 
     def is_inherited(self):
@@ -1493,7 +1493,7 @@ class _Threads(_Reader):
     def _serve(self, task):
         while task is not None:
             call, resume = task
-            task.clear()  # the thread keeps it, and the call keeps the message
+            task.clear()  # Thread keeps its arguments, and would keep the message
             try:
                 outcome = functools.partial(_give, call())
             except BaseException as error:
@@ -1551,7 +1551,7 @@ class _Threads(_Reader):
             waker, self._waker = self._waker, None
             for each in self.socket, waker:
                 if self.is_inherited():
-                    each.detach()  # the number may be something else by now
+                    each.detach()  # the program may have used the number again
                 with contextlib.suppress(OSError):
                     each.close()
 
@@ -1727,7 +1727,7 @@ class SMTPServer(_Common, asyncore.dispatcher):
                  map=None, enable_SMTPUTF8=False, decode_data=False):
         _check_modes(enable_SMTPUTF8, decode_data)
         asyncore.dispatcher.__init__(self, map=map)
-        _this_thread.loop.close_leftovers()  # of a loop that has ended
+        _this_thread.loop.close_leftovers()  # if the loop has ended, it will not
         self.data_size_limit = data_size_limit
         self._decode_data = decode_data
         self.enable_SMTPUTF8 = enable_SMTPUTF8
@@ -1785,7 +1785,7 @@ class SMTPServer(_Common, asyncore.dispatcher):
 
     def readable(self):
         last, self._loop_thread = self._loop_thread, _this_thread.loop.reference
-        # Closed by another thread just now: it left the socket to us only if it knew of us.
+        # If another thread has just closed this, it left the socket to us only if it knew of us.
         is_ours = self._fileno is not None or last is self._loop_thread
         return super().readable() and is_ours
 
@@ -2129,7 +2129,7 @@ class _Relay:
         self._proxy = proxy
         self._channel = channel
         self._session = proxy._new_upstream_session(proxy._map)
-        self._is_ended = False  # the client has gone
+        self._client_has_gone = False
 
     def knows(self, mailfrom, rcpttos):
         """False if the program has changed the transaction since the upstream saw it."""
@@ -2157,20 +2157,20 @@ class _Relay:
 
     def end(self):
         """The client has gone: leave the upstream, unless a message is on its way."""
-        self._is_ended = True
+        self._client_has_gone = True
         if self not in self._proxy._deliveries.under_way:
             self._session.quit()
 
     def is_given_up(self):
         """Whether the client does not wait for the reply to the message that is on its way."""
-        self._is_ended = self._is_ended or _peek(self._channel.socket) == b''
-        return self._is_ended
+        self._client_has_gone = self._client_has_gone or _peek(self._channel.socket) == b''
+        return self._client_has_gone
 
     def _take(self, steps):
         try:
             return _reply_text((yield from steps))
         finally:
-            if self._is_ended:
+            if self._client_has_gone:
                 self._session.quit()
 
     def _deliver(self, octets):
@@ -2181,12 +2181,12 @@ class _Relay:
         if any(other.is_given_up() for other, its in deliveries.under_way.items()
                if its == message):
             return 451, _NOT_AVAILABLE
-        octets = _on_the_wire(octets)  # one copy is enough
+        octets = _on_the_wire(octets)  # lets go of the other copy
         deliveries.under_way[self] = message
         try:
             replies = yield from self._session.deliver(
                 octets, deliveries.left(message, self._rcpttos))
-            return deliveries.note(message, self._rcpttos, replies, self._is_ended)
+            return deliveries.note(message, self._rcpttos, replies, self._client_has_gone)
         finally:
             del deliveries.under_way[self]
 
@@ -2206,12 +2206,12 @@ class _Deliveries:
             return rcpttos
         return [each for each in rcpttos if each not in recipients]
 
-    def note(self, message, rcpttos, replies, comes_again=False):
+    def note(self, message, rcpttos, replies, client_will_retry=False):
         """All but those refused have the message now; return one reply for all."""
         refused = {each: said for each, said in replies.items() if not _is_success(said)}
         reply = _reply_for_all(replies, refused, len(set(rcpttos)))
         recipients, _ = self._delivered.pop(message, (frozenset(), 0))
-        if comes_again or reply[0] == 451:
+        if client_will_retry or reply[0] == 451:
             recipients = recipients.union(rcpttos).difference(refused)
         else:  # the next one that looks like it is another message
             recipients = recipients.difference(rcpttos)
@@ -2378,7 +2378,7 @@ class _UpstreamSession:
         look_up = functools.partial(socket.getaddrinfo, *self.address, type=socket.SOCK_STREAM)
         if self.sockets is self.proxy._map:
             addresses = yield functools.partial(self.proxy._run_in_thread, look_up)
-        else:  # a loop that has nothing else to do
+        else:  # in _run(), which has nothing else to do
             addresses = look_up()
         limit = self.proxy.upstream_connection_limit
         others = [each for each in list(self.sockets.values())
@@ -2425,8 +2425,8 @@ class _Upstream(_Common, asynchat.async_chat):
     has_transaction = False
     is_in_data = False  # it waits for a message, or the rest of it
 
-    _resume = None  # the step that waits for a reply ...
-    _deadline = math.inf  # ... until then, on the monotonic clock
+    _on_reply = None  # continues the step that waits for a reply
+    _deadline = math.inf  # of that wait, on the monotonic clock
     _line = b''  # that is being read ...
     _text = b''  # ... of a reply of several lines
 
@@ -2443,7 +2443,7 @@ class _Upstream(_Common, asynchat.async_chat):
         _check_that_select_takes(self.socket.fileno(), self._map)
         self.socket.setsockopt(*_NO_DELAY)
         self.connect(address)
-        reply = yield functools.partial(self._wait, seconds)
+        reply = yield functools.partial(self._wait_for_reply, seconds)
         for verb in self.session.hellos if _is_success(reply) else ():
             reply = yield from self.ask('%s %s' % (verb, self.session.proxy._own_name))
             if _is_success(reply):
@@ -2476,36 +2476,37 @@ class _Upstream(_Common, asynchat.async_chat):
         self.producer_fifo.append(octets)  # asynchat sends at most 64 KB at once
         if self.ac_in_buffer or _peek(self.socket) is not None:
             raise ConnectionError('talks unasked, or has closed')
-        code, text = yield functools.partial(self._wait, seconds)
-        if code < 400 and (code not in good or self.producer_fifo) or code == 503:  # our fault
+        code, text = yield functools.partial(self._wait_for_reply, seconds)
+        if code < 400 and (code not in good or self.producer_fifo) or code == 503:
+            # 503: the order of commands is ours.
             raise ConnectionError('out of step: ' + _reply_text((code, text)))
-        if code == 421 or self.producer_fifo:  # the rest would follow the refusal
+        if code == 421 or self.producer_fifo:  # it would take the rest for commands
             self.close()
         self.is_in_data = code == 354
         return 451 if code == 421 else code, text
 
     def quit(self):
         is_ours = self._process == os.getpid()  # in a child after fork(), it is the parent's
-        if is_ours and self._resume is None and not self.is_in_data:
+        if is_ours and self._on_reply is None and not self.is_in_data:
             self.push(b'QUIT\r\n')  # Postfix does not wait for the reply either
         self.close()
 
     def close(self):
         """Cut the connection; a step that waits is given up."""
-        self._resume = None
+        self._on_reply = None
         super().close()
 
-    def _wait(self, seconds, resume):
+    def _wait_for_reply(self, seconds, resume):
         if not (self.connected or self.connecting):
             raise ConnectionError('closed the connection')
         self._deadline = time.monotonic() + seconds
-        self._resume = resume
+        self._on_reply = resume
         self.initiate_send()
 
     # Events
 
     def readable(self):
-        if self._resume is not None and time.monotonic() > self._deadline:
+        if self._on_reply is not None and time.monotonic() > self._deadline:
             # The loop is collecting descriptors: none may be closed before its next event.
             with contextlib.suppress(OSError):
                 self.socket.shutdown(_socket.SHUT_RDWR)
@@ -2523,7 +2524,7 @@ class _Upstream(_Common, asynchat.async_chat):
 
     def collect_incoming_data(self, data):
         self._line += data
-        if self._resume is None or len(self._line) + len(self._text) > _MOST_OF_A_REPLY:
+        if self._on_reply is None or len(self._line) + len(self._text) > _MOST_OF_A_REPLY:
             raise ConnectionError('talks unasked, or without an end')
 
     def found_terminator(self):
@@ -2535,7 +2536,7 @@ class _Upstream(_Common, asynchat.async_chat):
         self._text += text + b'\n'
         if mark != b'-':
             reply, self._text = (int(code), self._text[:-1]), b''
-            resume, self._resume = self._resume, None
+            resume, self._on_reply = self._on_reply, None
             resume(functools.partial(_give, reply))
 
     def handle_close(self):
@@ -2549,7 +2550,7 @@ class _Upstream(_Common, asynchat.async_chat):
         self._end(sys.exc_info()[1])
 
     def _end(self, error):
-        resume = self._resume
+        resume = self._on_reply
         self.close()
         if resume is not None:
             resume(functools.partial(_throw, error))
@@ -2611,10 +2612,12 @@ def _lf_lines(octets):
 
 def _with_peer_header(octets, peer):
     """The message with X-Peer after its headers, and how many hops these told of."""
-    end = 0 if octets[:1] == b'\n' else octets.find(b'\n\n') + 1 or len(octets)
+    end = 0
+    if octets[:1] != b'\n':
+        end = octets.find(b'\n\n') + 1 or len(octets)
     is_line = octets[end - 1:end] in (b'', b'\n')  # the last header, as nearly always
     header = b'X-Peer: %s\n' % ascii(_host_of(peer))[1:-1].encode()
-    # Otherwise _deliver() would take the last, empty line for a line end.
+    # The data has no LF at its end, and _deliver() takes one for it.
     last = b'\n' if octets[-1:] == b'\n' else b''
     # Joined, since the message may be large.
     traced = b''.join((octets[:end], b'' if is_line else b'\n', header,
