@@ -356,6 +356,7 @@ class _Leftover(_Reader):
         self._leftovers = loop.leftovers
         self._leftovers.add(self)
         owner._fileno = None  # so that its del_channel() leaves our entry in the map
+        was_listening, owner.accepting = owner.accepting, False
         # Last of all, for the loop may see it from now on.
         self.set_socket(
             _socket.socket(theirs.family, theirs.type, theirs.proto, theirs.detach()))
@@ -363,7 +364,7 @@ class _Leftover(_Reader):
             try:
                 self.socket.shutdown(_socket.SHUT_RDWR)  # wakes the loop, which close() would not
             except OSError:
-                if owner.accepting:  # macOS
+                if was_listening:  # macOS
                     self.close()
 
     def readable(self):
