@@ -222,6 +222,17 @@ def goes_on_after_failure(case):
                  or 'replace(' in case.source))
 
 
+def long_line_is_not_kept(case):
+    names = case.state_differs_in()
+    return (bool(names) and names <= {'num_bytes', 'received_lines'}
+            and re.search('x{500}|y{500}', case.said) is not None)
+
+
+def long_command_is_looked_up(case):
+    return case.overrides('__getattr__') and all(
+        'line too long' in str(events[:4]) for events in (case.old_rest, case.new_rest))
+
+
 def set_before_a_failure(case):
     """The channel could not be made, and has got so far."""
     return (bool(case.state_differs_in()) and case.state_differs_in() <= {'fqdn', 'peer', 'addr'}
@@ -276,6 +287,12 @@ def collects_less(case):
             and ('received_lines' not in case.state_differs_in()
                  or case.seen('received_lines')[1] == "'(none)'")
             and case.seen('ac_in_buffer')[1] == "b''")
+
+
+def dropped_input_after_the_end(case):
+    """The program has kept the session open after close_when_done(): the input was dropped."""
+    return case.overrides('close', 'handle_close') and re.search(
+        r"221 Bye|\(\d+, None\)|'close_when_done'", str(case.old[:case.at])) is not None
 
 
 def old_never_ends(case):
@@ -370,6 +387,12 @@ def gone_already(case):
             and not any(event[0] == 'client' for event in case.new[:case.at]))
 
 
+def malformed_path(case):
+    """Half a line, mostly, where the program takes what it likes for one."""
+    return ('terminator' in case.source
+            and re.search('501 Syntax: (MAIL|RCPT)', str(case.new_rest[:2])) is not None)
+
+
 NOT_COMPARED = 'not compared: the old module never comes to rest'
 
 ALLOWED = [
@@ -399,10 +422,15 @@ ALLOWED = [
             [(buffer_is_emptied, without_state('ac_in_buffer')), (stops_at_close, None)]),
     Allowed('nothing is executed after close_when_done()',
             [(collects_less, without_state('received_lines', 'num_bytes', 'ac_in_buffer')),
-             (stops_at_close_when_done, None)]),
+             (stops_at_close_when_done, None),
+             (dropped_input_after_the_end, None)]),
     Allowed('what waits is sent before the end', [(sends_before_it_closes, None)]),
     Allowed('control characters in a command are refused, a bare LF may end it',
             [(control_character, None)]),
+    Allowed('what is no address gets 501', [(malformed_path, None)]),
+    Allowed('a line that is too long is not kept',
+            [(long_line_is_not_kept, without_state('num_bytes', 'received_lines')),
+             (long_command_is_looked_up, None)]),
 ]
 KINDS = [(row.reason, *kind) for row in ALLOWED for kind in row.kinds]
 
