@@ -2326,7 +2326,9 @@ class _UpstreamSession:
     def _prepare(self, recipients):
         # It may have closed while the client sent its data, and may have more recipients
         # than are left: as nothing has been sent yet, another transaction does no harm.
-        if not self._upstream.connected or self.accepted.keys() != set(recipients):
+        upstream = self._upstream
+        if (not upstream.connected or upstream.talks_unasked()
+                or self.accepted.keys() != set(recipients)):
             self.begin(*self._mail)
             for each in recipients:
                 reply = yield from self.rcpt(each)
@@ -2475,7 +2477,7 @@ class _Upstream(_Common, asynchat.async_chat):
 
     def _exchange(self, octets, seconds, good=range(200, 300)):
         self.producer_fifo.append(octets)  # asynchat sends at most 64 KB at once
-        if self.ac_in_buffer or _peek(self.socket) is not None:
+        if self.talks_unasked():
             raise ConnectionError('talks unasked, or has closed')
         code, text = yield functools.partial(self._wait_for_reply, seconds)
         if code < 400 and (code not in good or self.producer_fifo) or code == 503:
@@ -2485,6 +2487,10 @@ class _Upstream(_Common, asynchat.async_chat):
             self.close()
         self.is_in_data = code == 354
         return 451 if code == 421 else code, text
+
+    def talks_unasked(self):
+        """Whether it has said something between two steps, or closed; we have not read it yet."""
+        return self.ac_in_buffer or _peek(self.socket) is not None
 
     def quit(self):
         is_ours = self._process == os.getpid()  # in a child after fork(), it is the parent's
