@@ -944,14 +944,17 @@ serve()
 # Programs whose methods raise
 
 @in_map_and_selector
-def test_a_channel_whose_init_and_close_raise_leaves_nothing_behind(capsys):
+@pytest.mark.parametrize('close_fails', [False, True], ids=['', 'and so does its close()'])
+def test_a_channel_that_fails_in_init_leaves_nothing_behind(close_fails, capsys):
     class Channel(smtpd.SMTPChannel):
         def __init__(self, *args):
             super().__init__(*args)
             raise RuntimeError('in __init__')
 
         def close(self):
-            raise ZeroDivisionError
+            if close_fails:
+                raise ZeroDivisionError
+            super().close()
 
     with turning(variant(channel_class=Channel)) as (server, turn):
         for _ in range(2):  # the server goes on
@@ -959,7 +962,7 @@ def test_a_channel_whose_init_and_close_raise_leaves_nothing_behind(capsys):
                 assert turn(until=lambda: has_input(client)) and client.rest() == BANNER
         server.close()
         assert turn(until=lambda: not server._map)
-    assert 'in __init__' in capsys.readouterr().err
+    assert 'RuntimeError: in __init__' in capsys.readouterr().err
 
 
 def test_a_client_that_has_reset_before_it_is_accepted_has_an_address(capfd):
