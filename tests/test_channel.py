@@ -2,7 +2,6 @@
 import asyncore
 import collections
 import contextlib
-import dataclasses
 import errno
 import os
 import select
@@ -350,11 +349,6 @@ def handling(sent, **attributes):
     asyncore.loop(timeout=5, map=server._map)
 
 
-def test_the_loop_sleeps_while_a_handler_works():
-    with handling(ONE_MESSAGE) as channel:
-        assert not channel.readable() and not channel.writable()
-
-
 def test_no_command_is_executed_beside_a_handler_though_replies_wait():
     done = []
     with handling(ONE_MESSAGE + b'XNOTE\r\n',
@@ -378,18 +372,6 @@ def test_a_descriptor_that_comes_again_without_a_word_is_the_new_channels():
         second[1].sendall(b'QUIT\r\n')
         asyncore.loop(timeout=5, map=server._map, count=1)
         assert not new.connected
-
-
-def test_an_exception_that_takes_no_attributes_is_451():
-    @dataclasses.dataclass(frozen=True)
-    class Fault(Exception):
-        code: int
-
-    def smtp_XFAIL(self, arg):
-        raise Fault(1)
-
-    channel = channel_with(smtp_XFAIL=smtp_XFAIL)
-    assert feed(channel, b'XFAIL\r\n', b'NOOP\r\n') == b'451 Internal confusion\r\n250 OK\r\n'
 
 
 def test_a_message_whose_client_has_gone_before_its_replies_could_leave_is_not_handled(capsys):

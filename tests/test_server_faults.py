@@ -545,13 +545,6 @@ def test_an_lmtp_server_on_a_path(tmp_path):
             assert server.messages[0][:4] == ('', 'a@b', ['c@d'], b'text')
 
 
-@in_map_and_selector
-def test_a_listener_that_blocks_is_accepted_from_once_an_event():
-    with socket.create_server(('127.0.0.1', 0)) as listener:
-        with serving(variant(Given, listener=listener.dup())) as server:
-            assert is_served(server)
-
-
 # ---------------------------------------------------------------------------------------------
 # What the system's ways to wait cannot do
 
@@ -947,19 +940,25 @@ serve()
 # Programs whose methods raise
 
 @in_map_and_selector
-def test_a_channel_whose_init_and_close_raise_leaves_nothing_behind(capsys):
+@pytest.mark.parametrize('close_fails', [False, True], ids=['', 'and so does its close()'])
+def test_a_channel_that_fails_in_init_leaves_nothing_behind(close_fails, capsys):
     class Channel(smtpd.SMTPChannel):
         def __init__(self, *args):
             super().__init__(*args)
-            raise ZeroDivisionError
+            raise RuntimeError('in __init__')
 
         def close(self):
-            raise ZeroDivisionError
+            if close_fails:
+                raise ZeroDivisionError
+            super().close()
 
-    with turning(variant(channel_class=Channel)) as (server, turn), RawClient(server) as client:
-        assert turn(until=lambda: has_input(client)) and client.rest() == BANNER
+    with turning(variant(channel_class=Channel)) as (server, turn):
+        for _ in range(2):  # the server goes on
+            with RawClient(server) as client:
+                assert turn(until=lambda: has_input(client)) and client.rest() == BANNER
         server.close()
         assert turn(until=lambda: not server._map)
+    assert 'RuntimeError: in __init__' in capsys.readouterr().err
 
 
 def test_a_client_that_has_reset_before_it_is_accepted_has_an_address(capfd):
@@ -1006,7 +1005,10 @@ def test_a_channel_that_cannot_even_push_451_is_closed(threads, capsys):
 
     server_class = variant(process_message_threads=threads, channel={'push': push})
     with serving(server_class) as server, greet(server, HELLO) as client:
+        server.reply = KeyError('x')
         assert relay_message(client) == b''
+    err = capsys.readouterr().err
+    assert "KeyError: 'x'" in err and '\nOSError: no space' in err
 
 
 @without_and_with_thread
