@@ -228,11 +228,6 @@ def long_line_is_not_kept(case):
             and re.search('x{500}|y{500}', case.said) is not None)
 
 
-def long_command_is_looked_up(case):
-    return case.overrides('__getattr__') and all(
-        'line too long' in str(events[:4]) for events in (case.old_rest, case.new_rest))
-
-
 def set_before_a_failure(case):
     """The channel could not be made, and has got so far."""
     return (bool(case.state_differs_in()) and case.state_differs_in() <= {'fqdn', 'peer', 'addr'}
@@ -387,12 +382,6 @@ def gone_already(case):
             and not any(event[0] == 'client' for event in case.new[:case.at]))
 
 
-def malformed_path(case):
-    """Half a line, mostly, where the program takes what it likes for one."""
-    return ('terminator' in case.source
-            and re.search('501 Syntax: (MAIL|RCPT)', str(case.new_rest[:2])) is not None)
-
-
 NOT_COMPARED = 'not compared: the old module never comes to rest'
 
 ALLOWED = [
@@ -427,10 +416,8 @@ ALLOWED = [
     Allowed('what waits is sent before the end', [(sends_before_it_closes, None)]),
     Allowed('control characters in a command are refused, a bare LF may end it',
             [(control_character, None)]),
-    Allowed('what is no address gets 501', [(malformed_path, None)]),
     Allowed('a line that is too long is not kept',
-            [(long_line_is_not_kept, without_state('num_bytes', 'received_lines')),
-             (long_command_is_looked_up, None)]),
+            [(long_line_is_not_kept, without_state('num_bytes', 'received_lines'))]),
 ]
 KINDS = [(row.reason, *kind) for row in ALLOWED for kind in row.kinds]
 
