@@ -283,14 +283,16 @@ class _Common:
         """Go on after a fault that has been written to the log."""
 
     def close(self):
+        """Close; may be called from any thread.  The channels of a server stay open."""
         loop = self._loop_elsewhere()
-        if loop is not None and self._fileno is not None and isinstance(
-                self.socket, _socket.socket):
+        if loop is None:
+            super().close()
+            self._end_in_loop()
+            return
+        if self._fileno is not None and isinstance(self.socket, _socket.socket):
             with contextlib.suppress(ValueError):  # the loop has closed it just now
                 _Leftover(self, loop)
         super().close()
-        if loop is None:
-            self._end_in_loop()
 
     def _end_in_loop(self):
         """The rest of close(), in the loop's thread."""
