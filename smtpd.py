@@ -1428,33 +1428,41 @@ def _refuse(connection):
     connection.close()
 
 
-class _Threads(_Reader):
-    """Runs a server's calls, each in a thread; their outcomes come back in the loop's thread.
-
-    A pair of sockets wakes the loop.  It is made when the first client comes,
-    and stands in the socket map only while there are calls, so that a loop ends
-    when its servers and channels are closed.
-    """
+class _Aside(_Reader):
+    """Stands in the socket map for a server while there is something to wait for."""
 
     def __init__(self, server):
         asyncore.dispatcher.__init__(self, map=server._map)
         self._server = server
         self._process = os.getpid()
-        self._waiting = collections.deque()  # [call, resume], for a thread
-        self._running = 0
-        self._ended = queue.SimpleQueue()  # (resume, outcome, whether the thread ends)
-        self._waker = None
 
     def is_inherited(self):
-        """Whether this is a child after fork(): the threads, and the pair, are its parent's."""
+        """Whether this is a child after fork(): what we have is its parent's."""
         return self._process != os.getpid()
+
+    def _loop_elsewhere(self):
+        return self._server._loop_elsewhere()
+
+
+class _Threads(_Aside):
+    """Runs a server's calls, each in a thread; their outcomes come back in the loop's thread.
+
+    A pair of sockets wakes the loop: an octet for each outcome.  It is made when the
+    first client comes, and stands in the socket map only while there are calls, so
+    that a loop ends when its servers and channels are closed.
+    """
+
+    def __init__(self, server):
+        super().__init__(server)
+        self._waiting = collections.deque()  # (call, resume), for a thread
+        self._running = 0
+        self._ended = queue.SimpleQueue()  # (resume, outcome)
+        self._waker = None
 
     def open(self):
         """Make the pair; raises OSError."""
         if self._waker is None:
             self.socket, self._waker = _socket.socketpair()
-            for each in self.socket, self._waker:
-                each.setblocking(False)
             try:
                 _check_that_select_takes(self.socket.fileno())
             except OSError:
@@ -1464,56 +1472,30 @@ class _Threads(_Reader):
     def run(self, call, resume):
         """Run call() as soon as a thread may be started, then resume(outcome); raises OSError."""
         self.open()
-        self._waiting.append([call, resume])
+        self._waiting.append((call, resume))
         self._start_threads()
-        self._stand_in_map()
-
-    def _stand_in_map(self):
-        self._fileno = self.socket.fileno()
-        self.add_channel()
+        if self._running:
+            self._fileno = self.socket.fileno()
+            self.add_channel()
 
     def _start_threads(self):
-        at_most = max(1, self._server.process_message_threads)
-        while self._running < at_most:
-            task = self._next_task()
-            if task is None:
-                return
+        while self._waiting and self._running < max(1, self._server.process_message_threads):
+            task = self._waiting.popleft()
             try:
-                threading.Thread(target=self._serve, args=(task,), daemon=True).start()
+                threading.Thread(target=self._serve, args=task, daemon=True).start()
+                self._running += 1
             except Exception as error:
-                if self._running:  # another thread will take it
-                    self._waiting.appendleft(task)
-                    return
-                self._tell_loop(task[1], functools.partial(_throw, error), None)
-            self._running += 1
+                task[1](functools.partial(_throw, error))
 
-    def _next_task(self):
+    def _serve(self, call, resume):
         try:
-            return self._waiting.popleft()
-        except IndexError:
-            return None
-
-    def _serve(self, task):
-        while task is not None:
-            call, resume = task
-            task.clear()  # Thread keeps its arguments, and would keep the message
-            try:
-                outcome = functools.partial(_give, call())
-            except BaseException as error:
-                outcome = functools.partial(_throw, error)
-            del call
-            if self.is_inherited():  # the call has forked, and this is the child
-                return
-            task = self._next_task()
-            self._tell_loop(resume, outcome, task)
-
-    def _tell_loop(self, resume, outcome, next_task):
-        self._ended.put((resume, outcome, next_task is None))
-        self._wake_loop()
-
-    def _wake_loop(self):
-        with contextlib.suppress(OSError, AttributeError):  # full: the loop is awake; closed
-            self._waker.send(b'.')
+            outcome = functools.partial(_give, call())
+        except BaseException as error:
+            outcome = functools.partial(_throw, error)
+        if not self.is_inherited():  # or the call has forked, and this is the child
+            self._ended.put((resume, outcome))
+            with contextlib.suppress(OSError, AttributeError):  # closed meanwhile
+                self._waker.send(b'.')
 
     # In the loop's thread:
 
@@ -1524,42 +1506,29 @@ class _Threads(_Reader):
         return True
 
     def handle_read(self):
-        with contextlib.suppress(OSError):
-            self.socket.recv(4096)
-        try:
-            while not self._ended.empty():
-                resume, outcome, thread_has_ended = self._ended.get()
-                self._running -= thread_has_ended
-                resume(outcome)
-        finally:
-            self._start_threads()
-            if not self._ended.empty():
-                self._wake_loop()
-            self.leave_if_idle()
+        if self.is_inherited():  # just now
+            return
+        with contextlib.suppress(OSError):  # closed just now, by another thread
+            self.socket.recv(1)
+        resume, outcome = self._ended.get()
+        self._running -= 1
+        self._start_threads()
+        self.leave_if_idle()
+        resume(outcome)
 
     def leave_if_idle(self):
-        if not (self._running or self._waiting):
+        if not self._running:
             self.del_channel()
             if not self._server.accepting:
                 self.close()
 
-    def close(self):
-        loop = self._server._loop_elsewhere()
-        if loop is not None:  # asyncore.close_all()
-            loop.leftovers.add(self)
-            return
-        self.del_channel()
+    def _end_in_loop(self):
         self._server._threads_for_handlers = None  # no reference cycle
         if self._waker is not None:
-            waker, self._waker = self._waker, None
-            for each in self.socket, waker:
-                if self.is_inherited():
-                    each.detach()  # the program may have used the number again
-                with contextlib.suppress(OSError):
-                    each.close()
+            self._waker.close()
 
 
-class _QuietChannels(_Reader):
+class _QuietChannels(_Aside):
     """Stands in the socket map for those channels of a server that only wait for input.
 
     At every turn asyncore asks every object in the map whether it wants to read
@@ -1570,12 +1539,10 @@ class _QuietChannels(_Reader):
     is_possible = hasattr(select, 'epoll')  # Linux; kqueue is untried
 
     def __init__(self, server):
-        asyncore.dispatcher.__init__(self, map=server._map)
-        self._server = server
+        super().__init__(server)
         self.channels = {}  # by descriptor
         self._epoll = select.epoll()
         _check_that_select_takes(self._epoll.fileno())
-        self._process = os.getpid()
         self._next_look_for_idle = 0.0  # on the monotonic clock
 
     def settle(self, channel):
@@ -1604,7 +1571,7 @@ class _QuietChannels(_Reader):
     def discard(self, channel):
         if self.channels.get(channel._fileno) is channel:
             del self.channels[channel._fileno]
-            if self._server._loop_elsewhere() is None:  # else its next event wakes the loop
+            if self._loop_elsewhere() is None:  # else its next event wakes the loop
                 self._unregister(channel._fileno)
                 self.leave_if_idle()
 
@@ -1614,7 +1581,7 @@ class _QuietChannels(_Reader):
 
     def _own_epoll(self):
         """The set; in a child after fork() a new one, since the parent still uses the old one."""
-        if self._process != os.getpid():
+        if self.is_inherited():
             with select.epoll() as epoll:  # under the number by which the socket map knows it
                 os.dup2(epoll.fileno(), self._epoll.fileno(), inheritable=False)
             self._process = os.getpid()
@@ -1652,7 +1619,7 @@ class _QuietChannels(_Reader):
 
     def close(self):
         with contextlib.ExitStack() as closing:  # all of them, even if one raises
-            loop = self._server._loop_elsewhere()
+            loop = self._loop_elsewhere()
             if loop is None:
                 closing.callback(self.leave_if_idle)
             else:  # asyncore.close_all()
@@ -1886,12 +1853,9 @@ class SMTPServer(_Common, asyncore.dispatcher):
     _own_name = functools.cached_property(lambda self: _getfqdn())
 
     def _own_threads(self):
-        threads = self._threads_for_handlers
-        if threads is None or threads.is_inherited():
-            if threads is not None:
-                threads.close()
-            threads = self._threads_for_handlers = _Threads(self)
-        return threads
+        if self._threads_for_handlers is None or self._threads_for_handlers.is_inherited():
+            self._threads_for_handlers = _Threads(self)
+        return self._threads_for_handlers
 
     def _run_in_thread(self, call, resume):
         """Run call() in a thread, then resume(outcome) in the loop's."""

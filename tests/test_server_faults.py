@@ -705,20 +705,6 @@ def test_without_threads_pipelined_messages_are_451_each(monkeypatch, capsys):
     assert capsys.readouterr().err.count("RuntimeError: can't start new thread") == count
 
 
-def test_a_message_waits_for_a_busy_thread_if_no_other_can_be_started(monkeypatch):
-    with serving(WaitingServer) as server, \
-            greet(server, HELLO) as first, greet(server, HELLO) as second:
-        start_message(first)
-        server.wait_until_entered()
-        with monkeypatch.context() as patch:
-            without_threads(patch)
-            start_message(second)
-            assert is_served(server)  # so the message has come
-            server.go.set()
-            assert second.reply() == OK
-        assert len(server.messages) == 2 and len(server.threads) == 1
-
-
 @needs_posix
 def test_without_descriptors_a_message_is_answered_though_its_server_is_closed():
     with script('limit(50); serve()', threads=1) as (process, address), \
