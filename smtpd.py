@@ -1941,8 +1941,6 @@ def _host_of(peer):
 _MODULES_OF_PROXIES = ('encodings.idna', 'hashlib')
 
 _NOT_AVAILABLE = b'Upstream not available'
-_TOO_MANY_HOPS = 554, b'Error: too many hops'
-_TRACE_HEADER = re.compile(rb'^(?:received|x-peer)[ \t]*:', re.IGNORECASE | re.MULTILINE)
 _REPLY_LINE = re.compile(rb'([2-5][0-9][0-9])(?:([ -])|$)(.*)', re.DOTALL)
 _MOST_OF_A_REPLY = 65536  # octets; no real reply is as long
 _MOST_OF_A_LINE = 506  # octets of text; RFC 5321, 4.5.3.1.5: 512 with code and CRLF
@@ -1980,8 +1978,6 @@ class PureProxy(SMTPServer):
                                       RFC 5321, 4.5.3.2.6)
     upstream_connection_limit         connections to one upstream, then 451 (200: our
                                       own); None for no limit
-    hop_limit                         X-Peer and Received headers that show a message
-                                      to be in a loop, then 554 (50: Postfix)
     """
 
     upstream_timeout_seconds = 60  # an unreachable host should not take minutes
@@ -1990,7 +1986,6 @@ class PureProxy(SMTPServer):
     upstream_block_timeout_seconds = 180
     upstream_final_timeout_seconds = 600
     upstream_connection_limit = 200  # a circle of proxies ends before descriptors do (1024)
-    hop_limit = 50  # Postfix: hopcount_limit
 
     _deliveries = functools.cached_property(lambda self: _Deliveries())
 
@@ -2006,9 +2001,7 @@ class PureProxy(SMTPServer):
         octets = _lf_lines(_as_octets(data))
         message = _digest(mailfrom, octets)
         left = self._deliveries.left(message, rcpttos)
-        octets, hops = _with_peer_header(octets, peer)
-        if hops >= self.hop_limit:
-            return _reply_text(_TOO_MANY_HOPS)
+        octets = _with_peer_header(octets, peer)
         traced = octets.decode('utf-8', 'surrogateescape') if isinstance(data, str) else octets
         refused = (self._deliver(mailfrom, left, traced) if left else None) or {}
         refused = {each: (code, text) if 400 <= code < 600 else (451, _NOT_AVAILABLE)
@@ -2142,13 +2135,10 @@ class _Relay:
 
     def _deliver(self, octets):
         deliveries, message = self._proxy._deliveries, _digest(self._mailfrom, octets)
-        octets, hops = _with_peer_header(octets, self._channel.peer)
-        if hops >= self._proxy.hop_limit:
-            return _TOO_MANY_HOPS
         if any(other.is_given_up() for other, its in deliveries.under_way.items()
                if its == message):
             return 451, _NOT_AVAILABLE
-        octets = _on_the_wire(octets)  # lets go of the other copy
+        octets = _on_the_wire(_with_peer_header(octets, self._channel.peer))
         deliveries.under_way[self] = message
         try:
             replies = yield from self._session.deliver(
@@ -2337,9 +2327,6 @@ class _UpstreamSession:
                     return reply
             self._upstream.close()
         yield from self._connect()
-        if _leads_to_itself(self.proxy, self._upstream.socket):
-            self._upstream.close()
-            return _TOO_MANY_HOPS
         return (yield from self._ask_mail())
 
     def _connect(self):
@@ -2536,16 +2523,6 @@ def _on_the_wire(data):
                      b'.\r\n' if lines[-1:] == b'\n' else _END_OF_DATA))
 
 
-def _leads_to_itself(proxy, connection):
-    """Whether the proxy has connected to the address that it listens on."""
-    with contextlib.suppress(OSError, AttributeError):  # closed meanwhile, or never opened
-        listening, here, there = (proxy.socket.getsockname(), connection.getsockname(),
-                                  connection.getpeername())
-        is_any = listening[0] in ('0.0.0.0', '::') and here[0] == there[0]
-        return there[1] == listening[1] and (there[0] == listening[0] or is_any)
-    return False
-
-
 def _is_success(reply):
     return 200 <= reply[0] < 300  # RFC 5321, 4.3.2: the first digit tells
 
@@ -2584,7 +2561,7 @@ def _lf_lines(octets):
 
 
 def _with_peer_header(octets, peer):
-    """The message with X-Peer after its headers, and how many hops these told of."""
+    """The message with X-Peer after its headers."""
     end = 0
     if octets[:1] != b'\n':
         end = octets.find(b'\n\n') + 1 or len(octets)
@@ -2593,9 +2570,8 @@ def _with_peer_header(octets, peer):
     # The data has no LF at its end, and _deliver() takes one for it.
     last = b'\n' if octets[-1:] == b'\n' else b''
     # Joined, since the message may be large.
-    traced = b''.join((octets[:end], b'' if is_line else b'\n', header,
-                       memoryview(octets)[end:], last))
-    return traced, len(_TRACE_HEADER.findall(octets, 0, end))
+    return b''.join((octets[:end], b'' if is_line else b'\n', header,
+                     memoryview(octets)[end:], last))
 
 
 # ---------------------------------------------------------------------------

@@ -162,7 +162,7 @@ class TestModule:
         ('SMTPServer', 'channels_in_selector', False),
         ('SMTPServer', 'listen_backlog', 1024),
         ('SMTPServer', 'accepts_per_event', 100),
-        ('PureProxy', 'upstream_timeout_seconds', 60), ('PureProxy', 'hop_limit', 50),
+        ('PureProxy', 'upstream_timeout_seconds', 60),
         ('PureProxy', 'upstream_command_timeout_seconds', 300),
         ('PureProxy', 'upstream_data_timeout_seconds', 120),
         ('PureProxy', 'upstream_block_timeout_seconds', 180),

@@ -235,7 +235,6 @@ class PureProxy(SMTPServer):
     upstream_block_timeout_seconds: float
     upstream_final_timeout_seconds: float
     upstream_connection_limit: int | None
-    hop_limit: int
     def _deliver(
         self, mailfrom: str, rcpttos: list[str], data: _Data
     ) -> dict[str, tuple[int, bytes]]: ...

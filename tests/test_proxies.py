@@ -791,22 +791,13 @@ def test_proxy_relays_where_there_is_no_poll(upstream, monkeypatch):
 # ---------------------------------------------------------------------------------------------
 # Circles
 
-def test_proxy_whose_upstream_is_itself_says_so_at_once():
-    for host in '127.0.0.1', '0.0.0.0':
-        proxy_class = variant(smtpd.PureProxy, upstream_connection_limit=1)
-        with serving(proxy_class, localaddr=(host, 0), remoteaddr=('127.0.0.1', 9)) as proxy:
-            proxy._remoteaddr = '127.0.0.1', proxy.port_number
-            with greet(proxy, HELLO) as client:
-                for _ in range(2):
-                    assert steps(client)[0] == '554 Error: too many hops'
-
-
+@pytest.mark.parametrize('members', [1, 2])
 @pytest.mark.parametrize('proxy_class', [smtpd.PureProxy, smtpd.MailmanProxy])
-def test_circle_of_two_proxies_ends_in_a_reply(proxy_class):
+def test_circle_of_proxies_ends_in_a_reply(proxy_class, members):
     proxy_class = impatient(proxy_class, upstream_connection_limit=10, **dict.fromkeys(LIMITS, 60))
     with serving(proxy_class, remoteaddr=('127.0.0.1', 9)) as one, \
             serving(proxy_class, remoteaddr=('127.0.0.1', one.port_number)) as other:
-        one._remoteaddr = '127.0.0.1', other.port_number
+        one._remoteaddr = '127.0.0.1', (one if members == 1 else other).port_number
         for proxy in one, other:
             proxy.mailman_lmtp_address = proxy._remoteaddr
         with greet(one, HELLO) as client:
@@ -814,24 +805,6 @@ def test_circle_of_two_proxies_ends_in_a_reply(proxy_class):
             assert set(heard) <= {OK, LATER, NEEDS_MAIL, NEEDS_RCPT}
             assert LATER in heard
             assert client.say(b'RSET') == b'250 OK\r\n'
-
-
-TRACE = [b'X-Peer: 127.0.0.1', b'Received: from a by b; date', b'received: from a\r\n by b; date',
-         b'X-PEER: ::1']
-
-
-@both_modes
-def test_trace_headers_are_counted(upstream, decode_data):
-    # what looks like a trace header but is none
-    rest = (b'\r\nX-Peers: 1\r\nSubject: x\r\n Received: folded\r\n\tX-Peer: folded\r\n\r\n'
-            + b'Received: from the body\r\n' * 60)
-    with proxy_to(upstream, decode_data=decode_data) as proxy, greet(proxy, HELLO) as client:
-        for hops, reply in (49, b'250 OK\r\n'), (50, b'554 Error: too many hops\r\n'), (51, None):
-            traces = b'\r\n'.join(itertools.islice(itertools.cycle(TRACE), hops))
-            heard = relay_message(client, traces + rest)
-            assert heard == (reply or b'554 Error: too many hops\r\n')
-        assert relay_message(client) == b'250 OK\r\n'
-    assert len(upstream.messages) == 2
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1030,8 +1003,6 @@ def test_process_message_can_be_called_by_hand_without_options(upstream):
         upstream.refused = {'b@example.com': '550 5.1.1 No such user'}
         reply = proxy.process_message(PEER, 'a@example.com', ['b@example.com'], b'A: b\n\ntext')
         assert reply == '550 5.1.1 No such user'
-        circled = b'X-Peer: a\n' * 50
-        assert proxy.process_message(PEER, 'a@x', ['b@x'], circled) == '554 Error: too many hops'
         for line_end in '\r', '\n':
             with pytest.raises(ValueError, match='line end'):
                 proxy._deliver('a@x', ['b@x>%sRCPT TO:<c@x' % line_end], b'')

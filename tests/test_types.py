@@ -36,7 +36,7 @@ class OfBoth(smtpd.DebuggingServer):
 
 
 class Proxy(smtpd.PureProxy):
-    hop_limit = 5
+    upstream_connection_limit = 5
     process_message_threads = 4
 
     def _deliver(self, mailfrom: str, rcpttos: list[str],
