@@ -2726,9 +2726,6 @@ def _find_class(name):
 
 
 def _refuse_class(name, reason):
-    file_name = re.fullmatch(r'(.+)\.py(?:\.(\w+))?', name)
-    if file_name:
-        _give_up('%s: want %s.%s, without .py', name, file_name[1], file_name[2] or 'Server')
     _refuse_argument(
         '%s: %s; want %s or package.module.Class', name, reason, _BUILT_IN_CLASSES)
 

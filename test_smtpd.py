@@ -2318,8 +2318,6 @@ WRONG_ARGUMENTS = [
 FAILED_STARTS = {
     'SMTPUTF8 with a class that refuses it':
         (['-u', '-c', 'PureProxy', '127.0.0.1:0'], 'PureProxy does not support SMTPUTF8'),
-    'a file': (['-c', 'mine.py'], 'mine.py: want mine.Server, without .py'),
-    'a class of a file': (['-c', 'mine.py.Own'], 'mine.py.Own: want mine.Own, without .py'),
     'an unknown host': (['no.such.host.invalid:0'], 'no.such.host.invalid:0: '),
     'an address that is not ours': (['192.0.2.1:0'], '192.0.2.1:0: '),
     'a host that is no name': (['a..b:0'], 'a..b:0: '),
