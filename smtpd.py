@@ -1822,16 +1822,11 @@ class SMTPServer(_Common, asyncore.dispatcher):
         self.channel_class(*arguments[:_positional_arguments(self.channel_class)])
 
     def _abandon_connection(self, connection):
-        """Close a connection whose channel could not be made."""
-        descriptor = connection.fileno()
-        quiet = self._quiet_channels.channels if self._quiet_channels is not None else {}
-        channel = self._map.get(descriptor, quiet.get(descriptor))
-        with contextlib.closing(connection):
-            if channel is not None and channel.socket is connection:
-                try:
-                    channel.close()
-                finally:  # a program's close() may raise, or leave it in the map
-                    channel.del_channel()
+        """Close a connection whose channel could not be made, and forget what there is of it."""
+        quiet = self._quiet_channels
+        for channels in self._map, quiet.channels if quiet is not None else {}:
+            channels.pop(connection.fileno(), None)
+        connection.close()
 
     def _end_in_loop(self):
         for each in self._threads_for_handlers, self._quiet_channels:
