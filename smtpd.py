@@ -2596,7 +2596,7 @@ Listens on localhost:8025 and relays to localhost:25 unless told otherwise.
 An IPv6 address stands in brackets: [::1]:8025.  Without a host (:8025) it
 listens on all interfaces (IPv4).
 
-Version: %(distribution)s; in the banner: %(version)s
+Version: %(version)s
 """
 
 
@@ -2625,18 +2625,10 @@ def usage(code, msg=''):
     The text goes to standard output if `code` is 0, else to standard error.
     """
     print(msg or _USAGE % {'program': program, 'version': __version__,
-                           'distribution': _distribution(), 'classes': _BUILT_IN_CLASSES,
-                           'default': Options.classname, 'size': DATA_SIZE_DEFAULT},
+                           'classes': _BUILT_IN_CLASSES, 'default': Options.classname,
+                           'size': DATA_SIZE_DEFAULT},
           file=sys.stderr if code else sys.stdout)
     sys.exit(code)
-
-
-def _distribution():
-    from importlib import metadata  # for the usage text alone
-    try:
-        return 'pysmtpd ' + metadata.version('pysmtpd')
-    except metadata.PackageNotFoundError:
-        return 'pysmtpd, not installed'
 
 
 def _give_up(form, *values):

@@ -2341,19 +2341,6 @@ class TestCommandLine:
                      '-u -d -h 33554432 8025 localhost:localport remotehost:remoteport').split():
             assert word in done.stdout
 
-    @pytest.mark.parametrize('installed', [True, False])
-    def test_help_names_the_distribution(self, installed, monkeypatch, tmp_path, capsys):
-        import importlib.metadata  # not from there
-        assert importlib.metadata
-        if installed:
-            (tmp_path / 'pysmtpd-9.8.dist-info').mkdir()
-            (tmp_path / 'pysmtpd-9.8.dist-info' / 'METADATA').write_text('Version: 9.8\n')
-        monkeypatch.setattr(sys, 'path', [str(tmp_path)])
-        with pytest.raises(SystemExit) as ended:
-            smtpd.usage(0)
-        assert not ended.value.code
-        assert 'pysmtpd' + (' 9.8' if installed else ', not installed') in capsys.readouterr().out
-
     @pytest.mark.parametrize('arguments, complaint', WRONG_ARGUMENTS,
                              ids=lambda each: str(each)[:40])
     def test_a_wrong_argument_gets_a_line_that_says_what_was_wanted(self, arguments, complaint):
