@@ -40,7 +40,6 @@ import importlib
 import io
 import math
 import os
-import queue
 import re
 import select
 import socket
@@ -1443,6 +1442,19 @@ class _Aside(_Reader):
     def _loop_elsewhere(self):
         return self._server._loop_elsewhere()
 
+    def leave_if_idle(self):
+        if self._is_idle():
+            self.del_channel()
+            if not self._server.accepting:
+                self.close()
+
+    def close(self):
+        loop = self._loop_elsewhere()
+        if loop is None:
+            super().close()
+        else:  # asyncore.close_all()
+            loop.leftovers.add(self)
+
 
 class _Threads(_Aside):
     """Runs a server's calls, each in a thread; their outcomes come back in the loop's thread.
@@ -1456,7 +1468,7 @@ class _Threads(_Aside):
         super().__init__(server)
         self._waiting = collections.deque()  # (call, resume), for a thread
         self._running = 0
-        self._ended = queue.SimpleQueue()  # (resume, outcome)
+        self._ended = collections.deque()  # (resume, outcome)
         self._waker = None
 
     def open(self):
@@ -1493,7 +1505,7 @@ class _Threads(_Aside):
         except BaseException as error:
             outcome = functools.partial(_throw, error)
         if not self.is_inherited():  # or the call has forked, and this is the child
-            self._ended.put((resume, outcome))
+            self._ended.append((resume, outcome))
             with contextlib.suppress(OSError, AttributeError):  # closed meanwhile
                 self._waker.send(b'.')
 
@@ -1508,19 +1520,15 @@ class _Threads(_Aside):
     def handle_read(self):
         if self.is_inherited():  # just now
             return
-        with contextlib.suppress(OSError):  # closed just now, by another thread
-            self.socket.recv(1)
-        resume, outcome = self._ended.get()
+        self.socket.recv(1)
+        resume, outcome = self._ended.popleft()
         self._running -= 1
         self._start_threads()
         self.leave_if_idle()
         resume(outcome)
 
-    def leave_if_idle(self):
-        if not self._running:
-            self.del_channel()
-            if not self._server.accepting:
-                self.close()
+    def _is_idle(self):
+        return not self._running
 
     def _end_in_loop(self):
         self._server._threads_for_handlers = None  # no reference cycle
@@ -1576,7 +1584,7 @@ class _QuietChannels(_Aside):
                 self.leave_if_idle()
 
     def _unregister(self, descriptor):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the set is closed
             self._own_epoll().unregister(descriptor)
 
     def _own_epoll(self):
@@ -1590,12 +1598,12 @@ class _QuietChannels(_Aside):
                     self._epoll.register(descriptor, select.EPOLLIN)
         return self._epoll
 
-    def leave_if_idle(self):
-        if not self.channels:
-            self.del_channel()
-            if not self._server.accepting:
-                self._epoll.close()
-                self._server._quiet_channels = None  # no reference cycle
+    def _is_idle(self):
+        return not self.channels
+
+    def _end_in_loop(self):
+        self._server._quiet_channels = None  # no reference cycle
+        self._epoll.close()
 
     def readable(self):
         with contextlib.suppress(OSError):  # a child without descriptors: at a later turn
@@ -1619,11 +1627,7 @@ class _QuietChannels(_Aside):
 
     def close(self):
         with contextlib.ExitStack() as closing:  # all of them, even if one raises
-            loop = self._loop_elsewhere()
-            if loop is None:
-                closing.callback(self.leave_if_idle)
-            else:  # asyncore.close_all()
-                loop.leftovers.add(self)
+            closing.callback(super().close)
             for channel in list(self.channels.values()):
                 closing.callback(channel.close)
 
