@@ -1636,7 +1636,7 @@ class _QuietChannels(_Aside):
 # The servers
 # ---------------------------------------------------------------------------
 
-_PAUSE_SECONDS = 0.01  # between two looks for a descriptor
+_PAUSE_SECONDS = 0.01  # between two looks for a descriptor; the sessions go on between them
 _COMPLAINT_SECONDS = 60  # between two lines in the log about it
 
 
@@ -1784,18 +1784,13 @@ class SMTPServer(_Common, asyncore.dispatcher):
         return pair
 
     def _wait_for_resources(self, error):
-        """Pause until a session can go on, but only for a moment."""
+        """Pause for a moment."""
         # The connection stays in the backlog, where it keeps the loop from waiting.
         now = time.monotonic()
         if now >= self._complains_again_at:
             self._complains_again_at = now + _COMPLAINT_SECONDS
             self.log_info('no resources to accept a connection: %s' % error, 'error')
-        others = [number for number, each in list(self._map.items())
-                  if each is not self and each.readable()]
-        try:
-            select.select(others, [], [], _PAUSE_SECONDS)
-        except (OSError, ValueError):  # descriptors above 1023; none at all, on Windows
-            time.sleep(_PAUSE_SECONDS)
+        time.sleep(_PAUSE_SECONDS)
 
     def handle_accept(self):
         """Accept the waiting connections."""
@@ -2775,12 +2770,6 @@ def _main():
         pass
     finally:
         asyncore.close_all(ignore_all=True)
-        try:
-            sys.stdout.flush()
-        except (AttributeError, ValueError):  # None, or closed
-            pass
-        except OSError:  # broken pipe: keep the interpreter from flushing again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == '__main__':
