@@ -480,13 +480,6 @@ def _lf_for_crlf(octets):
     return octets.replace(b'\r\n', b'\n')
 
 
-def _appendable(octets):
-    """A BytesIO at the end of these octets, which it copies only when more is written."""
-    stream = io.BytesIO(octets)
-    stream.seek(0, io.SEEK_END)
-    return stream
-
-
 _UNDECODED = re.compile('[\udc80-\udcff]*\\Z')  # what surrogateescape made of a cut character
 
 
@@ -847,11 +840,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
             if self.num_bytes > limit:
                 return
             self.num_bytes += octets
-        piece = self._decode_piece(data) if self._decode_data else data
-        if self.received_lines:
-            self.received_lines.append(piece)
-        else:
-            self.received_lines = [piece]
+        self.received_lines.append(self._decode_piece(data) if self._decode_data else data)
 
     def _ask_for_the_rest(self, octets):
         """Acknowledge a piece of data without its end at once, where the system can."""
@@ -1033,8 +1022,9 @@ class SMTPChannel(_Common, asynchat.async_chat):
             self._message = text
         else:
             if not isinstance(message, io.BytesIO):
-                self._message = message = _appendable(message)
-            message.write(text)
+                self._message = io.BytesIO()
+                self._message.write(message)
+            self._message.write(text)
 
     def _add_pieces(self, pieces):
         """Take collected pieces, which a terminator of the program's may have cut anywhere."""
@@ -1407,12 +1397,8 @@ def _is_too_much_for_select(descriptor, sockets=()):
 
 def _wait_is_select():
     # Only the stack tells: asyncore's poll() and poll2() make the same calls.
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code is asyncore.poll.__code__:
-            return True
-        frame = frame.f_back
-    return False
+    return any(frame.f_code is asyncore.poll.__code__
+               for frame, _ in traceback.walk_stack(sys._getframe()))
 
 
 def _check_that_select_takes(descriptor, sockets=()):
