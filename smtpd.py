@@ -177,7 +177,7 @@ def _parse_command(line):
     """Split a command line (bytes) into verb, name of its method, and argument or None.
 
     The verb is in upper case, or None if the line is empty, is not UTF-8 or contains
-    control characters.  A verb that is not ASCII has no method: the name is ''.
+    control characters.
     """
     try:
         text = line.decode()
@@ -187,8 +187,6 @@ def _parse_command(line):
         return None, '', None
     verb, space, argument = text.partition(' ')
     argument = argument.strip() if space else None
-    if not verb.isascii():
-        return verb, '', argument
     verb = verb.upper()
     return verb, 'smtp_' + verb, argument
 
@@ -1066,7 +1064,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
             self._wait(functools.partial(_advance, self._relay.deliver(message)),
                        self._end_message)
         elif _is_server(server) and server.process_message_threads:
-            self._wait(functools.partial(server._run_in_thread, self._handler_call(message)),
+            self._wait(functools.partial(server._own_threads().run, self._handler_call(message)),
                        self._end_message)
         else:
             self._end_message(self._handler_call(message))
@@ -1837,10 +1835,6 @@ class SMTPServer(_Common, asyncore.dispatcher):
             self._threads_for_handlers = _Threads(self)
         return self._threads_for_handlers
 
-    def _run_in_thread(self, call, resume):
-        """Run call() in a thread, then resume(outcome) in the loop's."""
-        self._own_threads().run(call, resume)
-
     def _quiet_channels_for(self, channel_class):
         """What keeps channels that only wait for input; None if the socket map does."""
         if not (self.channels_in_selector and _QuietChannels.is_possible
@@ -2313,7 +2307,7 @@ class _UpstreamSession:
         """Connect to one of the upstream's addresses."""
         look_up = functools.partial(socket.getaddrinfo, *self.address, type=socket.SOCK_STREAM)
         if self.sockets is self.proxy._map:
-            addresses = yield functools.partial(self.proxy._run_in_thread, look_up)
+            addresses = yield functools.partial(self.proxy._own_threads().run, look_up)
         else:  # in _run(), which has nothing else to do
             addresses = look_up()
         limit = self.proxy.upstream_connection_limit
