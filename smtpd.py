@@ -776,8 +776,11 @@ class SMTPChannel(_Common, asynchat.async_chat):
             self._last_sign_of_life = time.monotonic()  # not before: a handler may take its time
         if self.producer_fifo and self.producer_fifo[0] is None:
             self.handle_write()  # asynchat would close at the loop's next turn
+        self._settle()
 
     def handle_write(self):
+        if not self.connected and self._fileno is not None:
+            self.close()  # nothing can be sent, and writable() would stay true
         had_output, is_unanswered = bool(self.producer_fifo), self._is_unanswered
         super().handle_write()
         self._is_unanswered = is_unanswered  # what was sent were replies to earlier input

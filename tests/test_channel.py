@@ -16,6 +16,7 @@ from tests.support import (
     ONE_MESSAGE,
     PEER,
     TO_DATA,
+    FakeConnection,
     HookedChannel,
     RecordingServer,
     StubServer,
@@ -35,6 +36,7 @@ from tests.support import (
     three_ways,
     traced_memory,
     variant,
+    without_init,
 )
 
 
@@ -310,6 +312,18 @@ def test_a_channel_that_is_closed_between_reading_and_writing_is_closed_once():
     channel.conn.incoming.append(b'XCLOSE\r\n')
     asyncore.readwrite(channel, select.POLLIN | select.POLLOUT)
     assert channel.conn.closed and len(closed) == 1
+
+
+def test_a_client_that_has_gone_before_its_channel_is_made_does_not_keep_the_loop_busy():
+    """Where the program's own __init__() does not look."""
+    conn = FakeConnection()
+    conn.getpeername = unittest.mock.Mock(side_effect=OSError(errno.ENOTCONN, 'gone'))
+    conn.incoming.append(b'')
+    channel = without_init(StubServer(), conn, PEER, {})
+    channel.push('220 mine')
+    asyncore.read(channel)
+    asyncore.write(channel)
+    assert conn.closed
 
 
 @in_map_and_selector

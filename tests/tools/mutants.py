@@ -71,7 +71,7 @@ EQUIVALENT = {
     "SMTPChannel.found_terminator: b''  ->  b'x'": 'not looked at',
     'SMTPChannel.found_terminator: ...  ->  (self.producer_fifo and self._must_send_first())':
         'there is nothing to put aside, and readable() waits as well',
-    'SMTPChannel.handle_write: self._settle()  ->  pass': 'it stays in the map, which is slower',
+    'SMTPChannel.handle_...: self._settle()  ->  pass': 'it stays in the map, which is slower',
     'SMTPChannel._end_idleness: 1  ->  2': 'it has two seconds',
     'SMTPChannel.handle_expt: 1  ->  2': 'there is never more than one',
     "SMTPChannel._decode_piece: ''  ->  'x'": 'nothing is cut off from either',
