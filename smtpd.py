@@ -766,14 +766,11 @@ class SMTPChannel(_Common, asynchat.async_chat):
             self._last_sign_of_life = time.monotonic()  # not before: a handler may take its time
         if self.producer_fifo and self.producer_fifo[0] is None:
             self.handle_write()  # asynchat would close at the loop's next turn
-        elif self._quiet_channels is not None:
-            self._settle()
+        self._settle()
 
     def handle_write(self):
-        if not self.connected:  # nothing can be sent, and writable() would stay true
-            if self._fileno is not None:  # not closed meanwhile
-                self.close()
-            return
+        if not self.connected and self._fileno is not None:
+            self.close()  # nothing can be sent, and writable() would stay true
         had_output, is_unanswered = bool(self.producer_fifo), self._is_unanswered
         super().handle_write()
         self._is_unanswered = is_unanswered  # what was sent were replies to earlier input
@@ -824,9 +821,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
         limit = None
         octets = len(data)
         if self.smtp_state == self.COMMAND:
-            limit = self.command_size_limit
-            if octets > limit or self.num_bytes:
-                limit = self.max_command_size_limit
+            limit = self.max_command_size_limit if self.num_bytes else self.command_size_limit
         elif self.smtp_state == self.DATA:
             self._ask_for_the_rest(octets)
             if self._collects_messages():
@@ -875,10 +870,8 @@ class SMTPChannel(_Common, asynchat.async_chat):
         except BaseException:
             self._clean_up()
             raise
-        if not isinstance(self._waits_for, list):
-            self._is_unanswered = False
-            if self.producer_fifo and self.ac_in_buffer and self._must_send_first():
-                self._hold(_REPLIES_SENT)
+        if self.producer_fifo and self.ac_in_buffer and self._must_send_first():
+            self._hold(_REPLIES_SENT)
 
     def _clean_up(self):
         """After a fault: what the client sends next is a command, at the loop's next turn."""
@@ -914,7 +907,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
 
     def _end_fault(self):
         """Reply 451 to a command or message that has no reply yet; otherwise close."""
-        if self._is_unanswered and self.connected and not isinstance(self._waits_for, list):
+        if self._is_unanswered and not isinstance(self._waits_for, list):
             try:
                 self.push('451 Internal confusion')
                 return

@@ -420,7 +420,7 @@ class TestDialogues:
         feed(channel, greeting + b'\r\n')
         line = verb + b'x' * (limit - len(verb))
         assert feed(channel, line + b'\r\n') != b'500 Error: line too long\r\n'
-        assert feed(channel, line + b'x\r\n', b'RSET\r\n') == (
+        assert feed(channel, *in_pieces(line + b'x\r\n', 520), b'RSET\r\n') == (
             b'500 Error: line too long\r\n250 OK\r\n')
 
     @three_ways
@@ -824,9 +824,14 @@ class TestHandlers:
 
     @pytest.mark.parametrize('returned, reply', [
         ('550 caf\xe9', b'550 caf\xc3\xa9\r\n'), ('550 caf\udce9', b'550 caf?\r\n'),
-        (b'550 caf\xe9', b'550 caf\xe9\r\n')], ids=ascii)
+        (b'550 caf\xe9', b'550 caf\xe9\r\n'), ('550 cafe', b'550 cafe\r\n')], ids=ascii)
     def test_text_goes_out_as_utf_8_where_the_client_asked_for_it(self, returned, reply):
-        channel = make_channel(StubServer(returned), enable_SMTPUTF8=True)
+        def push(self, msg):
+            assert isinstance(msg, str) or returned != '550 cafe'  # as programs know it
+            smtpd.SMTPChannel.push(self, msg)
+
+        channel = make_channel(
+            StubServer(returned), variant(smtpd.SMTPChannel, push=push), enable_SMTPUTF8=True)
         feed(channel, TO_DATA.replace(b'<a@b>', b'<a@b> SMTPUTF8'))
         assert feed(channel, b'x\r\n.\r\n') == reply
 
@@ -995,9 +1000,11 @@ class TestSession:
     @three_ways
     def test_what_comes_after_quit_is_not_executed(self, way):
         channel = make_channel()
-        forged = [TO_DATA, b'forged\r\n.\r\n', b'NOOP\r\n']
-        assert way(channel, [b'QUIT\r\n', *forged]) == ['S: 221 Bye']
-        assert channel.smtp_server.messages == [] and channel.conn.closed
+        channel.conn.sends_at_most = 1  # the client is slow to read
+        channel.conn.incoming.append(b'QUIT\r\nNOOP\r\n')
+        way(channel, [TO_DATA, b'forged\r\n.\r\n', b'NOOP\r\n'])
+        assert channel.conn.sent == b'221 Bye\r\n' and channel.conn.closed
+        assert channel.smtp_server.messages == []
 
     @pytest.mark.parametrize('error', [ValueError('TLS cannot peek'), OSError()], ids=repr)
     def test_commands_that_come_while_replies_wait_are_executed(self, error):
@@ -1883,12 +1890,17 @@ class TestHandlerThreads:
             found.append((threading.get_ident(), sys.exc_info()[0]))
             smtpd.SMTPChannel.handle_error(self)
 
-        channel_class = variant(NotingChannel, handle_error=handle_error)
-        with self.serving(channel_class=channel_class) as server, greet(server) as client:
-            server.go.set()
+        channel_class = variant(
+            NotingChannel, handle_error=handle_error, unsent_reply_limit=None,
+            smtp_XLONG=lambda self, arg: self.push('250 ' + 1_000_000 * 'x'))
+        with self.serving(channel_class=channel_class) as server, small_buffers(server) as client:
             server.reply = ZeroDivisionError('in a thread')
-            client.send(ONE_MESSAGE)
-            assert read_replies(client, 5) == ANSWERED_TO_DATA + b'451 Internal confusion\r\n'
+            client.send(b'XLONG\r\n' + ONE_MESSAGE + b'XNOTE\r\n')
+            server.wait_until_entered()
+            # Replies that leave only now are none to the message, and let nothing else begin.
+            assert read_replies(client, 6).endswith(b'x\r\n' + ANSWERED_TO_DATA)
+            server.go.set()
+            assert read_replies(client, 2) == b'451 Internal confusion\r\n250 noted\r\n'
             server.reply = None
             client.send(TRANSACTION + b'2\r\n.\r\nQUIT\r\n')
             assert client.rest() == TRANSACTION_ANSWERED + b'221 Bye\r\n'

@@ -16,6 +16,7 @@ from tests.support import (
     ONE_MESSAGE,
     PEER,
     TO_DATA,
+    FakeConnection,
     HookedChannel,
     RecordingServer,
     StubServer,
@@ -35,6 +36,7 @@ from tests.support import (
     three_ways,
     traced_memory,
     variant,
+    without_init,
 )
 
 
@@ -43,7 +45,7 @@ def waiting(channel):
     return channel.conn.sent + b''.join(channel.producer_fifo)
 
 
-@pytest.mark.parametrize('limit, executed', [(1001, 126), (10 ** 6, 501), (None, 1000)])
+@pytest.mark.parametrize('limit, executed', [(1000, 126), (10 ** 6, 501), (None, 1000)])
 def test_no_more_commands_are_executed_than_replies_may_wait(limit, executed):
     channel = channel_with(unsent_reply_limit=limit)
     channel.conn.send = unittest.mock.Mock(side_effect=BlockingIOError(errno.EAGAIN, 'full'))
@@ -102,13 +104,15 @@ def test_a_terminator_that_is_none_does_not_keep_the_loop_busy(terminator, capsy
     assert channel.conn.closed or not channel.writable()
 
 
+@pytest.mark.parametrize('hook', ['get_terminator', 'push'])
 @pytest.mark.parametrize('error', [asyncore.ExitNow, KeyboardInterrupt, SystemExit])
-def test_what_ends_the_loop_may_come_from_get_terminator(error):
-    def get_terminator(self):
-        raise error
+def test_what_ends_the_loop_may_come_from_a_hook(error, hook):
+    def method(self, msg='451'):
+        if msg.startswith('451'):
+            raise error
 
     with pytest.raises(error):
-        feed(channel_with(get_terminator=get_terminator), b'NOOP\r\n')
+        feed(channel_with(**{hook: method, 'smtp_XFAIL': lambda self, arg: 1 / 0}), b'XFAIL\r\n')
 
 
 @pytest.mark.parametrize('end', ['close', 'close_when_done', 'handle_close'])
@@ -310,6 +314,18 @@ def test_a_channel_that_is_closed_between_reading_and_writing_is_closed_once():
     assert channel.conn.closed and len(closed) == 1
 
 
+def test_a_client_that_has_gone_before_its_channel_is_made_does_not_keep_the_loop_busy():
+    """Where the program's own __init__() does not look."""
+    conn = FakeConnection()
+    conn.getpeername = unittest.mock.Mock(side_effect=OSError(errno.ENOTCONN, 'gone'))
+    conn.incoming.append(b'')
+    channel = without_init(StubServer(), conn, PEER, {})
+    channel.push('220 mine')
+    asyncore.read(channel)
+    asyncore.write(channel)
+    assert conn.closed
+
+
 @in_map_and_selector
 def test_a_session_that_the_program_closes_while_its_handler_runs(capsys):
     def smtp_XALONE(self, arg):
@@ -331,34 +347,6 @@ def test_a_session_that_the_program_closes_while_its_handler_runs(capsys):
             again.send(ONE_MESSAGE)
             assert read_replies(again, 5).endswith(b'250 OK\r\n')
     assert capsys.readouterr() == ('', '')
-
-
-@contextlib.contextmanager
-def handling(sent, **attributes):
-    """A channel without a loop, whose message a handler in a thread is about."""
-    with contextlib.closing(WaitingServer(map={})) as server:
-        channel = make_channel(server, variant(smtpd.SMTPChannel, **attributes))
-        channel.conn.incoming.append(sent)
-        asyncore.read(channel)
-        server.wait_until_entered()
-        try:
-            yield channel
-        finally:
-            server.go.set()
-            channel.close()
-    asyncore.loop(timeout=5, map=server._map)
-
-
-def test_no_command_is_executed_beside_a_handler_though_replies_wait():
-    done = []
-    with handling(ONE_MESSAGE + b'XNOTE\r\n',
-                  smtp_XNOTE=lambda self, arg: done.append(arg)) as channel:
-        channel.conn.sends_at_most = 1
-        channel.push('250 ' + 70000 * 'x')
-        channel.conn.sends_at_most = None
-        for _ in range(3):
-            asyncore.write(channel)
-        assert done == []
 
 
 @in_map_and_selector

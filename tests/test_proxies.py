@@ -601,8 +601,10 @@ def test_step_that_our_own_fault_ends_was_not_taken(upstream, step, lines, capfd
         setattr(proxy, 'upstream_%s_timeout_seconds' % step, 'not a number')
         assert client.say(lines[-1]) == b'451 Internal confusion\r\n'
         delattr(proxy, 'upstream_%s_timeout_seconds' % step)
-        if len(lines) == 2:
-            assert client.say(b'RCPT TO:<d@x>')[:3] == b'451'  # not 550, which was c's
+        if len(lines) < 3:
+            # Not 550, which was c's.
+            assert client.say(b'RCPT TO:<d@x>')[:3] == (b'451' if len(lines) == 2 else b'503')
+            assert client.say(b'DATA')[:3] == b'503'
         assert client.say(b'RSET') == b'250 OK\r\n'
         assert codes(steps(client, recipients=[b'<no@x>', b'<d@x>'])) == '250 550 250 354 250'
     assert upstream.messages[-1][1] == ['d@x']
@@ -763,8 +765,8 @@ def test_half_a_line_unasked_is_not_the_beginning_of_the_next_reply(upstream):
     with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
         assert client.say(b'MAIL FROM:<a@x>') == b'250 OK\r\n'
         upstream.sockets[0].sendall(b'250 ')
-        for _ in range(3):  # turns of the loop
-            assert client.say(b'NOOP') == b'250 OK\r\n'
+        upstream.threads[1].join(20)  # it is left at once
+        assert not upstream.threads[1].is_alive()
         assert client.say(b'RCPT TO:<b@x>')[:3] == b'451'
 
 
@@ -1064,7 +1066,7 @@ def mailman():
 @both_modes
 @pytest.mark.parametrize('recipients', [
     LISTS, OTHERS, LISTS + OTHERS, OTHERS[:1], LISTS[:1],
-    (LISTS[0], *OTHERS, LISTS[0], b'<A@LISTS.example>', b'<C@example.com>')], ids=len)
+    (LISTS[0], *OTHERS[1:], LISTS[0], b'<A@LISTS.example>', b'<C@example.com>')], ids=len)
 def test_lists_go_to_mailman_once_each_the_others_upstream(
         upstream, mailman, decode_data, recipients):
     message = b'Subject: post \xe9\r\n\r\n.dots\r\n\r\n'

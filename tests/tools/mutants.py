@@ -64,6 +64,15 @@ EQUIVALENT = {
     'SMTPChannel._ask_for_the_rest: ...  ->  (_QUICK_ACK and octets < self.ac_in_buffer_size)':
         'a hint to the system alone',
     'SMTPChannel._ask_for_the_rest: ...  ->  (... <= octets...': 'a hint to the system alone',
+    'SMTPChannel.collect_incoming_data: ... if self.num_bytes else ...  ->  '
+    '(self.max_command_size_limit)': 'the same, computed for each line',
+    "SMTPChannel.collect_incoming_data: b'\\r\\n.'  ->  b'\\r\\n'":
+        'it bounds the memory; at its end the message is counted exactly',
+    "SMTPChannel.found_terminator: b''  ->  b'x'": 'not looked at',
+    'SMTPChannel.found_terminator: ...  ->  (self.producer_fifo and self._must_send_first())':
+        'there is nothing to put aside, and readable() waits as well',
+    'SMTPChannel.handle_...: self._settle()  ->  pass': 'it stays in the map, which is slower',
+    'SMTPChannel._end_idleness: 1  ->  2': 'it has two seconds',
     'SMTPChannel.handle_expt: 1  ->  2': 'there is never more than one',
     "SMTPChannel._decode_piece: ''  ->  'x'": 'nothing is cut off from either',
     'SMTPChannel._decode_piece: 3  ->  4': 'what is decoded a second time becomes the same',
@@ -101,11 +110,11 @@ EQUIVALENT = {
     '_Deliveries.note: ...  ->  (... >= _MOST_DELIVERIES)': 'one more or less out of 1000',
     '_Upstream.ac_in_buffer_size: ...': 'slower or faster, and no more',
     '_Upstream.is_in_data: False  ->  True': 'the reply to EHLO sets it',
-    '_Upstream._resume: _resume = None  ->  pass': '_wait() and close() set it',
-    '_Upstream._deadline: _deadline = math.inf  ->  pass': '_wait() sets it',
+    '_Upstream._on_reply: _on_reply = None  ->  pass': '_wait_for_reply() and close() set it',
+    '_Upstream._deadline: _deadline = math.inf  ->  pass': '_wait_for_reply() sets it',
     "_Upstream._text: b''  ->  b'x'": 'nobody sees the text of a greeting',
     "_Upstream._exchange: 'out of step: '  ->  'out of step:'": 'a blank in the log',
-    '_Upstream._wait: self.initiate_send()  ->  pass': 'the loop sends it, a turn later',
+    '_Upstream._wait_for_reply: self.initiate_send()  ->  pass': 'the loop sends it, a turn later',
     '_Upstream...  ->  (time.monotonic() >= self._deadline)': 'nobody hits the very moment',
     '_Upstream.collect_incoming_data: ...  ->  (... >= _MOST_OF_A_REPLY)':
         'one octet more or less',
