@@ -151,15 +151,11 @@ _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.
 # The old module parsed addresses with the email package, whose atoms allow more than
 # RFC 5321's atext: anything but specials, blanks and control characters.
 _NO_ATOM = r'\x00-\x20\x7f-\x9f()<>@,:;\\"\[\]'
-_ATOM = r'[^.{no_atom}]+'.format(no_atom=_NO_ATOM)
-_ENCODED_WORD = r'=\?[^?\s]*\?[bBqQ]\?[^?\s]*\?='  # RFC 2047; refused, since we do not decode it
-_DOT_STRING = r'(?!{word}){atom}(?:\.{atom})*'.format(word=_ENCODED_WORD, atom=_ATOM)
+_DOT_STRING = r'{atom}(?:\.{atom})*'.format(atom=r'[^.%s]+' % _NO_ATOM)
+_QUOTED_STRING = r'"(?:[^\x00-\x1f\x7f-\x9f"\\]|\\[^\x00-\x1f\x7f-\x9f])*"'
 # Phone companies gave out local parts with dots in odd places, and the old module took them.
-_ATOMS_AND_DOTS = r'(?!\.*{word}|\S*\.\.{word})[^{no_atom}]+'.format(
-    word=_ENCODED_WORD, no_atom=_NO_ATOM)
-_QUOTED_STRING = r'"(?!%s)(?:[^\x00-\x1f\x7f-\x9f"\\]|\\[^\x00-\x1f\x7f-\x9f])*"' % _ENCODED_WORD
-_LOCAL_PART = r'(?:{atoms}|{quoted_string})'.format(
-    atoms=_ATOMS_AND_DOTS, quoted_string=_QUOTED_STRING)
+_LOCAL_PART = r'(?:[^{no_atom}]+|{quoted_string})'.format(
+    no_atom=_NO_ATOM, quoted_string=_QUOTED_STRING)
 _ADDRESS_LITERAL = r'\[[^\x00-\x20\x7f-\x9f\[\]\\]*\]'
 _DOMAIN = r'(?:{dot_string}|{literal})'.format(
     dot_string=_DOT_STRING, literal=_ADDRESS_LITERAL)

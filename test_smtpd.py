@@ -438,7 +438,7 @@ class TestDialogues:
 # Paths and parameters
 # ---------------------------------------------------------------------------
 
-VERBATIM_PATHS = [  # odd dots: phone companies gave these out; =?x?= only begins like a word
+VERBATIM_PATHS = [  # odd dots: phone companies gave these out; RFC 2047 is for headers
     'a@b', '<a@b>', '<a>', 'a', '<Postmaster>', '<first.last+tag@sub-domain.example>',
     "<a/b=c+d!#$%&'*^_`{|}~?-e@c>", '<a.@x>', '<.a@x>', '<a..b@x>', '<a..@x>', '<.@x>',
     '<a@-.x>', '<-@b>', '<a@b_c>', '<a@b!c>', '<a@-x>', '<a@x->', '<a@x-.y>', '<a@123>',
@@ -446,7 +446,7 @@ VERBATIM_PATHS = [  # odd dots: phone companies gave these out; =?x?= only begin
     '<"a\\b"@c>', '<"a@b"@c>', '<"a>b"@c>', '<"(c)"@c>', '<" "@c>', '<""@c>', '<"a b">',
     '<a@[127.0.0.1]>', 'a@[127.0.0.1]', '<a@[IPv6:::1]>', '<a@[IPv6:2001:db8::1]>', '<\xe9@b>',
     '<\u7528\u6237@\u4f8b\u5b50.example>', '<\U0001f600@c>', '<"\xe9 \xe8"@c>', '<=?x?=@b>',
-    '<a=?utf-8?q?x?=@b>',
+    '<a=?utf-8?q?x?=@b>', '<=?utf-8?q?x=0d=0aRCPT?=@example.com>', '<a@=?utf-8?q?x?=>',
     '<' + 400 * 'a' + '@b>', '<a@' + '.'.join(100 * ['abc']) + '>']
 PATHS_TAKEN = {  # as sent: as handed on
     **{path: path[1:-1] if path[0] == '<' else path for path in VERBATIM_PATHS},
@@ -456,9 +456,7 @@ PATHS_TAKEN = {  # as sent: as handed on
 }
 PATHS_REFUSED = [
     '<(c)a@b>', '<a(c)@b>', '<a@b(c)>', '<a@(x)b>', '< a@b >', '<a @b>', '<a@ b>', '<a@b >',
-    '<a b@c>', '<a\tb@c>', '<a@b', 'a@b>', '<=?utf-8?q?x?=@example.com>',
-    '<=?utf-8?q?x=0d=0aRCPT?=@example.com>', '<=?utf-8?b?eA==?=@example.com>',
-    '<=?utf-8?q?x?=a@b>', '<a@=?utf-8?q?x?=>', '<a@b>c', '<a@b>SIZE=1', '<a@b>,<c@d>', 'a@b,c@d',
+    '<a b@c>', '<a\tb@c>', '<a@b', 'a@b>', '<a@b>c', '<a@b>SIZE=1', '<a@b>,<c@d>', 'a@b,c@d',
     '<a@b><c@d>', 'Foo <a@b>', '"Foo" <a@b>', 'a@b <c@d>', '<a@x.>', '<a@.x>', '<a@x..y>',
     '<a@>', '<@b>', '<@>', '<a@b@c>', '<a@@b>', '<<a@b>>', '<<>>', '<', '>', '<a@b>>', '"',
     '<">', '<"a@b>', '<a@b"', '<"a"b@c>', '<a"b"@c>', '<a@"b">', '<a\\b@c>', '<a@b\\>',
@@ -509,7 +507,7 @@ class TestPaths:
         assert channel.rcpttos == []
 
     @pytest.mark.parametrize('path', ['"', '<', '<@', '<a@b', '"a', '<(c)a@b>', '<a@[x>', '@',
-                                      '<a@x..y>', '<a\x00b@c>', '<=?utf-8?q??=@b>', '<<a@b>>'])
+                                      '<a@x..y>', '<a\x00b@c>', '<<a@b>>'])
     def test_a_malformed_path_cannot_be_verified(self, path):
         reply, _ = send_path(path, *VRFY)
         assert re.fullmatch(r'5[0-9][0-9] [ -~]*\r\n', reply)
@@ -561,7 +559,6 @@ nearly_paths = st.lists(st.sampled_from(
 class TestPathProperties:
     @given(mailboxes)
     def test_every_mailbox_of_the_grammar_is_taken_verbatim(self, mailbox):
-        assume('=?' not in mailbox)
         reply, channel = send_path('<%s>' % mailbox, *MAIL_FROM)
         assert (reply, channel.mailfrom) == ('250 OK\r\n', mailbox)
 
