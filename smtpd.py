@@ -327,7 +327,6 @@ class _LoopThread:
     """
 
     def __init__(self):
-        self.reference = weakref.ref(self)
         self.ident = threading.get_ident()
         self.leftovers = set()  # to be closed; asyncore.close_all() clears the map
 
@@ -392,29 +391,21 @@ _this_thread = _ThisThread()
 
 # What is waited for is a function start(resume).  It either raises, or returns and later, in
 # the loop's thread, calls resume(outcome) once; outcome() returns or raises what came of it.
-# A step that waits in the middle is a generator that yields such functions.
+# A step that waits in the middle is a generator that yields such functions, and gets outcomes.
 
 def _give(result):
     return result
-
-
-_nothing = functools.partial(_give, None)
 
 
 def _throw(error):
     raise error
 
 
-def _advance(steps, resume, outcome=_nothing):
+def _advance(steps, resume, outcome=None):
     """Run a generator, from an outcome, to its next wait, or to its end and resume()."""
     while True:
         try:
-            try:
-                value = outcome()
-            except BaseException as error:
-                start = steps.throw(error)
-            else:
-                start = steps.send(value)
+            start = steps.send(outcome)
         except StopIteration as end:
             return resume(functools.partial(_give, end.value))
         except BaseException as error:
@@ -1731,7 +1722,7 @@ class SMTPServer(_Common, asyncore.dispatcher):
     # ------------------------------------------------------------------
 
     def readable(self):
-        last, self._loop_thread = self._loop_thread, _this_thread.loop.reference
+        last, self._loop_thread = self._loop_thread, weakref.ref(_this_thread.loop)
         # If another thread has just closed this, it left the socket to us only if it knew of us.
         is_ours = self._fileno is not None or last is self._loop_thread
         return super().readable() and is_ours
@@ -2296,7 +2287,7 @@ class _UpstreamSession:
         """Connect to one of the upstream's addresses."""
         look_up = functools.partial(socket.getaddrinfo, *self.address, type=socket.SOCK_STREAM)
         if self.sockets is self.proxy._map:
-            addresses = yield functools.partial(self.proxy._own_threads().run, look_up)
+            addresses = (yield functools.partial(self.proxy._own_threads().run, look_up))()
         else:  # in _run(), which has nothing else to do
             addresses = look_up()
         limit = self.proxy.upstream_connection_limit
@@ -2362,7 +2353,7 @@ class _Upstream(_Common, asynchat.async_chat):
         _check_that_select_takes(self.socket.fileno(), self._map)
         self.socket.setsockopt(*_NO_DELAY)
         self.connect(address)
-        reply = yield functools.partial(self._wait_for_reply, seconds)
+        reply = (yield functools.partial(self._wait_for_reply, seconds))()
         for verb in self.session.hellos if _is_success(reply) else ():
             reply = yield from self.ask('%s %s' % (verb, self.session.proxy._own_name))
             if _is_success(reply):
@@ -2395,7 +2386,7 @@ class _Upstream(_Common, asynchat.async_chat):
         self.producer_fifo.append(octets)  # asynchat sends at most 64 KB at once
         if self.talks_unasked():
             raise ConnectionError('talks unasked, or has closed')
-        code, text = yield functools.partial(self._wait_for_reply, seconds)
+        code, text = (yield functools.partial(self._wait_for_reply, seconds))()
         if code < 400 and (code not in good or self.producer_fifo) or code == 503:
             # 503: the order of commands is ours.
             raise ConnectionError('out of step: ' + _reply_text((code, text)))
@@ -2666,12 +2657,8 @@ def _find_class(name):
     module_name, dot, class_name = name.rpartition('.')
     try:
         module = importlib.import_module(module_name) if dot else sys.modules[__name__]
-    except (TypeError, ValueError):  # a name that is or begins with a dot
-        _refuse_class(name, 'no such module')
-    except ImportError as error:
-        if (module_name + '.').startswith('%s.' % error.name):
-            _refuse_class(name, 'no such module')
-        _give_up('%s: cannot import %s: %s', name, module_name, error)
+    except (ImportError, TypeError, ValueError) as error:  # the last two: '.Class', '..'
+        _refuse_class(name, error)
     found = getattr(module, class_name, None)
     if found is None:
         _refuse_class(name, 'no such class')
