@@ -1370,13 +1370,10 @@ def _getfqdn():
 
 def _is_too_much_for_select(descriptor, sockets=()):
     """Whether our loop waits in select(), which cannot take this descriptor or so many sockets."""
-    return (descriptor >= _FD_SETSIZE or len(sockets) >= _MOST_SOCKETS) and _wait_is_select()
-
-
-def _wait_is_select():
     # Only the stack tells: asyncore's poll() and poll2() make the same calls.
-    return any(frame.f_code is asyncore.poll.__code__
-               for frame, _ in traceback.walk_stack(sys._getframe()))
+    return (descriptor >= _FD_SETSIZE or len(sockets) >= _MOST_SOCKETS) and any(
+        frame.f_code is asyncore.poll.__code__
+        for frame, _ in traceback.walk_stack(sys._getframe()))
 
 
 def _check_that_select_takes(descriptor, sockets=()):
@@ -2699,9 +2696,9 @@ def _make_server(options):
     server_class = _find_class(options.classname)
     limit = DATA_SIZE_DEFAULT if options.size_limit is None else options.size_limit
     try:
-        server = server_class((options.localhost, options.localport),
-                              (options.remotehost, options.remoteport),
-                              limit, enable_SMTPUTF8=options.enable_SMTPUTF8)
+        return server_class((options.localhost, options.localport),
+                            (options.remotehost, options.remoteport),
+                            limit, enable_SMTPUTF8=options.enable_SMTPUTF8)
     except (OSError, UnicodeError) as error:  # UnicodeError: the host is not a name
         _give_up('%s:%s: %s', options.localhost, options.localport,
                  getattr(error, 'strerror', None) or error)
@@ -2709,12 +2706,11 @@ def _make_server(options):
         _give_up('%s', str(error).rstrip('.'))
     except TypeError as error:  # the class takes other arguments
         _refuse_class(options.classname, 'not a server class: %s' % error)
-    return server
 
 
 def _main():
+    options = parseargs()
     try:
-        options = parseargs()
         server = _make_server(options)
         if isinstance(server, SMTPServer):
             server.channels_in_selector = True  # the socket map is ours
