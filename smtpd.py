@@ -229,14 +229,11 @@ _TAKES_ARGS, _TAKES_KWARGS = 4, 8  # inspect.CO_VARARGS, CO_VARKEYWORDS; importi
 
 def _accepted_keywords(handler, offered):
     """The offered keywords that a handler takes; those of Python 2 and 3.4 take none."""
-    handler = getattr(handler, '__func__', handler)  # a function's attributes are found faster
-    while handler is not None:  # a decorator and what it wraps must both take them
-        code = getattr(handler, '__code__', None)
-        if code is not None and not code.co_flags & _TAKES_KWARGS:
-            named = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
-            offered = {name: offered[name] for name in offered if name in named}
-        handler = getattr(handler, '__wrapped__', None)
-    return offered
+    code = getattr(handler, '__code__', None)
+    if code is None or code.co_flags & _TAKES_KWARGS:
+        return offered
+    named = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
+    return {name: offered[name] for name in offered if name in named}
 
 
 # ---------------------------------------------------------------------------
@@ -2540,7 +2537,7 @@ Usage: %(program)s [options] [localhost:localport [remotehost:remoteport]]
                       start the server, which switches once it listens
     -c, --class NAME  the server class: package.module.Class, or one of
                       %(classes)s;
-                      %(default)s if not given
+                      PureProxy if not given
     -s, --size LIMIT  the most octets that a message may have; 0: no limit;
                       %(size)d if not given
     -u, --smtputf8    offer the SMTPUTF8 extension (RFC 6531); not for proxies
@@ -2581,8 +2578,7 @@ def usage(code, msg=''):
     The text goes to standard output if `code` is 0, else to standard error.
     """
     print(msg or _USAGE % {'program': program, 'version': __version__,
-                           'classes': _BUILT_IN_CLASSES, 'default': Options.classname,
-                           'size': DATA_SIZE_DEFAULT},
+                           'classes': _BUILT_IN_CLASSES, 'size': DATA_SIZE_DEFAULT},
           file=sys.stderr if code else sys.stdout)
     sys.exit(code)
 
