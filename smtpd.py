@@ -38,7 +38,6 @@ import functools
 import getopt
 import importlib
 import io
-import math
 import os
 import re
 import select
@@ -1502,8 +1501,6 @@ class _QuietChannels(_Aside):
     is that of an epoll set: it is readable while one of the channels is.
     """
 
-    is_possible = hasattr(select, 'epoll')  # Linux; kqueue is untried
-
     def __init__(self, server):
         super().__init__(server)
         self.channels = {}  # by descriptor
@@ -1811,7 +1808,7 @@ class SMTPServer(_Common, asyncore.dispatcher):
 
     def _quiet_channels_for(self, channel_class):
         """What keeps channels that only wait for input; None if the socket map does."""
-        if not (self.channels_in_selector and _QuietChannels.is_possible
+        if not (self.channels_in_selector and hasattr(select, 'epoll')  # Linux; kqueue is untried
                 and _leaves_events_alone(channel_class)):
             return None
         if self._quiet_channels is None:
@@ -2105,7 +2102,7 @@ class _Deliveries:
 
     def left(self, message, rcpttos):
         """The recipients that have not got the message yet."""
-        recipients, noted = self._delivered.get(message, ((), math.inf))
+        recipients, noted = self._delivered.get(message, ((), float('inf')))
         if time.monotonic() - noted > _DELIVERY_SECONDS:
             self._delivered.pop(message, None)
             return rcpttos
@@ -2330,7 +2327,7 @@ class _Upstream(_Common, asynchat.async_chat):
     is_in_data = False  # it waits for a message, or the rest of it
 
     _on_reply = None  # continues the step that waits for a reply
-    _deadline = math.inf  # of that wait, on the monotonic clock
+    _deadline = float('inf')  # of that wait, on the monotonic clock
     _line = b''  # that is being read ...
     _text = b''  # ... of a reply of several lines
 

@@ -796,10 +796,6 @@ def takes_any(*args, **kwargs):
     return '250 %s' % sorted(kwargs)
 
 
-def takes_none(peer, mailfrom, rcpttos, data):
-    return '250 none'
-
-
 class TestHandlers:
     @both_modes
     @pytest.mark.parametrize('returned, reply', RETURNS.values(), ids=RETURNS.keys())
