@@ -2282,8 +2282,7 @@ class _UpstreamSession:
         # It may have closed while the client sent its data, and may have more recipients
         # than are left: as nothing has been sent yet, another transaction does no harm.
         upstream = self._upstream
-        if (not upstream.connected or upstream.talks_unasked()
-                or self.accepted.keys() != set(recipients)):
+        if upstream.talks_unasked() or self.accepted.keys() != set(recipients):
             self.begin(*self._mail)
             for each in recipients:
                 reply = yield from self.rcpt(each)
@@ -2442,7 +2441,7 @@ class _Upstream(_Common, asynchat.async_chat):
 
     def talks_unasked(self):
         """Whether it has said something between two steps, or closed; we have not read it yet."""
-        return self.ac_in_buffer or _peek(self.socket) is not None
+        return not self.connected or self.ac_in_buffer or _peek(self.socket) is not None
 
     def quit(self):
         is_ours = self._process == os.getpid()  # in a child after fork(), it is the parent's
@@ -2456,8 +2455,6 @@ class _Upstream(_Common, asynchat.async_chat):
         super().close()
 
     def _wait_for_reply(self, seconds, resume):
-        if not (self.connected or self.connecting):
-            raise ConnectionError('closed the connection')
         self._deadline = time.monotonic() + seconds
         self._on_reply = resume
         self.initiate_send()
@@ -2523,7 +2520,7 @@ def _on_the_wire(data):
 
 
 def _is_success(reply):
-    return 200 <= reply[0] < 300  # RFC 5321, 4.3.2: the first digit tells
+    return reply[0] < 300  # RFC 5321, 4.3.2: the first digit tells, and none is below 2
 
 
 def _reply_for_all(replies, refused, recipients):
@@ -2774,7 +2771,7 @@ def _main():
     except KeyboardInterrupt:
         pass
     finally:
-        asyncore.close_all(ignore_all=True)
+        asyncore.close_all()
         try:
             sys.stdout.flush()
         except (AttributeError, ValueError):  # None, or closed
