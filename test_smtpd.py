@@ -1870,8 +1870,12 @@ class TestHandlerThreads:
                 if leave is shut:
                     assert client.rest() == ANSWERED + b'250 noted\r\n'
                 client.close()
+            server.go.clear()
             with greet(server) as client:  # no thread is lost
                 client.send(ONE_MESSAGE + b'QUIT\r\n')
+                server.wait_until_entered()
+                assert is_served(server)
+                server.go.set()
                 assert client.rest() == ANSWERED + b'221 Bye\r\n'
             assert len(server.messages) == 3
         assert capsys.readouterr() == ('', '')

@@ -1089,6 +1089,8 @@ def test_mail_for_lists_alone_needs_no_upstream(upstream, mailman):
             for line in b'MAIL FROM:<a@x>', b'RCPT TO:' + LISTS[0], b'RSET':
                 assert client.say(line) == b'250 OK\r\n'
             assert mailman.commands[-1] == b'RSET\r\n'
+        mailman.threads[-1].join(20)
+        assert mailman.commands[-1] == b'QUIT\r\n'
     upstream.start()
     assert len(mailman.messages) == 4
 
@@ -1199,6 +1201,9 @@ def test_deliver_of_the_mailman_proxy_called_by_hand(upstream, mailman):
         proxy.mailman_lmtp_address = mailman.address
         refused = proxy._deliver('a@x', ['a@lists.example', *OTHER_NAMES], b'A: b\n\ntext')
         assert refused == {'d@example.com': (550, b'5.1.1 No such user')}
+        for each in upstream, mailman:
+            each.threads[1].join(20)
+            assert each.commands[-1] == b'QUIT\r\n'
     assert [each[1] for each in upstream.messages + mailman.messages] == [
         ['c@example.com'], ['a@lists.example']]
 

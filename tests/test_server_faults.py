@@ -724,8 +724,8 @@ def test_a_lack_of_descriptors_does_not_keep_the_loop_busy(monkeypatch, capsys):
     real_select = select.select
     with turning() as (server, turn), RawClient(server):
         real_socket, server.socket = server.socket, failing_listener(server, errno.EMFILE)
-        monkeypatch.setattr(select, 'select', lambda *args: waits.append(args[3]) or
-                            real_select(*args))
+        monkeypatch.setattr(select, 'select', lambda *args: waits.append(
+            args[3] * (real_socket.fileno() not in args[0])) or real_select(*args))
         for _ in range(5):
             asyncore.loop(timeout=0, map=server._map, count=1)
         assert 1 <= server.socket.accept.call_count <= sum(wait > 0 for wait in waits) + 1
@@ -926,6 +926,14 @@ serve()
 # Programs whose methods raise
 
 @in_map_and_selector
+def test_what_comes_together_with_a_command_that_fails_is_executed_at_once(capsys):
+    channel = {'smtp_XFAIL': lambda self, arg: 1 / 0}
+    with serving(variant(channel=channel), timeout=60) as server, greet(server) as client:
+        client.send(b'XFAIL\r\nNOOP\r\n')
+        assert client.reply() == CONFUSED and client.reply() == OK
+
+
+@in_map_and_selector
 @pytest.mark.parametrize('close_fails', [False, True], ids=['', 'and so does its close()'])
 def test_a_channel_that_fails_in_init_leaves_nothing_behind(close_fails, capsys):
     class Channel(smtpd.SMTPChannel):
@@ -1049,6 +1057,17 @@ def test_close_all_from_another_thread_closes_all(use_poll, capfd):
             asyncore.close_all(server._map)
         assert [each.socket.fileno() for each in [server, *channels]] == 7 * [-1]
     assert capfd.readouterr() == ('', '')
+
+
+@needs_proc
+def test_close_all_from_another_thread_frees_what_a_handler_under_way_took():
+    count = len(os.listdir('/proc/self/fd'))
+    with looping(WaitingServer) as server, greet(server, HELLO) as client:
+        start_message(client)
+        server.wait_until_entered()
+        asyncore.close_all(server._map)
+        server.go.set()
+    assert len(os.listdir('/proc/self/fd')) == count
 
 
 @both_loops
