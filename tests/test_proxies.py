@@ -878,6 +878,8 @@ def test_handlers_of_the_program_get_the_whole_message_in_the_loop(upstream):
         replies = {relay_message(client) for _ in range(2)}
         assert replies != {b'250 OK\r\n'}
         assert len(replies) == 1
+        upstream.threads[1].join(20)
+        assert upstream.commands[-1] == b'QUIT\r\n'
     with serving(OverriddenDeliver, remoteaddr=upstream.address) as proxy, \
             greet(proxy, HELLO) as client:
         assert steps(client) == [OK, OK, '354 End data with <CR><LF>.<CR><LF>', OK]
@@ -1043,7 +1045,7 @@ def test_overridden_deliver_gets_text_where_the_server_decodes_as_it_always_did(
                          ids=lambda proxy_class: proxy_class.__name__)
 def test_proxies_refuse_smtputf8_as_documented(proxy_class):
     sockets = {}
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r'Proxy does not support SMTPUTF8\.$'):
         proxy_class(('127.0.0.1', 0), ('127.0.0.1', 9), enable_SMTPUTF8=True, map=sockets)
     assert sockets == {}
 

@@ -42,6 +42,7 @@ from tests.support import (
     is_served,
     looping,
     read_replies,
+    read_until,
     relay_message,
     reset,
     serving,
@@ -358,6 +359,31 @@ serve(Forking)
         assert client.say(b'NOOP') == client.say(b'XGO') == OK
         assert forks.reply() == b'250 0\r\n' and waits.reply().startswith(b'250 of')
         assert client.say(b'XCOUNT') == b'250 1\r\n'
+
+
+@needs_fork
+def test_a_child_is_free_of_what_was_closed_beside_the_loop_of_its_parent():
+    text = '''
+entered, go = threading.Event(), threading.Event()
+
+def smtp_XWAIT(self, arg):
+    entered.set()
+    go.wait()
+
+Channel.smtp_XWAIT = smtp_XWAIT
+server = make()
+threading.Thread(target=asyncore.loop).start()
+entered.wait()
+asyncore.close_all()
+child = os.fork()
+if not child:
+    os._exit(0)
+os.write(1, b'ended %d' % os.waitpid(child, 0)[1])
+go.set()
+'''
+    with script(text, PLAIN, selector=True) as (process, address), greet(address) as client:
+        client.send(b'XWAIT\r\n')
+        assert read_until(process.stdout, b'ended 0')
 
 
 @needs_fork
@@ -865,7 +891,7 @@ def test_a_method_that_fails_after_it_has_begun_to_wait_ends_the_session(capsys)
 @needs_proc
 @in_map_and_selector
 @without_and_with_thread
-def test_a_server_that_is_closed_frees_its_descriptors_without_the_garbage_collector(threads):
+def test_a_server_that_is_closed_is_freed_without_the_garbage_collector(threads):
     class Server(RecordingServer):
         process_message_threads = threads
 
@@ -875,7 +901,7 @@ def test_a_server_that_is_closed_frees_its_descriptors_without_the_garbage_colle
             return super().readable()
 
     is_alone = threading.Event()
-    counts = []
+    counts, servers = [], []
     gc.collect()
     gc.disable()
     try:
@@ -888,6 +914,8 @@ def test_a_server_that_is_closed_frees_its_descriptors_without_the_garbage_colle
                 assert is_alone.wait(20)
                 server.close()
             counts.append(len(os.listdir('/proc/self/fd')))
+            servers.append(weakref.ref(server))
+        assert [server() for server in servers[:-1]] == 4 * [None]
     finally:
         gc.enable()
     assert counts == 5 * counts[:1]
