@@ -1640,7 +1640,7 @@ _PAUSE_SECONDS = 0.01  # between two looks for a descriptor
 _COMPLAINT_SECONDS = 60  # between two lines in the log about it
 
 
-class SMTPServer(_Common, asyncore.dispatcher):
+class SMTPServer(_Reader):
     """Listens, and gives each complete message to process_message().
 
     `localaddr` is the (host, port) to listen on: an empty host or None stands for

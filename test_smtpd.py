@@ -1844,11 +1844,11 @@ class TestHandlerThreads:
                 client.send(ONE_MESSAGE + b'QUIT\r\n')
             server.wait_until_entered()
             server.wait_until_entered()
-            assert is_served(server)
+            assert is_served(server) and len(server.threads) == 2
             server.go.set()
             for client in clients:
                 assert client.rest() == ANSWERED + b'221 Bye\r\n'
-            assert len(server.threads) == 2 and len(server.messages) == 5
+            assert len(server.messages) == 5
 
     @pytest.mark.parametrize('leave', [reset, RawClient.close, shut],
                              ids=['reset', 'closed', 'half-closed'])

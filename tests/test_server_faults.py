@@ -28,7 +28,6 @@ from tests.support import (
     FakeConnection,
     RawClient,
     RecordingServer,
-    StubServer,
     WaitingServer,
     channel_with,
     channels_of,
@@ -438,8 +437,8 @@ class Given(RecordingServer):
     """Its `listener` was made elsewhere, as systemd hands one in."""
 
     def __init__(self, *args, map):
-        StubServer.__init__(self)
-        asyncore.dispatcher.__init__(self, map=map)
+        super().__init__(map=map)
+        self.close()
         self.set_socket(self.listener)
         self.accepting = True
 
@@ -1099,23 +1098,30 @@ def test_close_all_from_another_thread_frees_what_a_handler_under_way_took():
 
 
 @both_loops
-def test_a_server_that_is_closed_just_before_the_loop_asks_it_wakes_the_loop(use_poll):
+@pytest.mark.parametrize('turn', [1, 2], ids='turn {}'.format)  # which makes it known to the other
+def test_a_server_that_is_closed_just_before_the_loop_asks_it_wakes_the_loop(use_poll, turn):
     """The loop took it from the map before, and has nothing else to wait for."""
     class Server(RecordingServer):
         turns = 0
 
         def readable(self):
             self.turns += 1
-            if self.turns == 2:  # the loop's thread is known
-                about_to_ask.set()
-                assert closed.wait(20)
+            if self.turns == turn:
+                thread = threading.Thread(target=self.close)
+                thread.start()
+                thread.join(20)
             return super().readable()
 
-    about_to_ask, closed = threading.Event(), threading.Event()
-    with looping(Server, 0.01, use_poll) as server:
-        assert about_to_ask.wait(20)
+    with looping(Server, 0.01, use_poll):
+        pass
+
+
+@in_map_and_selector
+def test_a_loop_that_sleeps_ends_when_another_thread_closes_all_that_it_serves():
+    with looping() as server, greet(server):
         server.close()
-        closed.set()
+        for channel in channels_of(server):
+            channel.close()
 
 
 @both_loops
