@@ -167,6 +167,8 @@ class TestModule:
         ('PureProxy', 'upstream_data_timeout_seconds', 120),
         ('PureProxy', 'upstream_block_timeout_seconds', 180),
         ('PureProxy', 'upstream_final_timeout_seconds', 600),
+        ('PureProxy', 'upstream_connection_limit', 200),
+        ('MailmanProxy', 'mailman_lmtp_address', ('localhost', 8024)),
         ('SMTPChannel', 'COMMAND', 0), ('SMTPChannel', 'DATA', 1),
         ('SMTPChannel', 'command_size_limit', 512),
         ('SMTPChannel', 'idle_timeout_seconds', 300),

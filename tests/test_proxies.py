@@ -1081,7 +1081,7 @@ def test_lists_go_to_mailman_once_each_the_others_upstream(
                                     for each in dict.fromkeys(lists) if each.islower()]
 
 
-def test_mail_for_lists_alone_needs_no_upstream(upstream, mailman):
+def test_mail_for_lists_alone_needs_no_upstream(upstream, mailman, capfd):
     upstream.stop()
     with mailman_proxy_to(upstream, mailman) as proxy:
         assert post(proxy, recipients=LISTS, sender=b'<>') == b'250 OK\r\n'
@@ -1095,6 +1095,7 @@ def test_mail_for_lists_alone_needs_no_upstream(upstream, mailman):
         assert mailman.commands[-1] == b'QUIT\r\n'
     upstream.start()
     assert len(mailman.messages) == 4
+    assert 'Traceback' not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize('step, faults', [

@@ -592,10 +592,12 @@ server = make(Hoarding)
 server.taken = hoard(%d)
 asyncore.loop()
 ''' % taken
-    with script(text, selector=True) as (_, address):
+    with script(text, selector=True) as (process, address):
         with RawClient(address) as client:
             assert client.rest() == b'421 Service not available\r\n'
         assert is_served(address)
+        process.terminate()
+        assert process.stderr.read() == b''
 
 
 @needs_posix
