@@ -1684,6 +1684,19 @@ class TestServerStaysUp:
             assert turn(until=lambda: has_input(client)) and client.reply() == b'250 OK\r\n'
 
     @in_map_and_selector
+    def test_a_readable_of_the_programs_own_is_asked_at_each_turn(self):
+        def readable(self):
+            asked.append(self)
+            return smtpd.SMTPChannel.readable(self)
+
+        asked = []
+        with turning(variant(channel={'readable': readable})) as (server, turn), RawClient(server):
+            assert turn(until=lambda: asked)
+            del asked[:]
+            turn(at_most=3)
+            assert len(asked) == 3
+
+    @in_map_and_selector
     def test_several_connections_are_accepted_at_a_wake_up_but_not_without_end(self):
         class Server(variant(accepts_per_event=3)):
             accepted = 0
@@ -2441,6 +2454,7 @@ class TestCommandLine:
             for line in (b"Data: b'EHLO x'", b'===> MAIL FROM:<a@b> SIZE=20', b"recips: ['c@d']"):
                 assert line + b'\n' in dialogue
             assert b"Incoming connection from ('127.0.0.1', " in dialogue
+            assert b'Inbox started at ' in dialogue and b"Local addr: ('127.0.0.1', " in dialogue
             assert process.poll() is None
 
     @pytest.mark.skipif(os.geteuid() != 0, reason='only root can become nobody')

