@@ -1595,7 +1595,7 @@ _PAUSE_SECONDS = 0.01  # between two looks for a descriptor; the sessions go on 
 _COMPLAINT_SECONDS = 60  # between two lines in the log about it
 
 
-class SMTPServer(_Common, asyncore.dispatcher):
+class SMTPServer(_Reader):
     """Listens, and gives each complete message to process_message().
 
     `localaddr` is the (host, port) to listen on: an empty host or None stands for
@@ -1733,7 +1733,7 @@ class SMTPServer(_Common, asyncore.dispatcher):
                 and self._quiet_channels_for(self.channel_class) is None):
             _refuse(pair[0])
             return None
-        if pair is not None and self.process_message_threads and self.accepting:
+        if self.process_message_threads and self.accepting:
             with contextlib.suppress(OSError):
                 self._own_threads().open()  # while there are descriptors
         return pair
@@ -2228,8 +2228,7 @@ class _UpstreamSession:
         # It may have closed while the client sent its data, and may have more recipients
         # than are left: as nothing has been sent yet, another transaction does no harm.
         upstream = self._upstream
-        if (not upstream.connected or upstream.talks_unasked()
-                or self.accepted.keys() != set(recipients)):
+        if upstream.talks_unasked() or self.accepted.keys() != set(recipients):
             self.begin(*self._mail)
             for each in recipients:
                 reply = yield from self.rcpt(each)
@@ -2388,7 +2387,7 @@ class _Upstream(_Common, asynchat.async_chat):
 
     def talks_unasked(self):
         """Whether it has said something between two steps, or closed; we have not read it yet."""
-        return self.ac_in_buffer or _peek(self.socket) is not None
+        return not self.connected or self.ac_in_buffer or _peek(self.socket) is not None
 
     def quit(self):
         is_ours = self._process == os.getpid()  # in a child after fork(), it is the parent's
@@ -2402,8 +2401,6 @@ class _Upstream(_Common, asynchat.async_chat):
         super().close()
 
     def _wait_for_reply(self, seconds, resume):
-        if not (self.connected or self.connecting):
-            raise ConnectionError('closed the connection')
         self._deadline = time.monotonic() + seconds
         self._on_reply = resume
         self.initiate_send()
@@ -2469,7 +2466,7 @@ def _on_the_wire(data):
 
 
 def _is_success(reply):
-    return 200 <= reply[0] < 300  # RFC 5321, 4.3.2: the first digit tells
+    return reply[0] < 300  # RFC 5321, 4.3.2: the first digit tells, and none is below 2
 
 
 def _reply_for_all(replies, refused, recipients):
@@ -2714,7 +2711,7 @@ def _main():
     except KeyboardInterrupt:
         pass
     finally:
-        asyncore.close_all(ignore_all=True)
+        asyncore.close_all()
 
 
 if __name__ == '__main__':

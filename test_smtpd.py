@@ -167,6 +167,8 @@ class TestModule:
         ('PureProxy', 'upstream_data_timeout_seconds', 120),
         ('PureProxy', 'upstream_block_timeout_seconds', 180),
         ('PureProxy', 'upstream_final_timeout_seconds', 600),
+        ('PureProxy', 'upstream_connection_limit', 200),
+        ('MailmanProxy', 'mailman_lmtp_address', ('localhost', 8024)),
         ('SMTPChannel', 'COMMAND', 0), ('SMTPChannel', 'DATA', 1),
         ('SMTPChannel', 'command_size_limit', 512),
         ('SMTPChannel', 'idle_timeout_seconds', 300),
@@ -1680,6 +1682,19 @@ class TestServerStaysUp:
             assert turn(until=lambda: has_input(client)) and client.reply() == b'250 OK\r\n'
 
     @in_map_and_selector
+    def test_a_readable_of_the_programs_own_is_asked_at_each_turn(self):
+        def readable(self):
+            asked.append(self)
+            return smtpd.SMTPChannel.readable(self)
+
+        asked = []
+        with turning(variant(channel={'readable': readable})) as (server, turn), RawClient(server):
+            assert turn(until=lambda: asked)
+            del asked[:]
+            turn(at_most=3)
+            assert len(asked) == 3
+
+    @in_map_and_selector
     def test_several_connections_are_accepted_at_a_wake_up_but_not_without_end(self):
         class Server(variant(accepts_per_event=3)):
             accepted = 0
@@ -1842,11 +1857,11 @@ class TestHandlerThreads:
                 client.send(ONE_MESSAGE + b'QUIT\r\n')
             server.wait_until_entered()
             server.wait_until_entered()
-            assert is_served(server)
+            assert is_served(server) and len(server.threads) == 2
             server.go.set()
             for client in clients:
                 assert client.rest() == ANSWERED + b'221 Bye\r\n'
-            assert len(server.threads) == 2 and len(server.messages) == 5
+            assert len(server.messages) == 5
 
     @pytest.mark.parametrize('leave', [reset, RawClient.close, shut],
                              ids=['reset', 'closed', 'half-closed'])
@@ -1868,8 +1883,12 @@ class TestHandlerThreads:
                 if leave is shut:
                     assert client.rest() == ANSWERED + b'250 noted\r\n'
                 client.close()
+            server.go.clear()
             with greet(server) as client:  # no thread is lost
                 client.send(ONE_MESSAGE + b'QUIT\r\n')
+                server.wait_until_entered()
+                assert is_served(server)
+                server.go.set()
                 assert client.rest() == ANSWERED + b'221 Bye\r\n'
             assert len(server.messages) == 3
         assert capsys.readouterr() == ('', '')
@@ -2436,6 +2455,7 @@ class TestCommandLine:
             for line in (b"Data: b'EHLO x'", b'===> MAIL FROM:<a@b> SIZE=20', b"recips: ['c@d']"):
                 assert line + b'\n' in dialogue
             assert b"Incoming connection from ('127.0.0.1', " in dialogue
+            assert b'Inbox started at ' in dialogue and b"Local addr: ('127.0.0.1', " in dialogue
             assert process.poll() is None
 
     @pytest.mark.skipif(os.geteuid() != 0, reason='only root can become nobody')

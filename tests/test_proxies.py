@@ -880,6 +880,8 @@ def test_handlers_of_the_program_get_the_whole_message_in_the_loop(upstream):
         replies = {relay_message(client) for _ in range(2)}
         assert replies != {b'250 OK\r\n'}
         assert len(replies) == 1
+        upstream.threads[1].join(20)
+        assert upstream.commands[-1] == b'QUIT\r\n'
     with serving(OverriddenDeliver, remoteaddr=upstream.address) as proxy, \
             greet(proxy, HELLO) as client:
         assert steps(client) == [OK, OK, '354 End data with <CR><LF>.<CR><LF>', OK]
@@ -1045,7 +1047,7 @@ def test_overridden_deliver_gets_text_where_the_server_decodes_as_it_always_did(
                          ids=lambda proxy_class: proxy_class.__name__)
 def test_proxies_refuse_smtputf8_as_documented(proxy_class):
     sockets = {}
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r'Proxy does not support SMTPUTF8\.$'):
         proxy_class(('127.0.0.1', 0), ('127.0.0.1', 9), enable_SMTPUTF8=True, map=sockets)
     assert sockets == {}
 
@@ -1081,7 +1083,7 @@ def test_lists_go_to_mailman_once_each_the_others_upstream(
                                     for each in dict.fromkeys(lists) if each.islower()]
 
 
-def test_mail_for_lists_alone_needs_no_upstream(upstream, mailman):
+def test_mail_for_lists_alone_needs_no_upstream(upstream, mailman, capfd):
     upstream.stop()
     with mailman_proxy_to(upstream, mailman) as proxy:
         assert post(proxy, recipients=LISTS, sender=b'<>') == b'250 OK\r\n'
@@ -1091,8 +1093,11 @@ def test_mail_for_lists_alone_needs_no_upstream(upstream, mailman):
             for line in b'MAIL FROM:<a@x>', b'RCPT TO:' + LISTS[0], b'RSET':
                 assert client.say(line) == b'250 OK\r\n'
             assert mailman.commands[-1] == b'RSET\r\n'
+        mailman.threads[-1].join(20)
+        assert mailman.commands[-1] == b'QUIT\r\n'
     upstream.start()
     assert len(mailman.messages) == 4
+    assert 'Traceback' not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize('step, faults', [
@@ -1201,6 +1206,9 @@ def test_deliver_of_the_mailman_proxy_called_by_hand(upstream, mailman):
         proxy.mailman_lmtp_address = mailman.address
         refused = proxy._deliver('a@x', ['a@lists.example', *OTHER_NAMES], b'A: b\n\ntext')
         assert refused == {'d@example.com': (550, b'5.1.1 No such user')}
+        for each in upstream, mailman:
+            each.threads[1].join(20)
+            assert each.commands[-1] == b'QUIT\r\n'
     assert [each[1] for each in upstream.messages + mailman.messages] == [
         ['c@example.com'], ['a@lists.example']]
 

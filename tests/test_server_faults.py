@@ -29,7 +29,6 @@ from tests.support import (
     FakeConnection,
     RawClient,
     RecordingServer,
-    StubServer,
     WaitingServer,
     channel_with,
     channels_of,
@@ -43,6 +42,7 @@ from tests.support import (
     is_served,
     looping,
     read_replies,
+    read_until,
     relay_message,
     reset,
     serving,
@@ -362,6 +362,31 @@ serve(Forking)
 
 
 @needs_fork
+def test_a_child_is_free_of_what_was_closed_beside_the_loop_of_its_parent():
+    text = '''
+entered, go = threading.Event(), threading.Event()
+
+def smtp_XWAIT(self, arg):
+    entered.set()
+    go.wait()
+
+Channel.smtp_XWAIT = smtp_XWAIT
+server = make()
+threading.Thread(target=asyncore.loop).start()
+entered.wait()
+asyncore.close_all()
+child = os.fork()
+if not child:
+    os._exit(0)
+os.write(1, b'ended %d' % os.waitpid(child, 0)[1])
+go.set()
+'''
+    with script(text, PLAIN, selector=True) as (process, address), greet(address) as client:
+        client.send(b'XWAIT\r\n')
+        assert read_until(process.stdout, b'ended 0')
+
+
+@needs_fork
 @both_loops
 def test_a_worker_that_closes_leaves_the_listener_to_the_others(use_poll):
     text = '''
@@ -413,8 +438,8 @@ class Given(RecordingServer):
     """Its `listener` was made elsewhere, as systemd hands one in."""
 
     def __init__(self, *args, map):
-        StubServer.__init__(self)
-        asyncore.dispatcher.__init__(self, map=map)
+        super().__init__(map=map)
+        self.close()
         self.set_socket(self.listener)
         self.accepting = True
 
@@ -568,10 +593,12 @@ server = make(Hoarding)
 server.taken = hoard(%d)
 asyncore.loop()
 ''' % taken
-    with script(text, selector=True) as (_, address):
+    with script(text, selector=True) as (process, address):
         with RawClient(address) as client:
             assert client.rest() == b'421 Service not available\r\n'
         assert is_served(address)
+        process.terminate()
+        assert process.stderr.read() == b''
 
 
 @needs_posix
@@ -864,7 +891,7 @@ def test_a_method_that_fails_after_it_has_begun_to_wait_ends_the_session(capsys)
 @needs_proc
 @in_map_and_selector
 @without_and_with_thread
-def test_a_server_that_is_closed_frees_its_descriptors_without_the_garbage_collector(threads):
+def test_a_server_that_is_closed_is_freed_without_the_garbage_collector(threads):
     class Server(RecordingServer):
         process_message_threads = threads
 
@@ -874,7 +901,7 @@ def test_a_server_that_is_closed_frees_its_descriptors_without_the_garbage_colle
             return super().readable()
 
     is_alone = threading.Event()
-    counts = []
+    counts, servers = [], []
     gc.collect()
     gc.disable()
     try:
@@ -887,6 +914,8 @@ def test_a_server_that_is_closed_frees_its_descriptors_without_the_garbage_colle
                 assert is_alone.wait(20)
                 server.close()
             counts.append(len(os.listdir('/proc/self/fd')))
+            servers.append(weakref.ref(server))
+        assert [server() for server in servers[:-1]] == 4 * [None]
     finally:
         gc.enable()
     assert counts == 5 * counts[:1]
@@ -925,6 +954,14 @@ serve()
 
 # ---------------------------------------------------------------------------------------------
 # Programs whose methods raise
+
+@in_map_and_selector
+def test_what_comes_together_with_a_command_that_fails_is_executed_at_once(capsys):
+    channel = {'smtp_XFAIL': lambda self, arg: 1 / 0}
+    with serving(variant(channel=channel), timeout=60) as server, greet(server) as client:
+        client.send(b'XFAIL\r\nNOOP\r\n')
+        assert client.reply() == CONFUSED and client.reply() == OK
+
 
 @in_map_and_selector
 @pytest.mark.parametrize('close_fails', [False, True], ids=['', 'and so does its close()'])
@@ -1052,24 +1089,42 @@ def test_close_all_from_another_thread_closes_all(use_poll, capfd):
     assert capfd.readouterr() == ('', '')
 
 
+@needs_proc
+def test_close_all_from_another_thread_frees_what_a_handler_under_way_took():
+    count = len(os.listdir('/proc/self/fd'))
+    with looping(WaitingServer) as server, greet(server, HELLO) as client:
+        start_message(client)
+        server.wait_until_entered()
+        asyncore.close_all(server._map)
+        server.go.set()
+    assert len(os.listdir('/proc/self/fd')) == count
+
+
 @both_loops
-def test_a_server_that_is_closed_just_before_the_loop_asks_it_wakes_the_loop(use_poll):
+@pytest.mark.parametrize('turn', [1, 2], ids='turn {}'.format)  # which makes it known to the other
+def test_a_server_that_is_closed_just_before_the_loop_asks_it_wakes_the_loop(use_poll, turn):
     """The loop took it from the map before, and has nothing else to wait for."""
     class Server(RecordingServer):
         turns = 0
 
         def readable(self):
             self.turns += 1
-            if self.turns == 2:  # the loop's thread is known
-                about_to_ask.set()
-                assert closed.wait(20)
+            if self.turns == turn:
+                thread = threading.Thread(target=self.close)
+                thread.start()
+                thread.join(20)
             return super().readable()
 
-    about_to_ask, closed = threading.Event(), threading.Event()
-    with looping(Server, 0.01, use_poll) as server:
-        assert about_to_ask.wait(20)
+    with looping(Server, 0.01, use_poll):
+        pass
+
+
+@in_map_and_selector
+def test_a_loop_that_sleeps_ends_when_another_thread_closes_all_that_it_serves():
+    with looping() as server, greet(server):
         server.close()
-        closed.set()
+        for channel in channels_of(server):
+            channel.close()
 
 
 @both_loops
