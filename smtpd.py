@@ -1471,7 +1471,6 @@ class _Threads(_Aside):
     def readable(self):
         if self.is_inherited():
             self.del_channel()
-            return False
         return True
 
     def handle_read(self):

@@ -415,21 +415,30 @@ def test_log_says_so_when_nobody_knows_whether_the_message_was_delivered(upstrea
     assert 'final dot' not in capfd.readouterr().err
 
 
+def answers_no_more(listener, waiting):
+    """Since others wait for it."""
+    listener.listen(0)
+    for _ in range(4):
+        client = waiting.enter_context(socket.socket())
+        client.setblocking(False)
+        client.connect_ex(listener.getsockname())
+
+
+def found_at(*addresses):
+    return [(socket.AF_INET, socket.SOCK_STREAM, 6, '', address) for address in addresses]
+
+
 @pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])
 @pytest.mark.parametrize('first', ['refuses', 'does not answer', 'says no'])
 def test_each_address_of_the_upstream_is_tried(upstream, monkeypatch, first, use_poll):
     with socket.socket() as other, contextlib.ExitStack() as waiting:
         other.bind(('127.0.0.1', 0))
-        if first == 'does not answer':  # since others wait for it
-            other.listen(0)
-            for _ in range(4):
-                client = waiting.enter_context(socket.socket())
-                client.setblocking(False)
-                client.connect_ex(other.getsockname())
+        if first == 'does not answer':
+            answers_no_more(other, waiting)
         elif first == 'says no':
             upstream.faults = {'CONNECT': ['554 No']}
-        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, '', address) for address in (
-            upstream.address if first == 'says no' else other.getsockname(), upstream.address)]
+        found = found_at(upstream.address if first == 'says no' else other.getsockname(),
+                         upstream.address)
         proxy_class = impatient(upstream_timeout_seconds=1)
         with serving(proxy_class, remoteaddr=('mx.example', 25), use_poll=use_poll,
                      timeout=0.1) as proxy, greet(proxy, HELLO) as client:
@@ -438,6 +447,22 @@ def test_each_address_of_the_upstream_is_tried(upstream, monkeypatch, first, use
                 assert codes(steps(client)) == '250 250 354 250'
             assert len(connections_to(upstream, proxy)) == 1
     assert len(upstream.messages) == 1
+
+
+def test_addresses_of_the_upstream_share_the_time_to_connect(upstream, monkeypatch, clock):
+    with socket.socket() as other, contextlib.ExitStack() as waiting, \
+            turning(variant(smtpd.PureProxy, upstream_timeout_seconds=100)) as (proxy, turn), \
+            RawClient(proxy) as client:
+        other.bind(('127.0.0.1', 0))
+        answers_no_more(other, waiting)
+        found = found_at(other.getsockname(), upstream.address)
+        proxy._remoteaddr = 'mx.example', 25
+        client.send(HELLO + b'\r\nMAIL FROM:<a@x>\r\n')
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, 'getaddrinfo', lambda *args, **kwargs: found)
+            assert turn(until=lambda: any(each.connecting for each in list(proxy._map.values())))
+        clock.seconds += 60
+        assert turn(until=lambda: upstream.connections)
 
 
 @pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])

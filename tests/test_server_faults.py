@@ -552,6 +552,21 @@ def test_two_threads_push_to_one_session_whose_client_does_not_read(monkeypatch)
             '250-%s %d %s' % (name, number, 'x' * 300) for number in range(2000)]
 
 
+@in_map_and_selector
+def test_a_session_whose_descriptor_someone_keeps_does_not_wake_the_loop_when_it_is_closed():
+    """As a child does that was forked before."""
+    with turning() as (server, turn), RawClient(server), RawClient(server):
+        assert turn(until=lambda: len(channels_of(server)) == 2)
+        channel, _ = channels_of(server)
+        kept = os.dup(channel.socket.fileno())
+        other = threading.Thread(target=channel.close)
+        other.start()
+        other.join()
+        turn(at_most=3)
+        assert select.select(list(server._map), [], [], 0)[0] == []
+        os.close(kept)
+
+
 # ---------------------------------------------------------------------------------------------
 # Listeners that are not ours
 
