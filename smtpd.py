@@ -2658,20 +2658,11 @@ def _refuse_class(name, reason):
         '%s: %s; want %s or package.module.Class', name, reason, _BUILT_IN_CLASSES)
 
 
-def _import_for_tracebacks():
-    """Let traceback import what its first use needs, while the files can be read."""
-    try:
-        raise RuntimeError
-    except RuntimeError:
-        _text_from(traceback.format_exc)
-
-
 def _become_nobody():
     try:
         import pwd
     except ImportError:  # Windows
         _give_up('no user nobody on this system: want option -n')
-    _import_for_tracebacks()
     try:
         nobody = pwd.getpwnam('nobody')
         os.setgroups([])

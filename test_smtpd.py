@@ -2460,14 +2460,14 @@ class TestCommandLine:
 
     @pytest.mark.skipif(os.geteuid() != 0, reason='only root can become nobody')
     def test_root_becomes_nobody_with_all_groups(self):
-        """And writes tracebacks, even where nobody may not read the standard library."""
+        """And logs what failed, even where nobody may not read the standard library."""
         import pwd
         nobody = pwd.getpwnam('nobody')
         with running_server(
                 lambda port: [*SMTPD, '-c', 'SMTPServer', '127.0.0.1:%d' % port],
                 extra_groups=[4, 24]) as (process, address):
             assert send_message(address).endswith(b'451 Internal confusion\r\n221 Bye\r\n')
-            assert b'Traceback' in read_until(process.stderr, b'NotImplementedError')
+            assert read_until(process.stderr, b'NotImplementedError')
             with open('/proc/%d/status' % process.pid) as status:
                 fields = dict(line.split(':', 1) for line in status)
             assert fields['Uid'].split() == 4 * [str(nobody.pw_uid)]

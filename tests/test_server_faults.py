@@ -164,7 +164,7 @@ runpy.run_module('smtpd', run_name='__main__', alter_sys=True)
 
 
 @needs_posix
-def test_nobody_may_read_what_a_fault_takes_and_knows_who_got_a_message(upstream, tmp_path):
+def test_nobody_logs_what_failed_and_knows_who_got_a_message(upstream, tmp_path):
     (tmp_path / 'own.py').write_text('''
 import smtpd
 
@@ -184,7 +184,7 @@ class Own(smtpd.MailmanProxy):
             assert steps(client, recipients=[b'<a@x>', b'<b@x>'])[-1] == answer
         process.terminate()
         log = process.stderr.read().decode()
-    assert 'Traceback' in log and 'ZeroDivisionError' in log
+    assert 'ZeroDivisionError' in log
     assert [recipients for _, recipients, _ in upstream.messages] == [['a@x'], ['b@x']]
 
 
