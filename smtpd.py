@@ -180,9 +180,9 @@ def _parse_command(line):
         return None, '', None
     if not text or not text.isprintable() and _CONTROL_CHARACTER.search(text):
         return None, '', None
-    verb, space, argument = text.partition(' ')
+    _, space, argument = text.partition(' ')
     argument = argument.strip() if space else None
-    verb = verb.upper()
+    verb = line.partition(b' ')[0].upper().decode()  # of bytes, upper() changes only ASCII
     return verb, 'smtp_' + verb, argument
 
 

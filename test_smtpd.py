@@ -297,7 +297,7 @@ ANSWERS = [
     ((), ['set_terminator'], '500 Error: command "SET_TERMINATOR" not recognized'),
     ((), ['MAILFROM:<a@b>'], '500 Error: command "MAILFROM:<A@B>" not recognized'),
     ((), ['\xdcBER'], '500 Error: command "?BER" not recognized'),
-    ((), ['QU\u0131T'], '221 Bye'),  # the dotless i, as in the old module
+    ((), ['QU\u0131T'], '500 Error: command "QU?T" not recognized'),  # the dotless i
     (EHLO, ['', '\udcff', 'MAIL FROM:<\udce9@b>', '\x00\udcff\udcfe',
             *('NO%sOP' % control for control in '\x00\x01\n\x0b\r\x1b\x7f')],
      '500 Error: bad syntax'),
