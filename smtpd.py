@@ -55,10 +55,7 @@ __all__ = ['SMTPChannel', 'SMTPServer', 'DebuggingServer', 'PureProxy', 'Mailman
 #: version of the distribution.
 __version__ = 'Python SMTP proxy version 0.3'
 
-#: The name of the program in the usage text.
-program = sys.argv[0] if sys.argv else 'smtpd'
-if __name__ == '__main__' and __spec__:
-    program = 'python -m smtpd'  # not the file's path
+program = sys.argv[0] if sys.argv else 'smtpd'  #: For programs that use it.
 
 NEWLINE = '\n'  #: For programs that use it.
 COMMASPACE = ', '  #: For programs that use it.
@@ -1409,7 +1406,7 @@ class _Aside(_Reader):
         loop = self._loop_elsewhere()
         if loop is None:
             super().close()
-        else:  # asyncore.close_all()
+        else:  # asyncore.close_all() in another thread
             loop.leftovers.add(self)
 
 
@@ -1461,9 +1458,9 @@ class _Threads(_Aside):
             outcome = functools.partial(_give, call())
         except BaseException as error:
             outcome = functools.partial(_throw, error)
-        if not self.is_inherited():  # or the call has forked, and this is the child
+        if not self.is_inherited():  # it is if the call has forked, and this is the child
             self._ended.append((resume, outcome))
-            with contextlib.suppress(OSError, AttributeError):  # closed meanwhile
+            with contextlib.suppress(OSError):  # closed meanwhile
                 self._waker.send(b'.')
 
     # In the loop's thread:
@@ -1471,17 +1468,18 @@ class _Threads(_Aside):
     def readable(self):
         if self.is_inherited():
             self.del_channel()
-        return True
+        return not self.is_inherited()
 
     def handle_read(self):
-        if self.is_inherited():  # just now
+        if self.is_inherited():  # forked in this turn
             return
-        self.socket.recv(1)
-        resume, outcome = self._ended.popleft()
-        self._running -= 1
-        self._start_threads()
-        self.leave_if_idle()
-        resume(outcome)
+        while self._ended:
+            self.socket.recv(1)
+            resume, outcome = self._ended.popleft()
+            self._running -= 1
+            self._start_threads()
+            self.leave_if_idle()
+            resume(outcome)
 
     def _is_idle(self):
         return not self._running
@@ -1589,9 +1587,6 @@ class _QuietChannels(_Aside):
 # ---------------------------------------------------------------------------
 # The servers
 # ---------------------------------------------------------------------------
-
-_PAUSE_SECONDS = 0.01  # between two looks for a descriptor; the sessions go on between them
-_COMPLAINT_SECONDS = 60  # between two lines in the log about it
 
 
 class SMTPServer(_Reader):
@@ -1738,13 +1733,13 @@ class SMTPServer(_Reader):
         return pair
 
     def _wait_for_resources(self, error):
-        """Pause for a moment."""
+        """Pause for a moment; the sessions go on between two pauses."""
         # The connection stays in the backlog, where it keeps the loop from waiting.
         now = time.monotonic()
         if now >= self._complains_again_at:
-            self._complains_again_at = now + _COMPLAINT_SECONDS
+            self._complains_again_at = now + 60
             self.log_info('no resources to accept a connection: %s' % error, 'error')
-        time.sleep(_PAUSE_SECONDS)
+        time.sleep(0.01)
 
     def handle_accept(self):
         """Accept the waiting connections."""
@@ -1775,11 +1770,15 @@ class SMTPServer(_Reader):
         self.channel_class(*arguments[:_positional_arguments(self.channel_class)])
 
     def _abandon_connection(self, connection):
-        """Close a connection whose channel could not be made, and forget what there is of it."""
-        quiet = self._quiet_channels
-        for channels in self._map, quiet.channels if quiet is not None else {}:
-            channels.pop(connection.fileno(), None)
-        connection.close()
+        """Close a connection whose channel could not be made."""
+        descriptor, quiet = connection.fileno(), self._quiet_channels
+        channel = self._map.get(descriptor) or quiet and quiet.channels.get(descriptor)
+        with contextlib.closing(connection):
+            if channel:
+                try:
+                    channel.close()
+                finally:  # a program's close() may raise, or leave it in the map
+                    channel.del_channel()
 
     def _end_in_loop(self):
         for each in self._threads_for_handlers, self._quiet_channels:
@@ -1887,7 +1886,6 @@ _MODULES_OF_PROXIES = ('encodings.idna', 'hashlib')
 _NOT_AVAILABLE = b'Upstream not available'
 _REPLY_LINE = re.compile(rb'([2-5][0-9][0-9])(?:([ -])|$)(.*)', re.DOTALL)
 _MOST_OF_A_REPLY = 65536  # octets; no real reply is as long
-_MOST_OF_A_LINE = 506  # octets of text; RFC 5321, 4.5.3.1.5: 512 with code and CRLF
 _MOST_DELIVERIES = 1000  # messages to remember ...
 _DELIVERY_SECONDS = 5 * 86400  # ... for as long as Postfix tries again (maximal_queue_lifetime)
 _EXTENSIONS = {'SIZE': b'SIZE', 'BODY': b'8BITMIME'}  # which offer the parameter
@@ -2074,7 +2072,7 @@ class _Relay:
         try:
             return _reply_text((yield from steps))
         finally:
-            if self._client_has_gone:
+            if self._client_has_gone or not self._channel.connected:
                 self._session.quit()
 
     def _deliver(self, octets):
@@ -2485,8 +2483,8 @@ def _reply_text(reply):
     """(code, text) as the lines that the client gets."""
     code, text = reply
     lines = _as_octets(text).decode('ascii', 'replace').split('\n')
-    return NEWLINE.join(_reply_lines(NEWLINE.join(
-        '%d %s' % (code, _printable(line.strip()[:_MOST_OF_A_LINE])) for line in lines)))
+    return NEWLINE.join(_reply_lines(NEWLINE.join(  # RFC 5321, 4.5.3.1.5: 512 octets with CRLF
+        '%d %s' % (code, _printable(line.strip()[:506])) for line in lines)))
 
 
 def _in_brackets(path):
@@ -2524,7 +2522,7 @@ _BUILT_IN_CLASSES = COMMASPACE.join(__all__[2:])
 _USAGE = """\
 An RFC 5321 smtp proxy with optional RFC 1870 and RFC 6531 extensions.
 
-Usage: %(program)s [options] [localhost:localport [remotehost:remoteport]]
+Usage: python -m smtpd [options] [localhost:localport [remotehost:remoteport]]
 
     -n, --nosetuid    do not switch to user nobody; without this, root must
                       start the server, which switches once it listens
@@ -2570,8 +2568,8 @@ def usage(code, msg=''):
 
     The text goes to standard output if `code` is 0, else to standard error.
     """
-    print(msg or _USAGE % {'program': program, 'version': __version__,
-                           'classes': _BUILT_IN_CLASSES, 'size': DATA_SIZE_DEFAULT},
+    print(msg or _USAGE % {'version': __version__, 'classes': _BUILT_IN_CLASSES,
+                           'size': DATA_SIZE_DEFAULT},
           file=sys.stderr if code else sys.stdout)
     sys.exit(code)
 

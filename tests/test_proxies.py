@@ -36,6 +36,7 @@ from tests.support import (
     greet,
     idle_proxy,
     in_mode,
+    looping,
     mailman_proxy_to,
     post,
     proxy_to,
@@ -447,6 +448,25 @@ def test_each_address_of_the_upstream_is_tried(upstream, monkeypatch, first, use
                 assert codes(steps(client)) == '250 250 354 250'
             assert len(connections_to(upstream, proxy)) == 1
     assert len(upstream.messages) == 1
+
+
+def test_close_all_in_another_thread_ends_a_session_that_begins_just_then(upstream, monkeypatch):
+    def start_beside(thread):
+        monkeypatch.setattr(threading.Thread, 'start', start)
+        start(thread)
+        other = threading.Thread(target=asyncore.close_all, args=(proxy._map,))
+        other.start()
+        other.join()
+
+    class Proxy(smtpd.PureProxy):
+        def __init__(self, map):
+            super().__init__(('127.0.0.1', 0), upstream.address, map=map)
+
+    start = threading.Thread.start
+    with looping(Proxy, 0.05) as proxy, greet(proxy, HELLO) as client:
+        monkeypatch.setattr(threading.Thread, 'start', start_beside)
+        client.send(b'MAIL FROM:<a@x>\r\n')
+        assert client.rest() == b''
 
 
 def test_addresses_of_the_upstream_share_the_time_to_connect(upstream, monkeypatch, clock):

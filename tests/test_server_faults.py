@@ -987,16 +987,19 @@ def test_a_channel_that_fails_in_init_leaves_nothing_behind(close_fails, capsys)
             raise RuntimeError('in __init__')
 
         def close(self):
+            closed.append(self)
             if close_fails:
                 raise ZeroDivisionError
             super().close()
 
+    closed = []
     with turning(variant(channel_class=Channel)) as (server, turn):
         for _ in range(2):  # the server goes on
             with RawClient(server) as client:
                 assert turn(until=lambda: has_input(client)) and client.rest() == BANNER
         server.close()
         assert turn(until=lambda: not server._map)
+    assert len(closed) == 2
     assert 'RuntimeError: in __init__' in capsys.readouterr().err
 
 
