@@ -95,8 +95,6 @@ pytest_plugins = ['tests.support']  # its fixtures
 
 # ---------------------------------------------------------------------------
 # The module
-# ---------------------------------------------------------------------------
-
 
 def test_the_module_under_test_is_ours():
     """On Python up to 3.11 it is easily the standard library's."""
@@ -208,7 +206,6 @@ class TestModule:
 
 # ---------------------------------------------------------------------------
 # A channel fed bytes, without a socket: dialogues
-# ---------------------------------------------------------------------------
 
 def client_lines(transcript):
     return [octets(line[3:]) + b'\r\n' for line in transcript if line.startswith('C: ')]
@@ -438,7 +435,6 @@ class TestDialogues:
 
 # ---------------------------------------------------------------------------
 # Paths and parameters
-# ---------------------------------------------------------------------------
 
 VERBATIM_PATHS = [  # odd dots: phone companies gave these out; RFC 2047 is for headers
     'a@b', '<a@b>', '<a>', 'a', '<Postmaster>', '<first.last+tag@sub-domain.example>',
@@ -584,7 +580,6 @@ class TestPathProperties:
 
 # ---------------------------------------------------------------------------
 # Data
-# ---------------------------------------------------------------------------
 
 BODIES = {  # sentence: as sent before the last dot, as handed on
     'nothing': (b'', b''),
@@ -757,7 +752,6 @@ class TestProperties:
 
 # ---------------------------------------------------------------------------
 # A session always gets an answer
-# ---------------------------------------------------------------------------
 
 RETURNS = {  # sentence: what the handler returns, what the client gets
     'None is a plain OK': (None, b'250 OK\r\n'),
@@ -1138,7 +1132,6 @@ class TestSession:
 
 # ---------------------------------------------------------------------------
 # What existing programs do beyond the documentation
-# ---------------------------------------------------------------------------
 
 SESSION = (
     EHLO + MESSAGE + ('C: RSET', 'S: 250 OK') + UNKNOWN
@@ -1428,7 +1421,6 @@ class TestExistingPrograms:
 
 # ---------------------------------------------------------------------------
 # A real socket with raw octets
-# ---------------------------------------------------------------------------
 
 class TestSocket:
     @pytest.mark.parametrize('use_poll', [False, True], ids=['select', 'poll'])
@@ -1797,8 +1789,6 @@ class TestServerStaysUp:
 
 # ---------------------------------------------------------------------------
 # Handler threads
-# ---------------------------------------------------------------------------
-
 
 class NotingChannel(smtpd.SMTPChannel):
     """Notes what is executed, and in which thread replies are pushed."""
@@ -1840,7 +1830,13 @@ class TestHandlerThreads:
     def test_the_loop_sleeps_though_a_client_sends_while_its_handler_works(self, selector):
         with turning(WaitingServer) as (server, turn), RawClient(server), \
                 RawClient(server) as client:
+            server.go.set()
             client.send(ONE_MESSAGE)
+            assert turn(until=lambda: server.messages)
+            turn(at_most=3)
+            server.go.clear()
+            assert server.entered.acquire()
+            client.send(TRANSACTION + b'text\r\n.\r\n')
             assert turn(until=lambda: server.entered.acquire(blocking=False))
             client.send(b'NOOP\r\n')
             turn(at_most=3)
@@ -1850,14 +1846,16 @@ class TestHandlerThreads:
             assert select.select(*asks, [], 0) == ([], [], [])
             server.go.set()
 
-    def test_there_are_no_more_threads_than_asked_for(self):
-        with self.serving() as server, contextlib.ExitStack() as stack:
+    @pytest.mark.parametrize('threads', [1, 2])
+    def test_there_are_no_more_threads_than_asked_for(self, threads):
+        with self.serving(process_message_threads=threads) as server, \
+                contextlib.ExitStack() as stack:
             clients = [stack.enter_context(greet(server)) for _ in range(5)]
             for client in clients:
                 client.send(ONE_MESSAGE + b'QUIT\r\n')
-            server.wait_until_entered()
-            server.wait_until_entered()
-            assert is_served(server) and len(server.threads) == 2
+            for _ in range(threads):
+                server.wait_until_entered()
+            assert is_served(server) and len(server.threads) == threads
             server.go.set()
             for client in clients:
                 assert client.rest() == ANSWERED + b'221 Bye\r\n'
@@ -1948,7 +1946,6 @@ class TestHandlerThreads:
 
 # ---------------------------------------------------------------------------
 # Programs that override, on a real socket
-# ---------------------------------------------------------------------------
 
 def counting(base, hook, calls):
     """The class, with one method overridden that counts its calls."""
@@ -2154,7 +2151,6 @@ class TestProgramsOnASocket:
 
 # ---------------------------------------------------------------------------
 # smtplib, the independent client
-# ---------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def smtp_client(server):
@@ -2202,7 +2198,6 @@ def email_message(sender, text):
 
 # ---------------------------------------------------------------------------
 # DebuggingServer
-# ---------------------------------------------------------------------------
 
 PRINTED = {
     'bytes': (b'A: b\n\nx\n\n..', {}, "b'A: b'\nb'X-Peer: 127.0.0.1'\nb''\nb'x'\nb''\nb'..'\n"),
@@ -2283,7 +2278,6 @@ class TestDebuggingServer:
 
 # ---------------------------------------------------------------------------
 # python -m smtpd
-# ---------------------------------------------------------------------------
 
 def run_briefly(command, **kwargs):
     return subprocess.run(command, timeout=60, text=True, stdin=subprocess.DEVNULL,
@@ -2510,9 +2504,6 @@ runpy.run_module('smtpd', run_name='__main__', alter_sys=True)
         (tmp_path / 'own.py').write_text(textwrap.dedent('''
             import asyncore, smtpd
 
-            def loop(*args, **kwargs):
-                print(args, sorted(kwargs.items()), getattr(own, 'channels_in_selector', None))
-
             class Own(%s):
                 def __init__(self, *args, **kwargs):
                     global own
@@ -2520,7 +2511,8 @@ runpy.run_module('smtpd', run_name='__main__', alter_sys=True)
                     print(args, kwargs)
                     asyncore.dispatcher.__init__(self)
 
-            asyncore.loop = loop
+            asyncore.loop = lambda *args, **kwargs: print(
+                args, sorted(kwargs.items()), getattr(own, 'channels_in_selector', None))
         ''' % base))
         done = run_briefly([*SMTPD, '-n', '-c', 'own.Own', 'a:1', 'b:2'],
                            env=environment(tmp_path))

@@ -11,6 +11,7 @@ import select
 import socket
 import sys
 import threading
+import unittest.mock
 import weakref
 
 import pytest
@@ -568,6 +569,14 @@ def test_upstream_that_cannot_be_reached_is_451(capfd):
     assert os.strerror(errno.ECONNREFUSED) in capfd.readouterr().err
 
 
+def test_look_up_for_which_there_are_no_descriptors_is_451(upstream, monkeypatch):
+    with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, 'socketpair', unittest.mock.Mock(side_effect=OSError))
+            assert steps(client) == [LATER, NEEDS_MAIL, NEEDS_RCPT]
+        assert codes(steps(client)) == '250 250 354 250'
+
+
 # ---------------------------------------------------------------------------------------------
 # Clients that go away, sessions that wait
 
@@ -822,17 +831,6 @@ def test_urgent_octet_from_the_upstream_does_not_keep_the_loop_awake(upstream):
         for _ in range(3):  # turns of the loop
             assert client.say(b'NOOP') == b'250 OK\r\n'
         assert select.select([], [], connections_to(upstream, proxy), 0)[2] == []
-
-
-def test_proxy_relays_where_there_is_no_poll(upstream, monkeypatch):
-    """As on Windows."""
-    monkeypatch.delattr(select, 'poll')
-    with proxy_to(upstream) as proxy:
-        assert post(proxy, LARGE) == b'250 OK\r\n'
-        upstream.faults = {'RCPT': HANG}
-        proxy.upstream_command_timeout_seconds = 0.3
-        with greet(proxy, HELLO) as client:
-            assert codes(steps(client)) == '250 451 503'
 
 
 # ---------------------------------------------------------------------------------------------

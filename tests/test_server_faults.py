@@ -410,28 +410,6 @@ asyncore.loop()
 
 
 # ---------------------------------------------------------------------------------------------
-# Descriptors that are others' by now
-
-@needs_posix
-@pytest.mark.parametrize('files', [0, 20], ids='{} files'.format)
-def test_close_leaves_files_alone_that_got_the_numbers_of_our_sockets(files):
-    """python-daemon closes all descriptors that it does not know."""
-    text = '''
-server = make()
-os.closerange(3, server.socket.fileno())
-os.closerange(server.socket.fileno() + 1, 50)
-files = [os.open(os.devnull, os.O_RDONLY) for _ in range(%d)]
-server.close()
-for file in files:
-    os.fstat(file)
-os.write(1, b'all there')
-''' % files
-    with script(text, threads=1) as (process, _):
-        # Not communicate(), which does not see what came with the port.
-        assert process.stdout.read() == b'all there', process.stderr.read().decode()
-
-
-# ---------------------------------------------------------------------------------------------
 # close()
 
 class Given(RecordingServer):
@@ -1154,20 +1132,6 @@ def test_two_servers_that_are_closed_one_after_the_other_leave_no_loop_asleep(us
             second = RecordingServer(map=first._map)
             first.close()
             second.close()
-
-
-def test_a_server_that_was_closed_may_listen_again():
-    server = RecordingServer(map={})
-    server.close()
-    server.create_socket(socket.AF_INET, socket.SOCK_STREAM)
-    server.bind(('127.0.0.1', 0))
-    server.listen(5)
-    thread = threading.Thread(target=asyncore.loop, args=(0.05, False, server._map))
-    thread.start()
-    assert is_served(server)
-    server.close()
-    thread.join(20)
-    assert not thread.is_alive()
 
 
 def test_a_server_that_is_closed_just_before_it_accepts_has_nothing_to_complain_about(capfd):

@@ -20,7 +20,6 @@ OUR_MODULE = os.path.join(HERE, 'smtpd.py')
 
 # ---------------------------------------------------------------------------
 # Shrinking
-# ---------------------------------------------------------------------------
 
 def shrunk(program, is_interesting):
     """The smallest program found by leaving things out that is still interesting."""
@@ -67,7 +66,6 @@ def _with_less(thing):
 
 # ---------------------------------------------------------------------------
 # The command line
-# ---------------------------------------------------------------------------
 
 def signature(case):
     """What differences of the same origin have in common, mostly."""
