@@ -1727,7 +1727,7 @@ class SMTPServer(_Reader):
                 and self._quiet_channels_for(self.channel_class) is None):
             _refuse(pair[0])
             return None
-        if self.process_message_threads and self.accepting:
+        if self.process_message_threads:
             with contextlib.suppress(OSError):
                 self._own_threads().open()  # while there are descriptors
         return pair

@@ -97,6 +97,7 @@ EQUIVALENT = {
     'SMTPChannel.smtp_...  ->  (parameters.upper().split())': "'' gives no words, more slowly",
     'SMTPChannel.smtp_MAIL: ...  ->  (self._refusal_of_mail_parameters(parameters))':
         'it refuses none of none, more slowly',
+    'SMTPServer._wait_for_resources: 60  ->  61': 'one second in sixty',
     '_QuietChannels.__init__: 0.0  ->  1.0': 'both are long ago',
     '_QuietChannels._own_epoll: self._process = os.getpid()  ->  pass':
         'a new one each time, more slowly',
