@@ -55,7 +55,8 @@ __all__ = ['SMTPChannel', 'SMTPServer', 'DebuggingServer', 'PureProxy', 'Mailman
 #: version of the distribution.
 __version__ = 'Python SMTP proxy version 0.3'
 
-program = sys.argv[0] if sys.argv else 'smtpd'  #: For programs that use it.
+#: The name of the program in the usage text.
+program = 'python -m smtpd' if __name__ == '__main__' else (sys.argv or ['smtpd'])[0]
 
 NEWLINE = '\n'  #: For programs that use it.
 COMMASPACE = ', '  #: For programs that use it.
@@ -1474,7 +1475,7 @@ class _Threads(_Aside):
         if self.is_inherited():  # forked in this turn
             return
         while self._ended:
-            self.socket.recv(1)
+            self.socket.recv(1)  # does not wait: the thread sends it right after the outcome
             resume, outcome = self._ended.popleft()
             self._running -= 1
             self._start_threads()
@@ -2522,7 +2523,7 @@ _BUILT_IN_CLASSES = COMMASPACE.join(__all__[2:])
 _USAGE = """\
 An RFC 5321 smtp proxy with optional RFC 1870 and RFC 6531 extensions.
 
-Usage: python -m smtpd [options] [localhost:localport [remotehost:remoteport]]
+Usage: %(program)s [options] [localhost:localport [remotehost:remoteport]]
 
     -n, --nosetuid    do not switch to user nobody; without this, root must
                       start the server, which switches once it listens
@@ -2568,8 +2569,8 @@ def usage(code, msg=''):
 
     The text goes to standard output if `code` is 0, else to standard error.
     """
-    print(msg or _USAGE % {'version': __version__, 'classes': _BUILT_IN_CLASSES,
-                           'size': DATA_SIZE_DEFAULT},
+    print(msg or _USAGE % {'program': program, 'version': __version__,
+                           'classes': _BUILT_IN_CLASSES, 'size': DATA_SIZE_DEFAULT},
           file=sys.stderr if code else sys.stdout)
     sys.exit(code)
 

@@ -2540,7 +2540,9 @@ class TestArguments:
         assert (options.localhost, options.localport, options.remotehost, options.remoteport,
                 options.classname, bool(options.setuid), bool(options.enable_SMTPUTF8)) == expected
 
-    def test_usage_ends_the_program(self, capsys):
-        with pytest.raises(SystemExit) as exit:
-            smtpd.usage(3, 'what is wrong')
-        assert exit.value.code == 3 and 'what is wrong' in capsys.readouterr().err
+    def test_usage_ends_the_program(self, capsys, monkeypatch):
+        monkeypatch.setattr(smtpd, 'program', 'own')
+        for message, told in ('wrong', 'wrong'), ('', 'Usage: own [options]'):
+            with pytest.raises(SystemExit, match='3'):
+                smtpd.usage(3, message)
+            assert told in capsys.readouterr().err

@@ -569,10 +569,9 @@ def test_upstream_that_cannot_be_reached_is_451(capfd):
     assert os.strerror(errno.ECONNREFUSED) in capfd.readouterr().err
 
 
-def test_look_up_for_which_there_are_no_descriptors_is_451(upstream, monkeypatch):
+def test_look_up_for_which_there_are_no_descriptors_is_451(upstream):
     with proxy_to(upstream) as proxy, greet(proxy, HELLO) as client:
-        with monkeypatch.context() as patch:
-            patch.setattr(socket, 'socketpair', unittest.mock.Mock(side_effect=OSError))
+        with unittest.mock.patch('socket.socketpair', side_effect=OSError):
             assert steps(client) == [LATER, NEEDS_MAIL, NEEDS_RCPT]
         assert codes(steps(client)) == '250 250 354 250'
 

@@ -740,7 +740,6 @@ def test_without_descriptors_a_message_is_answered_though_its_server_is_closed()
 
 
 def test_a_lack_of_descriptors_does_not_keep_the_loop_busy(monkeypatch, capsys):
-    """It waits for a moment after each try, though a connection is there."""
     waits = []
     with turning() as (server, turn), RawClient(server):
         real_socket, server.socket = server.socket, failing_listener(server, errno.EMFILE)
