@@ -1439,11 +1439,11 @@ class _Threads(_Aside):
     def run(self, call, resume):
         """Run call() as soon as a thread may be started, then resume(outcome); raises OSError."""
         self.open()
+        self._fileno = self.socket.fileno()
+        self.add_channel()  # before the call: it may lead to asyncore.close_all()
         self._waiting.append((call, resume))
         self._start_threads()
-        if self._running:
-            self._fileno = self.socket.fileno()
-            self.add_channel()
+        self.leave_if_idle()
 
     def _start_threads(self):
         while self._waiting and self._running < max(1, self._server.process_message_threads):

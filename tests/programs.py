@@ -191,14 +191,10 @@ class FakeSocket:
         self._check()
         return PEER
 
-    def setblocking(self, flag):
-        pass
-
-    def setsockopt(self, *args):
-        pass
-
-    def getsockopt(self, *args):
+    def setblocking(self, *args):
         return 0
+
+    setsockopt = getsockopt = setblocking
 
     def shutdown(self, how):
         pass

@@ -85,14 +85,10 @@ class FakeConnection:
     def getpeername(self):
         return PEER
 
-    def setblocking(self, flag):
-        pass
-
-    def setsockopt(self, *args):
-        pass
-
-    def getsockopt(self, *args):
+    def setblocking(self, *args):
         return 0
+
+    setsockopt = getsockopt = setblocking
 
     def close(self):
         self.closed = True

@@ -412,6 +412,13 @@ asyncore.loop()
 # ---------------------------------------------------------------------------------------------
 # close()
 
+def in_another_thread(function, *args):
+    thread = threading.Thread(target=function, args=args, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
 class Given(RecordingServer):
     """Its `listener` was made elsewhere, as systemd hands one in."""
 
@@ -435,9 +442,7 @@ def test_close_from_another_thread_leaves_a_listener_alone_that_is_not_ours():
 def test_close_after_the_loop_of_another_thread_has_ended():
     with held_port() as port:
         server = RecordingServer(('127.0.0.1', port), map={})
-        thread = threading.Thread(target=asyncore.loop, args=(0, True, server._map, 1))
-        thread.start()
-        thread.join(20)
+        in_another_thread(asyncore.loop, 0, True, server._map, 1)
         server.close()
         assert server._map == {}
         with pytest.raises(ConnectionRefusedError):
@@ -446,10 +451,7 @@ def test_close_after_the_loop_of_another_thread_has_ended():
 
 def test_close_from_another_thread_where_a_listener_cannot_be_shut_down(monkeypatch):
     """macOS; the loop finds out at its next turn."""
-    def shutdown(sock, how):
-        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
-
-    monkeypatch.setattr(socket.socket, 'shutdown', shutdown)
+    monkeypatch.setattr(socket.socket, 'shutdown', unittest.mock.Mock(side_effect=OSError))
     with looping(timeout=0.05, use_poll=True) as server:
         server.close()
 
@@ -465,9 +467,7 @@ class Interrupter:
 
     def readable(self):
         del self.sockets[-1]
-        thread = threading.Thread(target=self.function)
-        thread.start()
-        thread.join()
+        in_another_thread(self.function)
         return False
 
     def writable(self):
@@ -1085,16 +1085,26 @@ def test_close_all_from_another_thread_closes_all(use_poll, capfd):
 
 
 @needs_proc
-def test_close_all_from_another_thread_frees_what_a_handler_under_way_took():
+def test_close_all_from_another_thread_frees_what_a_handler_under_way_took(monkeypatch):
+    """Even if the loop has just started the handler, and goes on during close_all()."""
+    class Server(WaitingServer):
+        def close(self):
+            closing.set()
+            assert any(len(self._map) > 2 for _ in support.waits())  # one more stands in it
+            super().close()
+
     count = len(os.listdir('/proc/self/fd'))
-    with looping(WaitingServer) as server, greet(server, HELLO) as client:
+    closing = threading.Event()
+    with looping(Server) as server, greet(server, HELLO) as client:
+        start = threading.Thread.start
+        monkeypatch.setattr(
+            threading.Thread, 'start', lambda thread: (start(thread), closing.wait(20)))
         start_message(client)
         server.wait_until_entered()
         asyncore.close_all(server._map)
         server.go.set()
-    for _ in support.waits():  # what a thread kept goes a moment after join() returns
-        if len(os.listdir('/proc/self/fd')) == count:
-            break
+    # What a thread kept goes a moment after join() returns.
+    assert any(len(os.listdir('/proc/self/fd')) == count for _ in support.waits())
 
 
 @both_loops
@@ -1107,9 +1117,7 @@ def test_a_server_that_is_closed_just_before_the_loop_asks_it_wakes_the_loop(use
         def readable(self):
             self.turns += 1
             if self.turns == turn:
-                thread = threading.Thread(target=self.close)
-                thread.start()
-                thread.join(20)
+                in_another_thread(self.close)
             return super().readable()
 
     with looping(Server, 0.01, use_poll):
@@ -1182,7 +1190,4 @@ def test_program_may_close_all_under_a_lock_that_its_methods_wait_for(name):
         armed.set()
         client.send(b'QUIT\r\n')
         assert arrived.wait(20)
-        thread = threading.Thread(target=stop, daemon=True)
-        thread.start()
-        thread.join(10)
-        assert not thread.is_alive()
+        in_another_thread(stop)
