@@ -712,6 +712,8 @@ class SMTPChannel(_Common, asynchat.async_chat):
             self.close_when_done()  # asyncore's recv() would close at once, and drop the replies
             if None in self.producer_fifo:  # it is not overridden
                 raise BlockingIOError
+        if buffer_size > 8192 and self.smtp_state == self.COMMAND:
+            buffer_size = 8192  # asynchat copies the rest after each line
         octets = super().recv(buffer_size)
         if self._waits_for is _GOODBYE:
             self._waits_for = None
@@ -2599,8 +2601,7 @@ def parseargs():
         if name in ('-h', '--help'):
             usage(0)
         elif name in ('-V', '--version'):
-            print(__version__)
-            sys.exit(0)
+            usage(0, __version__)
         elif name in ('-n', '--nosetuid'):
             options.setuid = False
         elif name in ('-c', '--class'):
@@ -2660,13 +2661,12 @@ def _refuse_class(name, reason):
 def _become_nobody():
     try:
         import pwd
-    except ImportError:  # Windows
-        _give_up('no user nobody on this system: want option -n')
-    try:
         nobody = pwd.getpwnam('nobody')
         os.setgroups([])
         os.setgid(nobody.pw_gid)
         os.setuid(nobody.pw_uid)
+    except ImportError:  # Windows
+        _give_up('no user nobody on this system: want option -n')
     except (KeyError, PermissionError):
         _give_up('cannot switch to user nobody: want root, or option -n')
 
