@@ -167,11 +167,12 @@ _CONTROL_CHARACTER = re.compile('[\x00-\x08\x0a-\x1f\x7f-\x9f]')  # all but TAB,
 
 @functools.lru_cache(maxsize=64)  # clients send the same few lines again and again
 def _parse_command(line):
-    """Split a command line (bytes) into verb, name of its method, and argument or None.
+    """Split a command line into verb, name of its method, and argument or None.
 
     The verb is in upper case, or None if the line is empty, is not UTF-8 or contains
     control characters.
     """
+    line = _as_octets(line)
     try:
         text = line.decode()
     except UnicodeDecodeError:
@@ -580,12 +581,10 @@ class SMTPChannel(_Common, asynchat.async_chat):
         self._set_initial_state()
         self.smtp_server = server
         self.conn = conn
-        if self.data_size_limit != data_size_limit:
-            self.data_size_limit = data_size_limit
-        if self.enable_SMTPUTF8 != enable_SMTPUTF8:
-            self.enable_SMTPUTF8 = enable_SMTPUTF8
-        if self._decode_data != decode_data:
-            self._decode_data = decode_data
+        for name, value in (('data_size_limit', data_size_limit),
+                            ('enable_SMTPUTF8', enable_SMTPUTF8), ('_decode_data', decode_data)):
+            if getattr(self, name) != value:
+                setattr(self, name, value)
         if isinstance(self._emptystring, str) != bool(decode_data):
             self._emptystring, self._linesep, self._dotsep, self._newline = (
                 ('', '\r\n', '.', NEWLINE) if decode_data else (b'', b'\r\n', ord(b'.'), b'\n'))
@@ -720,7 +719,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
         return octets
 
     def readable(self):
-        if isinstance(self._waits_for, list):  # for us, not for the client: it is not idle
+        if type(self._waits_for) is list:  # for us, not for the client: it is not idle
             return False
         limit, now = self.idle_timeout_seconds, time.monotonic()
         if limit is not None and now - self._last_sign_of_life >= limit:
@@ -740,7 +739,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
 
     def writable(self):
         # A step that waits for something else calls back.
-        return isinstance(self._waits_for, str) or super().writable()
+        return type(self._waits_for) is str or super().writable()
 
     def handle_read(self):
         try:
@@ -837,7 +836,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
     def found_terminator(self):
         """Execute the collected command, or end the collected data (asynchat's hook)."""
         pieces = self.received_lines
-        line = b'' if self.smtp_state == self.DATA else _as_octets(self._emptystring.join(pieces))
+        line = b'' if self.smtp_state == self.DATA else self._emptystring.join(pieces)
         if not isinstance(DEBUGSTREAM, Devnull):
             _debug('Data: %r', self._emptystring.join(pieces))
         self.received_lines = []
@@ -950,7 +949,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
             self.push('500 Error: line too long')
             return
         if self.terminator == b'\n':  # set by a program that also takes bare LF
-            line = line.rstrip(b'\r')
+            line = _as_octets(line).rstrip(b'\r')
         verb, method_name, argument = _parse_command(line)
         if verb is None:
             self.push('500 Error: bad syntax')
@@ -1292,10 +1291,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
 
     def smtp_NOOP(self, arg):
         """Do nothing (RFC 5321, 4.1.1.9); an argument is refused, as in the standard library."""
-        if arg:
-            self.push('501 Syntax: NOOP')
-        else:
-            self.push('250 OK')
+        self.push('501 Syntax: NOOP' if arg else '250 OK')
 
     def smtp_HELP(self, arg):
         """List the commands, or show the syntax of one (RFC 5321, 4.1.1.8)."""
