@@ -488,71 +488,12 @@ def _remove_last(items, item):
         del items[-1 - items[::-1].index(item)]
 
 
-class SMTPChannel(_Common, asynchat.async_chat):
-    """The dialogue with one client (RFC 5321).
+class _Session(_Common, asynchat.async_chat):
+    """A session without its commands: input, lines, messages, replies, waiting.
 
-    A server calls its `channel_class` with these seven arguments, all positional.
-    `conn` is the connected socket, `addr` the client's address as accept() gave it;
-    the others are the server's.  Raises ValueError if both `enable_SMTPUTF8` and
-    `decode_data` are true.
-
-    For each command line the channel calls smtp_VERB(arg); `arg` is the text after
-    the verb, None if there is none.  A subclass may override these methods, and has
-    a new command as soon as it has a method for it.  It may override push(), which
-    sees every reply, and asynchat's hooks collect_incoming_data() and
-    found_terminator().
-
-    Instance variables:
-
-    smtp_server           the server that made the channel
-    conn                  the socket of the connection
-    addr                  the client's address, as accept() gave it
-    peer                  the client's address, as conn.getpeername() gave it
-    fqdn                  the server's host name, as socket.getfqdn() gave it
-    received_lines        the pieces of the current line, or of a message if the program
-                          overrides asynchat's hooks: a list of bytes, or of str with
-                          `decode_data`
-    num_bytes             octets of the current line or message so far
-    smtp_state            COMMAND or, after the DATA command, DATA
-    seen_greeting         what the client called itself in HELO or EHLO
-    extended_smtp         true after EHLO, false after HELO
-    mailfrom              the address in MAIL FROM, or None
-    rcpttos               the list of the addresses in RCPT TO
-    mail_options          the list of the parameters of MAIL, in upper case
-    rcpt_options          the same for RCPT: empty unless a program fills it
-    require_SMTPUTF8      true if MAIL had the parameter SMTPUTF8
-    received_data         the last message, until the next DATA command
-    data_size_limit       octets of a message: the argument; may be changed
-    enable_SMTPUTF8       the argument; may be changed
-
-    Class attributes that a subclass may override; None turns off all but the first
-    two:
-
-    command_size_limit    octets of a command line without its CRLF, then 500 (512:
-                          RFC 5321, 4.5.3.1.4)
-    command_size_limits   the same by verb, where EHLO allows more: for MAIL 26 with
-                          SIZE (RFC 1870, 3), 10 with SMTPUTF8 (RFC 6531, 3.1)
-    idle_timeout_seconds  seconds of silence before 421 (300: RFC 5321, 4.5.3.2.7)
-    recipient_limit       recipients of one message, then 452 (1000: Postfix)
-    error_limit           5yz replies since the last message, then 421 (100: our own,
-                          kinder to test suites than Postfix's 20)
-    unsent_reply_limit    octets of replies that wait for the client; while there are
-                          more, no command is read (65536: one read from the socket)
-
-    Constants:
-
-    COMMAND               smtp_state while commands are read
-    DATA                  smtp_state while a message is read
+    It is apart from SMTPChannel for speed: from Python 3.14 on, an instance's attributes
+    are slow if the methods of its own class assign to more than 29.
     """
-    COMMAND = 0
-    DATA = 1
-
-    command_size_limit = 512  # RFC 5321, 4.5.3.1.4
-    command_size_limits = collections.defaultdict(_standard_limit)  # by verb; of each channel
-    idle_timeout_seconds = 300  # RFC 5321, 4.5.3.2.7
-    recipient_limit = 1000  # Postfix: smtpd_recipient_limit
-    error_limit = 100  # as Postfix's smtpd_hard_error_limit (20), but kinder to test suites
-    unsent_reply_limit = 65536  # one read's worth
 
     # What most sessions leave as it is; _set_initial_state() sets the rest.  In CPython,
     # attributes are fast if the class lacks them, and the instance has fewer than 30.
@@ -602,8 +543,9 @@ class SMTPChannel(_Common, asynchat.async_chat):
         _debug('Peer: %r', self.peer)
         # Sent now: TLS subclasses call async_chat.__init__() next, which drops what is queued.
         self.push('220 %s %s' % (self.fqdn, __version__))
-        if _is_server(server):
-            self._quiet_channels = server._quiet_channels_for(type(self))
+        quiet = server._quiet_channels_for(type(self)) if _is_server(server) else None
+        if quiet is not None:
+            self._quiet_channels = quiet
             self._settle()
 
     def __new__(cls, *args, **kwargs):
@@ -645,6 +587,17 @@ class SMTPChannel(_Common, asynchat.async_chat):
             self.require_SMTPUTF8 = False
         self.num_bytes = 0
         self._message = None  # the data so far, unless a hook of the program's collects them
+
+    def _set_mail(self, address, options):
+        """Set the state that MAIL leads to."""
+        if _is_server(self.smtp_server):
+            relay = self.smtp_server._relay_for(self)
+            if relay is not self._relay:
+                self._relay = relay
+        self.mail_options = options
+        if 'SMTPUTF8' in options:
+            self.require_SMTPUTF8 = True
+        self.mailfrom = address
 
     def _set_post_data_state(self):
         """Forget the transaction, but not the message (RFC 5321, 4.1.1.4)."""
@@ -1099,6 +1052,73 @@ class SMTPChannel(_Common, asynchat.async_chat):
             if is_refused:
                 undo()
 
+
+class SMTPChannel(_Session):
+    """The dialogue with one client (RFC 5321).
+
+    A server calls its `channel_class` with these seven arguments, all positional.
+    `conn` is the connected socket, `addr` the client's address as accept() gave it;
+    the others are the server's.  Raises ValueError if both `enable_SMTPUTF8` and
+    `decode_data` are true.
+
+    For each command line the channel calls smtp_VERB(arg); `arg` is the text after
+    the verb, None if there is none.  A subclass may override these methods, and has
+    a new command as soon as it has a method for it.  It may override push(), which
+    sees every reply, and asynchat's hooks collect_incoming_data() and
+    found_terminator().
+
+    Instance variables:
+
+    smtp_server           the server that made the channel
+    conn                  the socket of the connection
+    addr                  the client's address, as accept() gave it
+    peer                  the client's address, as conn.getpeername() gave it
+    fqdn                  the server's host name, as socket.getfqdn() gave it
+    received_lines        the pieces of the current line, or of a message if the program
+                          overrides asynchat's hooks: a list of bytes, or of str with
+                          `decode_data`
+    num_bytes             octets of the current line or message so far
+    smtp_state            COMMAND or, after the DATA command, DATA
+    seen_greeting         what the client called itself in HELO or EHLO
+    extended_smtp         true after EHLO, false after HELO
+    mailfrom              the address in MAIL FROM, or None
+    rcpttos               the list of the addresses in RCPT TO
+    mail_options          the list of the parameters of MAIL, in upper case
+    rcpt_options          the same for RCPT: empty unless a program fills it
+    require_SMTPUTF8      true if MAIL had the parameter SMTPUTF8
+    received_data         the last message, until the next DATA command
+    data_size_limit       octets of a message: the argument; may be changed
+    enable_SMTPUTF8       the argument; may be changed
+
+    Class attributes that a subclass may override; None turns off all but the first
+    two:
+
+    command_size_limit    octets of a command line without its CRLF, then 500 (512:
+                          RFC 5321, 4.5.3.1.4)
+    command_size_limits   the same by verb, where EHLO allows more: for MAIL 26 with
+                          SIZE (RFC 1870, 3), 10 with SMTPUTF8 (RFC 6531, 3.1)
+    idle_timeout_seconds  seconds of silence before 421 (300: RFC 5321, 4.5.3.2.7)
+    recipient_limit       recipients of one message, then 452 (1000: Postfix)
+    error_limit           5yz replies since the last message, then 421 (100: our own,
+                          kinder to test suites than Postfix's 20)
+    unsent_reply_limit    octets of replies that wait for the client; while there are
+                          more, no command is read (65536: one read from the socket)
+
+    Constants:
+
+    COMMAND               smtp_state while commands are read
+    DATA                  smtp_state while a message is read
+    """
+    COMMAND = 0
+    DATA = 1
+
+    command_size_limit = 512  # RFC 5321, 4.5.3.1.4
+    command_size_limits = collections.defaultdict(_standard_limit)  # by verb; of each channel
+    idle_timeout_seconds = 300  # RFC 5321, 4.5.3.2.7
+    recipient_limit = 1000  # Postfix: smtpd_recipient_limit
+    error_limit = 100  # as Postfix's smtpd_hard_error_limit (20), but kinder to test suites
+    unsent_reply_limit = 65536  # one read's worth
+
     # ------------------------------------------------------------------
     # Arguments
     # ------------------------------------------------------------------
@@ -1214,14 +1234,7 @@ class SMTPChannel(_Common, asynchat.async_chat):
         if refusal:
             self.push(refusal)
             return
-        if _is_server(self.smtp_server):
-            relay = self.smtp_server._relay_for(self)
-            if relay is not self._relay:
-                self._relay = relay
-        self.mail_options = options
-        if 'SMTPUTF8' in options:
-            self.require_SMTPUTF8 = True
-        self.mailfrom = address
+        self._set_mail(address, options)
         _debug('sender: %s', address)
         if self._relay is None:
             self.push('250 OK')

@@ -51,45 +51,45 @@ EQUIVALENT = {
     "_QUICK_ACK: ... else None  ->  ((...": 'Linux has it',
     '_FD_SETSIZE: ...  ->  (1024)': 'not on Windows',
     '_is_too_much_for_select: ...  ->  (... > _MOST_SOCKETS)': 'one more or less out of 500',
-    'SMTPChannel.require_SMTPUTF8: False  ->  True': 'the first transaction sets it',
-    'SMTPChannel._decode_data: False  ->  True': '__init__() sets it where it differs',
+    '_Session.require_SMTPUTF8: False  ->  True': 'the first transaction sets it',
+    '_Session._decode_data: False  ->  True': '__init__() sets it where it differs',
     'SMTPServer.enable_SMTPUTF8: False  ->  True': '__init__() sets it',
-    'SMTPChannel._come_back: ...  ->  (_NEXT_TURN)': 'the next turn finds nothing, and ends it',
-    'SMTPChannel.readable: now - ... >= limit  ->  ...': 'the clock hardly ever says so',
+    '_Session._come_back: ...  ->  (_NEXT_TURN)': 'the next turn finds nothing, and ends it',
+    '_Session.readable: now - ... >= limit  ->  ...': 'the clock hardly ever says so',
     '_QuietChannels.readable: now >= ...': 'the clock hardly ever says so',
-    'SMTPChannel.readable: self.producer_fifo and ...  ->  (self._must_send_first())':
+    '_Session.readable: self.producer_fifo and ...  ->  (self._must_send_first())':
         'the same, more slowly',
-    'SMTPChannel.found_terminator: self.producer_fifo and ...  ->  '
+    '_Session.found_terminator: self.producer_fifo and ...  ->  '
     '(self.ac_in_buffer and self._must_send_first())': 'the same, more slowly',
-    'SMTPChannel._ask_for_the_rest: _QUICK_ACK and ...  ->  (octets < ...': 'Linux has it',
-    'SMTPChannel._ask_for_the_rest: ...  ->  (_QUICK_ACK and octets < self.ac_in_buffer_size)':
+    '_Session._ask_for_the_rest: _QUICK_ACK and ...  ->  (octets < ...': 'Linux has it',
+    '_Session._ask_for_the_rest: ...  ->  (_QUICK_ACK and octets < self.ac_in_buffer_size)':
         'a hint to the system alone',
-    'SMTPChannel._ask_for_the_rest: ...  ->  (... <= octets...': 'a hint to the system alone',
-    'SMTPChannel.collect_incoming_data: ... if self.num_bytes else ...  ->  '
+    '_Session._ask_for_the_rest: ...  ->  (... <= octets...': 'a hint to the system alone',
+    '_Session.collect_incoming_data: ... if self.num_bytes else ...  ->  '
     '(self.max_command_size_limit)': 'the same, computed for each line',
-    "SMTPChannel.collect_incoming_data: b'\\r\\n.'  ->  b'\\r\\n'":
+    "_Session.collect_incoming_data: b'\\r\\n.'  ->  b'\\r\\n'":
         'it bounds the memory; at its end the message is counted exactly',
-    "SMTPChannel.found_terminator: b''  ->  b'x'": 'not looked at',
-    'SMTPChannel.found_terminator: ...  ->  (self.producer_fifo and self._must_send_first())':
+    "_Session.found_terminator: b''  ->  b'x'": 'not looked at',
+    '_Session.found_terminator: ...  ->  (self.producer_fifo and self._must_send_first())':
         'there is nothing to put aside, and readable() waits as well',
-    'SMTPChannel.handle_...: self._settle()  ->  pass': 'it stays in the map, which is slower',
-    'SMTPChannel._end_idleness: 1  ->  2': 'it has two seconds',
-    'SMTPChannel.handle_expt: 1  ->  2': 'there is never more than one',
-    "SMTPChannel._decode_piece: ''  ->  'x'": 'nothing is cut off from either',
-    'SMTPChannel._decode_piece: 3  ->  4': 'what is decoded a second time becomes the same',
-    'SMTPChannel._execute_line: octets > limit  ->  (octets >= limit)':
+    '_Session.handle_...: self._settle()  ->  pass': 'it stays in the map, which is slower',
+    '_Session._end_idleness: 1  ->  2': 'it has two seconds',
+    '_Session.handle_expt: 1  ->  2': 'there is never more than one',
+    "_Session._decode_piece: ''  ->  'x'": 'nothing is cut off from either',
+    '_Session._decode_piece: 3  ->  4': 'what is decoded a second time becomes the same',
+    '_Session._execute_line: octets > limit  ->  (octets >= limit)':
         'the longest limit decides; this one spares its computation',
-    'SMTPChannel._execute_line: ...  ->  (octets > self.max_command_size_limit)':
+    '_Session._execute_line: ...  ->  (octets > self.max_command_size_limit)':
         'the same, computed for each line',
-    'SMTPChannel._add_to_message: ...  ->  (self.num_bytes >= self.data_size_limit)':
+    '_Session._add_to_message: ...  ->  (self.num_bytes >= self.data_size_limit)':
         'its last line end will be too much',
-    "SMTPChannel._add_to_message: b''  ->  b'x'": 'it is refused, whatever it is',
-    "SMTPChannel._add_to_message: self._message = b''  ->  pass":
+    "_Session._add_to_message: b''  ->  b'x'": 'it is refused, whatever it is',
+    "_Session._add_to_message: self._message = b''  ->  pass":
         'it is refused, and the client may make it last as long with less',
-    'SMTPChannel._end_data: size > limit  ->  (size >= limit)':
+    '_Session._end_data: size > limit  ->  (size >= limit)':
         'its last line end will be too much',
-    'SMTPChannel._pass_on_reply: False  ->  True': 'before the reply is known nothing was told',
-    "SMTPChannel.close...: b''  ->  b'x'": 'no line ends in it',
+    '_Session._pass_on_reply: False  ->  True': 'before the reply is known nothing was told',
+    "_Session.close...: b''  ->  b'x'": 'no line ends in it',
     'SMTPChannel.smtp_EHLO: 0  ->  1': 'the other is larger',
     "SMTPChannel.smtp_MAIL: ''  ->  'x'": 'does not begin with the keyword either',
     "SMTPChannel.smtp_RCPT: ''  ->  'x'": 'does not begin with the keyword either',
