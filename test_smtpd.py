@@ -2528,7 +2528,7 @@ class TestArguments:
     @pytest.mark.parametrize('arguments, expected', [
         ([], ('localhost', 8025, 'localhost', 25, 'PureProxy', True, False)),
         (['-n'], ('localhost', 8025, 'localhost', 25, 'PureProxy', False, False)),
-        (['--nosetuid', 'here:26'], ('here', 26, 'localhost', 25, 'PureProxy', False, False)),
+        (['--nosetuid', '--debug', 'x:26'], ('x', 26, 'localhost', 25, 'PureProxy', False, False)),
         (['here:26', 'there:65535'], ('here', 26, 'there', 65535, 'PureProxy', True, False)),
         (['-u', '-c', 'X', ':26'], ('', 26, 'localhost', 25, 'X', True, True)),
         (['--smtputf8', '--class=a.X', '[::1]:26', '[::2]:27'],
@@ -2536,7 +2536,9 @@ class TestArguments:
     ], ids=str)
     def test_what_they_mean(self, arguments, expected, monkeypatch):
         monkeypatch.setattr(sys, 'argv', ['smtpd', *arguments])
+        monkeypatch.setattr(smtpd, 'DEBUGSTREAM', smtpd.Devnull())
         options = smtpd.parseargs()
+        assert smtpd.DEBUGSTREAM is sys.stderr or '--debug' not in arguments
         assert (options.localhost, options.localport, options.remotehost, options.remoteport,
                 options.classname, bool(options.setuid), bool(options.enable_SMTPUTF8)) == expected
 

@@ -367,7 +367,8 @@ def looping(server_class=RecordingServer, timeout=30, use_poll=False):
         return is_readable
 
     server = variant(server_class, readable=readable)(map={})
-    thread = threading.Thread(target=asyncore.loop, args=(timeout, use_poll, server._map))
+    thread = threading.Thread(
+        target=asyncore.loop, args=(timeout, use_poll, server._map), daemon=True)
     thread.start()
     try:
         assert waits.wait(20)
@@ -377,7 +378,6 @@ def looping(server_class=RecordingServer, timeout=30, use_poll=False):
     finally:
         if thread.is_alive():
             server.close()
-        thread.join(20)
 
 
 def has_input(client):

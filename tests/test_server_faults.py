@@ -1,5 +1,6 @@
 """Servers that meet fork(), a lack of everything, and other systems than this one."""
 import asyncore
+import concurrent.futures
 import contextlib
 import errno
 import gc
@@ -504,11 +505,8 @@ def test_two_threads_push_to_one_session_whose_client_does_not_read(monkeypatch)
     class Channel(smtpd.SMTPChannel):
         def smtp_XPUSH(self, arg):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-            threads = [threading.Thread(target=self.push_many, args=(name,)) for name in 'ab']
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            with concurrent.futures.ThreadPoolExecutor(2) as pool:
+                pool.map(self.push_many, 'ab')
             has_pushed.set()
 
         def push_many(self, name):
@@ -537,9 +535,7 @@ def test_a_session_whose_descriptor_someone_keeps_does_not_wake_the_loop_when_it
         assert turn(until=lambda: len(channels_of(server)) == 2)
         channel, _ = channels_of(server)
         kept = os.dup(channel.socket.fileno())
-        other = threading.Thread(target=channel.close)
-        other.start()
-        other.join()
+        in_another_thread(channel.close)
         turn(at_most=3)
         assert select.select(list(server._map), [], [], 0)[0] == []
         os.close(kept)
@@ -724,6 +720,13 @@ def test_without_threads_pipelined_messages_are_451_each(monkeypatch, capsys):
             assert client.say(b'NOOP') == OK
         assert relay_message(client) == OK and len(server.messages) == 1
     assert capsys.readouterr().err.count("RuntimeError: can't start new thread") == count
+
+
+def test_without_threads_the_loop_ends_when_all_is_closed(monkeypatch):
+    with looping(variant(process_message_threads=1)) as server, greet(server, HELLO) as client:
+        without_threads(monkeypatch)
+        server.close()
+        assert relay_message(client).startswith(b'451 ')
 
 
 @needs_posix

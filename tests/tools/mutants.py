@@ -44,6 +44,7 @@ EQUIVALENT = {
     '...: return False  ->  return...': 'None is as false',
     '_parse_command: not text.isprintable() and...  ->  (_CONTROL_CHARACTER.search(text))':
         'isprintable() is quick, and true of no such text',
+    "_parse_command: ''  ->  'x'...": 'without a verb, no method is looked up',
     '_without_cr: len(octets) < 4096...  ->  (...': 'all ways give the same, one faster',
     "_without_cr: octets.count(b'\\r', 0, 1024) < 32  ->  ...": 'as above',
     '_without_cr: 0  ->  1': 'as above',
@@ -126,7 +127,6 @@ EQUIVALENT = {
     '_MOST_OF_A_REPLY: 65536  ->  65537': 'as above',
     '_is_success: 300  ->  301': 'the only 3yz reply is 354',
     '_Upstream.found_terminator: 100  ->  101': 'one octet more in the log',
-    "_find_class: '.'  ->  '.x' (2)": 'what follows the dot is not looked at',
     '_run: 1  ->  2...': 'how often it looks at time limits, and at what has come',
     '_run: True  ->  False': 'select() does as well, below 1024',
 }
