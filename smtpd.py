@@ -664,8 +664,8 @@ class _Session(_Common, asynchat.async_chat):
             self.close_when_done()  # asyncore's recv() would close at once, and drop the replies
             if None in self.producer_fifo:  # it is not overridden
                 raise BlockingIOError
-        if buffer_size > 8192 and self.smtp_state == self.COMMAND:
-            buffer_size = 8192  # asynchat copies the rest after each line
+        if buffer_size > 16384 and self.smtp_state == self.COMMAND:
+            buffer_size = 16384  # asynchat copies the rest after each line; a TLS record fits
         octets = super().recv(buffer_size)
         if self._waits_for is _GOODBYE:
             self._waits_for = None

@@ -256,9 +256,11 @@ class TestRecipeStartTLS:
             client.send(b'STARTTLS\r\n' + ahead)
             assert client.file.readline() == b'220 Ready to start TLS\r\n'
             with certificate.wrap_socket(client.socket, server_hostname='localhost') as tls:
-                tls.sendall(b'MAIL FROM:<a@x>\r\nHELO after\r\nMAIL FROM:<a@x>\r\nQUIT\r\n')
+                tls.sendall(b'MAIL FROM:<a@x>\r\nHELO after\r\nMAIL FROM:<a@x>\r\n'
+                            + 2700 * b'NOOP\r\n' + b'QUIT\r\n')  # all in one record
                 assert tls.makefile('rb').read() == (
-                    b'503 Error: send HELO first\r\n250 mx.example\r\n250 OK\r\n221 Bye\r\n')
+                    b'503 Error: send HELO first\r\n250 mx.example\r\n'
+                    + 2701 * b'250 OK\r\n' + b'221 Bye\r\n')
 
     @pytest.mark.parametrize('sent', [b'', b'\x16', b'this is no handshake' * 100], ids=[
         'nothing', 'its first octet', 'something else'])

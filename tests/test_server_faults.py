@@ -1096,8 +1096,7 @@ def test_close_all_from_another_thread_frees_what_a_handler_under_way_took(monke
             assert any(len(self._map) > 2 for _ in support.waits())  # one more stands in it
             super().close()
 
-    count = len(os.listdir('/proc/self/fd'))
-    closing = threading.Event()
+    count, closing = len(os.listdir('/proc/self/fd')), threading.Event()
     with looping(Server) as server, greet(server, HELLO) as client:
         start = threading.Thread.start
         monkeypatch.setattr(
@@ -1106,7 +1105,6 @@ def test_close_all_from_another_thread_frees_what_a_handler_under_way_took(monke
         server.wait_until_entered()
         asyncore.close_all(server._map)
         server.go.set()
-    # What a thread kept goes a moment after join() returns.
     assert any(len(os.listdir('/proc/self/fd')) == count for _ in support.waits())
 
 
