@@ -1083,7 +1083,7 @@ class TestSession:
         line = b'MAIL FROM:<' + b'a' * 510 + b'@b>\r\n'
         assert feed(plain, line) == b'500 Error: line too long\r\n'
         assert feed(extended, line) == b'250 OK\r\n'
-        assert not smtpd.SMTPChannel.command_size_limits
+        assert smtpd.SMTPChannel.command_size_limits.get('MAIL', 512) == 512
         assert smtpd.SMTPChannel.command_size_limits.default_factory() == 512
 
     def test_limits_set_on_the_class_count(self):
