@@ -1077,14 +1077,14 @@ class TestSession:
         assert error.__name__ in capsys.readouterr().err
 
     def test_each_channel_has_its_own_command_size_limits(self):
+        limits = smtpd.SMTPChannel.command_size_limits.copy()
         extended, plain = make_channel(), make_channel()
         feed(extended, b'EHLO x\r\n')
         feed(plain, b'HELO x\r\n')
         line = b'MAIL FROM:<' + b'a' * 510 + b'@b>\r\n'
         assert feed(plain, line) == b'500 Error: line too long\r\n'
         assert feed(extended, line) == b'250 OK\r\n'
-        assert smtpd.SMTPChannel.command_size_limits.get('MAIL', 512) == 512
-        assert smtpd.SMTPChannel.command_size_limits.default_factory() == 512
+        assert smtpd.SMTPChannel.command_size_limits == limits and limits.default_factory() == 512
 
     def test_limits_set_on_the_class_count(self):
         channel = channel_with(command_size_limit=20)

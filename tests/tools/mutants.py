@@ -42,8 +42,7 @@ IN_PROCESSES = ('CommandLine', 'server_faults')
 # "..." stands for any text.
 EQUIVALENT = {
     '...: return False  ->  return...': 'None is as false',
-    '_parse_command: not text.isprintable() and...  ->  (_CONTROL_CHARACTER.search(text))':
-        'isprintable() is quick, and true of no such text',
+    '_parse_command: not text.isprintable() and...  ->  (_CONTROL...': 'it is quick, not needed',
     "_parse_command: ''  ->  'x'...": 'without a verb, no method is looked up',
     '_without_cr: len(octets) < 4096...  ->  (...': 'all ways give the same, one faster',
     "_without_cr: octets.count(b'\\r', 0, 1024) < 32  ->  ...": 'as above',
@@ -55,11 +54,12 @@ EQUIVALENT = {
     '_Session.require_SMTPUTF8: False  ->  True': 'the first transaction sets it',
     '_Session._decode_data: False  ->  True': '__init__() sets it where it differs',
     'SMTPServer.enable_SMTPUTF8: False  ->  True': '__init__() sets it',
+    '_Session.recv: ...16384...': 'it reads more or less at once',
+    '_Session.recv: self.smtp_state == ...': 'as above',
     '_Session._come_back: ...  ->  (_NEXT_TURN)': 'the next turn finds nothing, and ends it',
     '_Session.readable: now - ... >= limit  ->  ...': 'the clock hardly ever says so',
     '_QuietChannels.readable: now >= ...': 'the clock hardly ever says so',
-    '_Session.readable: self.producer_fifo and ...  ->  (self._must_send_first())':
-        'the same, more slowly',
+    '_Session.readable: self.producer_fifo and ...  ->  (self._must...': 'the same, more slowly',
     '_Session.found_terminator: self.producer_fifo and ...  ->  '
     '(self.ac_in_buffer and self._must_send_first())': 'the same, more slowly',
     '_Session._ask_for_the_rest: _QUICK_ACK and ...  ->  (octets < ...': 'Linux has it',
