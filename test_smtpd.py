@@ -1079,10 +1079,10 @@ class TestSession:
     def test_each_channel_has_its_own_command_size_limits(self):
         limits = smtpd.SMTPChannel.command_size_limits.copy()
         extended, plain = make_channel(), make_channel()
-        feed(extended, b'EHLO x\r\n')
-        feed(plain, b'HELO x\r\n')
+        feed(extended, b'EHLO x\r\nXFOO\r\n')
+        assert 'XFOO' not in extended.command_size_limits
         line = b'MAIL FROM:<' + b'a' * 510 + b'@b>\r\n'
-        assert feed(plain, line) == b'500 Error: line too long\r\n'
+        assert feed(plain, b'HELO x\r\n' + line).endswith(b'\r\n500 Error: line too long\r\n')
         assert feed(extended, line) == b'250 OK\r\n'
         assert smtpd.SMTPChannel.command_size_limits == limits and limits.default_factory() == 512
 

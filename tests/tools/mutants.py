@@ -42,6 +42,7 @@ IN_PROCESSES = ('CommandLine', 'server_faults')
 # "..." stands for any text.
 EQUIVALENT = {
     '...: return False  ->  return...': 'None is as false',
+    '...: 64  ->  65': 'how much is remembered',
     '_parse_command: not text.isprintable() and...  ->  (_CONTROL...': 'it is quick, not needed',
     "_parse_command: ''  ->  'x'...": 'without a verb, no method is looked up',
     '_without_cr: len(octets) < 4096...  ->  (...': 'all ways give the same, one faster',
@@ -63,8 +64,7 @@ EQUIVALENT = {
     '_Session.found_terminator: self.producer_fifo and ...  ->  '
     '(self.ac_in_buffer and self._must_send_first())': 'the same, more slowly',
     '_Session._ask_for_the_rest: _QUICK_ACK and ...  ->  (octets < ...': 'Linux has it',
-    '_Session._ask_for_the_rest: ...  ->  (_QUICK_ACK and octets < self.ac_in_buffer_size)':
-        'a hint to the system alone',
+    '_Session._ask_for_the_rest: ...  ->  (_QUICK_ACK and octets <...': 'a hint to the system',
     '_Session._ask_for_the_rest: ...  ->  (... <= octets...': 'a hint to the system alone',
     '_Session.collect_incoming_data: ... if self.num_bytes else ...  ->  '
     '(self.max_command_size_limit)': 'the same, computed for each line',
