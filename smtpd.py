@@ -491,8 +491,9 @@ def _remove_last(items, item):
 class _Session(_Common, asynchat.async_chat):
     """A session without its commands: input, lines, messages, replies, waiting.
 
-    It is apart from SMTPChannel for speed: from Python 3.14 on, an instance's attributes
-    are slow if the methods of its own class assign to more than 29.
+    The constants and limits that it uses are SMTPChannel's.  It is apart from that class
+    for speed: from Python 3.14 on, an instance's attributes are slow if the methods of its
+    own class assign to more than 29.
     """
 
     # What most sessions leave as it is; _set_initial_state() sets the rest.  In CPython,
@@ -664,8 +665,10 @@ class _Session(_Common, asynchat.async_chat):
             self.close_when_done()  # asyncore's recv() would close at once, and drop the replies
             if None in self.producer_fifo:  # it is not overridden
                 raise BlockingIOError
+        # asynchat copies the rest after each line, so commands are read in smaller pieces; but
+        # what is left of a TLS record (16384) does not wake the loop.
         if buffer_size > 16384 and self.smtp_state == self.COMMAND:
-            buffer_size = 16384  # asynchat copies the rest after each line; a TLS record fits
+            buffer_size = 16384
         octets = super().recv(buffer_size)
         if self._waits_for is _GOODBYE:
             self._waits_for = None
@@ -1102,7 +1105,7 @@ class SMTPChannel(_Session):
     error_limit           5yz replies since the last message, then 421 (100: our own,
                           kinder to test suites than Postfix's 20)
     unsent_reply_limit    octets of replies that wait for the client; while there are
-                          more, no command is read (65536: one read from the socket)
+                          more, no command is read (65536: our own)
 
     Constants:
 
@@ -1117,7 +1120,7 @@ class SMTPChannel(_Session):
     idle_timeout_seconds = 300  # RFC 5321, 4.5.3.2.7
     recipient_limit = 1000  # Postfix: smtpd_recipient_limit
     error_limit = 100  # as Postfix's smtpd_hard_error_limit (20), but kinder to test suites
-    unsent_reply_limit = 65536  # one read's worth
+    unsent_reply_limit = 65536  # our own
 
     # ------------------------------------------------------------------
     # Arguments
